@@ -1,0 +1,393 @@
+"""The `ossia` command: one verb each, every body a thin call into the part that does the work.
+
+Nothing heavy is imported before a command runs, so `ossia --help` answers at once. Results go to stdout, all else to
+stderr. Exit codes: 0 done; 2 the user's input, message only; 130 interrupted; 1 a fault of ours, with a traceback.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from enum import StrEnum
+from functools import wraps
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ossia.errors import OssiaError, UserError
+
+if TYPE_CHECKING:
+    from ossia.config import Recipe
+    from ossia.model.arch import Arch
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Fine-tune, run and export OpenAI's gpt-oss models. Every command: ossia COMMAND --help.",
+)
+
+
+class Dtype(StrEnum):
+    """Types of activations."""
+
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+    float16 = "float16"
+
+
+class Weights(StrEnum):
+    """Where a model's weights are while it is used."""
+
+    auto = "auto"
+    resident = "resident"
+    mmap = "mmap"
+    bf16 = "bf16"
+
+
+class Device(StrEnum):
+    """Where the model runs."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Effort(StrEnum):
+    """Reasoning effort in the system message."""
+
+    low = "low"
+    medium = "medium"
+    high = "high"
+
+
+class Layout(StrEnum):
+    """How a checkpoint stores its experts."""
+
+    mxfp4 = "mxfp4"
+    bf16 = "bf16"
+
+
+class ExportFormat(StrEnum):
+    """What `ossia export` writes."""
+
+    hf_bf16 = "hf-bf16"
+
+
+RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to set: train.steps=100 data.0.path=x.jsonl"),
+]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or owner/name on the hub.")]
+AdapterOption = Annotated[
+    str | None, typer.Option("--adapter", metavar="RUN", help="A run folder or an adapter's folder, put on the model.")
+]
+InFile = Annotated[Path, typer.Option("--in", metavar="X.jsonl", help='Rows with "ids" or "messages" (and "tools").')]
+OutFile = Annotated[Path, typer.Option("--out", metavar="Y.jsonl", help="Where the same rows go, with the results.")]
+DtypeOption = Annotated[Dtype, typer.Option("--dtype", help="Type of activations.")]
+WeightsOption = Annotated[Weights, typer.Option("--weights", help="Where the weights are: as in a recipe.")]
+DeviceOption = Annotated[Device, typer.Option("--device", help="Where the model runs.")]
+Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")]
+TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens up to this share.")]
+TopK = Annotated[int, typer.Option("--top-k", min=0, help="Keep this many of the likeliest tokens; 0 keeps all.")]
+MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer, at most.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
+
+
+def command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a function as the command `name`."""
+    return lambda body: app.command(name)(reporting(body))
+
+
+def reporting(body: Callable[..., None]) -> Callable[..., None]:
+    """`body` with its errors ended as the module's docstring says: message and exit code, no traceback.
+
+    What is no OssiaError is our own fault: it passes through, to `main`'s hook.
+    """
+
+    @wraps(body)
+    def run(*args: object, **kwargs: object) -> None:
+        try:
+            body(*args, **kwargs)
+        except UserError as error:
+            print(error, file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+        except OssiaError as error:  # Interrupted: what was saved, and how to go on
+            print(f"\n{error}", file=sys.stderr)
+            raise SystemExit(error.exit_code) from None
+        except KeyboardInterrupt:
+            print("\ninterrupted", file=sys.stderr)
+            raise SystemExit(130) from None
+
+    return run
+
+
+def main() -> None:
+    """The entry point of the `ossia` command."""
+    sys.excepthook = _our_fault
+    typer.main.get_command(app)(prog_name="ossia")
+
+
+def _our_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    traceback.print_exception(kind, error, trace)
+    words = "This is a fault of Ossia, not of what you gave it. Please report it with the lines above,"
+    print(f"\n{words}\nthe command you typed, and what `ossia doctor` prints.", file=sys.stderr)
+
+
+def _recipe(path: Path, overrides: list[str] | None, *, resume: bool = False, writes: bool) -> Recipe:
+    """The checked recipe; every command with a recipe begins here."""
+    from ossia.config import check_recipe, read_recipe
+
+    recipe, places = read_recipe(path, overrides or ())
+    check_recipe(recipe, places, resume=resume, writes=writes)
+    return recipe
+
+
+@app.callback(invoke_without_command=True)
+def _options(version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False) -> None:
+    if version:
+        from ossia import __version__
+
+        print(f"ossia {__version__}")
+        raise typer.Exit
+
+
+@command("demo")
+def demo(
+    output: Annotated[Path, typer.Option("--output", help="The run folder.")] = Path("runs/demo"),
+    seed: Seed = 0,
+) -> None:
+    """Fine-tune a tiny model and talk to it, in minutes. Needs neither a GPU nor the network."""
+    from ossia.demo.run import run_demo
+
+    run_demo(output, seed=seed)
+
+
+@command("train")
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the recipe's output folder.")] = False,
+) -> None:
+    """Train as the recipe says. Prints the run folder."""
+    checked = _recipe(recipe, overrides, resume=resume, writes=True)
+    from ossia import sft
+
+    result = sft.run(checked, resume=resume)
+    print(result.folder)
+
+
+@command("data")
+def data(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="Samples to show (5; with --json all).")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object a sample.")] = False,
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write a page to look at instead.")
+    ] = None,
+) -> None:
+    """Show samples as tokens, trained or not. Also their channels, source file and line, and the totals."""
+    checked = _recipe(recipe, overrides, writes=False)
+    from ossia.preview import show_data
+
+    show_data(checked, limit=limit if limit or as_json else 5, as_json=as_json, html=html)
+
+
+@command("eval")
+def evaluate_held_out(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    adapter: AdapterOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """Held-out loss of a recipe's model. With --adapter, of that model as a run has trained it."""
+    checked = _recipe(recipe, overrides, writes=False)
+    from dataclasses import asdict
+
+    from ossia import evaluate
+
+    result = asdict(evaluate.run(checked, adapter=adapter))
+    print(json.dumps(result) if as_json else "\n".join(f"{name}: {value}" for name, value in result.items()))
+
+
+@command("chat")
+def chat(
+    model: ModelName,
+    adapter: AdapterOption = None,
+    system: Annotated[str | None, typer.Option("--system", help="Identity in the system message.")] = None,
+    developer: Annotated[str | None, typer.Option("--developer", help="Developer instructions.")] = None,
+    effort: Annotated[Effort, typer.Option("--effort", help="Reasoning effort.")] = Effort.medium,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    max_tokens: MaxTokens = 4096,
+    seed: Annotated[int | None, typer.Option("--seed", min=0, help="Left out: another answer each time.")] = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    weights: WeightsOption = Weights.auto,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Talk to a model in the terminal. Its thinking is shown apart from its answer."""
+    from ossia.chat import run_chat
+
+    run_chat(
+        model,
+        adapter=adapter,
+        system=system,
+        developer=developer,
+        effort=effort.value,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        seed=seed,
+        dtype=dtype.value,
+        weights=weights.value,
+        device=device.value,
+    )
+
+
+@command("generate")
+def generate(
+    model: ModelName,
+    source: InFile,
+    target: OutFile,
+    adapter: AdapterOption = None,
+    temperature: Temperature = 1.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    max_tokens: MaxTokens = 1024,
+    num: Annotated[int, typer.Option("--n", min=1, help="Completions of each row.")] = 1,
+    seed: Seed = 0,
+    dtype: DtypeOption = Dtype.bfloat16,
+    weights: WeightsOption = Weights.auto,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Answer every row of a file. The rows come back with "completions"."""
+    from ossia.batch import generate_file
+
+    generate_file(
+        model,
+        source,
+        target,
+        adapter=adapter,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        num_completions=num,
+        seed=seed,
+        dtype=dtype.value,
+        weights=weights.value,
+        device=device.value,
+    )
+
+
+@command("score")
+def score(
+    model: ModelName,
+    source: InFile,
+    target: OutFile,
+    adapter: AdapterOption = None,
+    dtype: DtypeOption = Dtype.bfloat16,
+    weights: WeightsOption = Weights.auto,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Log-probability of every given token. The rows come back with "logprobs"."""
+    from ossia.batch import score_file
+
+    score_file(
+        model, source, target, adapter=adapter, dtype=dtype.value, weights=weights.value, device=device.value
+    )  # fmt: skip
+
+
+@command("export")
+def export(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model (with --adapter).")],
+    to: Annotated[ExportFormat, typer.Option("--to", help="What to write.")],
+    output: Annotated[Path, typer.Option("--output", metavar="PATH", help="A folder that isn't there yet.")],
+    adapter: AdapterOption = None,
+) -> None:
+    """Write a model that other programs load. It is verified by reading it back. Prints its folder."""
+    from ossia.export import export_model
+
+    print(export_model(source, to=to.value, output=output, adapter=adapter))
+
+
+@command("tiny")
+def tiny(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that isn't there yet.")],
+    shape: Annotated[
+        str, typer.Option("--shape", help="demo, B1, B2, 20b or 120b; the next options change it.")
+    ] = "demo",
+    layers: Annotated[int | None, typer.Option("--layers", min=1, help="Layers.")] = None,
+    hidden: Annotated[int | None, typer.Option("--hidden", min=1, help="Width of a token.")] = None,
+    width: Annotated[int | None, typer.Option("--width", min=1, help="Width of an expert.")] = None,
+    experts: Annotated[int | None, typer.Option("--experts", min=1, help="Experts of a layer.")] = None,
+    top_k: Annotated[int | None, typer.Option("--top-k", min=1, help="Experts that a token goes to.")] = None,
+    heads: Annotated[int | None, typer.Option("--heads", min=1, help="Query heads.")] = None,
+    kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Key and value heads.")] = None,
+    window: Annotated[int | None, typer.Option("--window", min=1, help="Tokens that a sliding layer sees.")] = None,
+    vocab: Annotated[int | None, typer.Option("--vocab", min=1, help="Rows of the embedding.")] = None,
+    seed: Seed = 0,
+    weights: Annotated[Layout, typer.Option("--weights", help="How experts are stored.")] = Layout.mxfp4,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="A folder whose tokenizer is copied.")] = None,
+) -> None:
+    """Write a random checkpoint of any size. gpt-oss architecture, released format. Prints its folder."""
+    from ossia.model.tiny import make_tiny
+
+    sizes = {
+        "num_layers": layers,
+        "hidden_size": hidden,
+        "intermediate_size": width,
+        "num_experts": experts,
+        "experts_per_token": top_k,
+        "num_heads": heads,
+        "num_kv_heads": kv_heads,
+        "sliding_window": window,
+        "vocab_size": vocab,
+    }
+    arch = _arch(shape, {name: size for name, size in sizes.items() if size is not None})
+    make_tiny(folder, arch, seed=seed, weights=weights.value, tokenizer=tokenizer)
+    print(folder)
+
+
+def _arch(shape: str, sizes: dict[str, int]) -> Arch:
+    """A named shape with some of its sizes changed; layers alternate as in the released models."""
+    from dataclasses import replace
+
+    from ossia.model.arch import SHAPES, alternating_layers
+
+    if shape not in SHAPES:
+        raise UserError(f"--shape {shape}: no such shape\n  allowed: {', '.join(SHAPES)}")
+    num_layers = sizes.get("num_layers", SHAPES[shape].num_layers)
+    arch = replace(SHAPES[shape], **sizes, layer_types=alternating_layers(num_layers))
+    arch.check("ossia tiny")
+    return arch
+
+
+@command("explain")
+def explain(
+    key: Annotated[str | None, typer.Argument(metavar="KEY", help="A key or a section; left out: all keys.")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/recipe.md.")] = False,
+) -> None:
+    """What a recipe's keys mean. With types and defaults."""
+    from ossia.config import explain as words
+    from ossia.config import recipe_page
+
+    print(recipe_page() if markdown else words(key), end="")
+
+
+@command("doctor")
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False) -> None:
+    """What this machine can do. Devices, memory, versions, optional packages."""
+    from ossia.cli_doctor import as_text, examine
+
+    found = examine()
+    print(json.dumps(found) if as_json else as_text(found))

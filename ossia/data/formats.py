@@ -1,0 +1,418 @@
+"""Row layouts of the field: which one a row has, and what it says as a Harmony conversation, a text, or ids.
+
+A layout is recognised by its columns and never guessed: rows that fit two layouts, or files that mix them, are refused
+with the names to choose from. Columns that no layout knows are counted by the caller, not used.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ossia.config.schema import DataSourceConfig, HarmonyConfig
+from ossia.data.rows import Row, Rows
+from ossia.data.sample import Sample
+from ossia.errors import DataError, HarmonyError, RecipeError, TokenizerError
+from ossia.harmony.chat import THINKING, conversation_from_messages
+from ossia.harmony.messages import Conversation, System
+from ossia.harmony.render import Renderer, Span, TrainOn
+from ossia.harmony.vocab import Vocabulary
+
+Message = dict[str, Any]
+Placed = tuple[Message, str]  # a message in OpenAI's form, and where the row has it: "conversations[2]"
+_SETTINGS = ("tools", "developer", "reasoning_effort", "current_date", "identity", "knowledge_cutoff", "builtin_tools")
+_EXTRA = {  # fields that a layout may have besides those it is recognised by
+    "messages": _SETTINGS,
+    "sharegpt": (*_SETTINGS, "system"),
+    "alpaca": (*_SETTINGS, "system", "input", *THINKING),
+    "prompt": (*_SETTINGS, "system", *THINKING),
+    "text": (),
+    "tokens": ("targets", "roles", "channels", "source"),
+}
+_REQUIRED = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt": ("prompt", "completion"),
+    "text": ("text",),
+    "tokens": ("ids", "weights"),
+}
+_SHAREGPT_ROLES = {
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "assistant": "assistant",
+    "system": "system",
+    "function_call": "assistant",
+    "observation": "tool",
+    "tool": "tool",
+}
+_NUM_PROBES = 64
+_MESSAGE_FIELD = re.compile(r"messages\[(\d+)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the rows of one source are read.
+
+    format    messages | sharegpt | alpaca | prompt | text | tokens
+    columns   field -> the file's own name for it, where that differs
+    source, harmony  what a row doesn't say itself
+    """
+
+    format: str
+    columns: dict[str, str]
+    source: DataSourceConfig
+    harmony: HarmonyConfig
+
+    def fields(self, row: Row) -> Row:
+        """The row under Ossia's field names; null is the same as absent."""
+        renamed = {name: row[column] for name, column in self.columns.items() if column in row}
+        if renamed:
+            row = {name: value for name, value in row.items() if name not in self.columns.values()} | renamed
+        return {name: value for name, value in row.items() if value is not None}
+
+    def ignored(self, row: Row) -> tuple[str, ...]:
+        """Columns of the row that are not used."""
+        used = {self.columns.get(name, name) for name in (*_REQUIRED[self.format], *_EXTRA[self.format])}
+        return tuple(row.keys() - used)
+
+
+# --- recognising ------------------------------------------------------------------------------------------------------
+
+
+def recognise(rows: Rows, source: DataSourceConfig, harmony: HarmonyConfig) -> tuple[Layout, str]:
+    """The layout of a source, and in words what told it: named by the recipe, or seen in rows from all over the source.
+
+    Raises  DataError if rows fit no layout, several, or not all the same; RecipeError for a column that doesn't exist
+    """
+    probes = list(_probe(rows)) or [(rows.where(0), rows.row(0))]
+    _check_columns(source, probes)
+    if source.format != "auto":
+        return Layout(source.format, source.columns, source, harmony), "named in the recipe"
+    found: dict[str, str] = {}  # layout -> first place it was seen
+    unknown: dict[str, list[str]] = {}
+    for where, row in probes:
+        names = _candidates(Layout("", source.columns, source, harmony).fields(row))
+        if len(names) > 1:
+            raise DataError(
+                f"{where}: the row fits the formats {' and '.join(names)}\n"
+                f"  next: name one for {source.path}: format: {names[0]}"
+            )
+        if names:
+            found.setdefault(names[0], where)
+        else:
+            unknown[where] = sorted(row)
+    if len(found) > 1:
+        seen = ", ".join(f"{name} at {where}" for name, where in found.items())
+        raise DataError(
+            f"{source.path}: rows of different formats: {seen}\n  next: put each format into its own source"
+        )
+    if not found:
+        where, names = next(iter(unknown.items()))
+        allowed = "; ".join(f"{name}: {' + '.join(columns)}" for name, columns in _REQUIRED.items())
+        raise DataError(
+            f"{where}: the format isn't known from the columns {', '.join(names) or '(it has none)'}\n"
+            f"  expected: {allowed}\n"
+            "  next: name your columns in the recipe, for example columns: {messages: YOUR_COLUMN}"
+        )
+    name = next(iter(found))
+    if name == "messages" and "messages" not in source.columns and _is_renamed(probes):
+        columns = {**source.columns, "messages": "conversations"}
+        return Layout(name, columns, source, harmony), "recognised by conversations with role and content"
+    return Layout(name, source.columns, source, harmony), f"recognised by {', '.join(_REQUIRED[name])}"
+
+
+def _probe(rows: Rows) -> Iterator[tuple[str, Row]]:
+    """Some of the first rows and some from all over; rows that aren't JSON are left for the reading to report."""
+    spread = np.linspace(0, len(rows) - 1, _NUM_PROBES).astype(int).tolist()
+    for index in sorted({*range(min(_NUM_PROBES, len(rows))), *spread}):
+        try:
+            yield rows.where(index), rows.row(index)
+        except DataError:
+            continue
+
+
+def _candidates(fields: Row) -> list[str]:
+    names = [name for name, required in _REQUIRED.items() if all(field in fields for field in required)]
+    if "sharegpt" in names and _has_roles(fields["conversations"]):
+        names[names.index("sharegpt")] = "messages"
+    return list(dict.fromkeys(names))
+
+
+def _has_roles(turns: Any) -> bool:
+    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
+
+
+def _is_renamed(probes: list[tuple[str, Row]]) -> bool:
+    return any("messages" not in row and _has_roles(row.get("conversations")) for _, row in probes)
+
+
+def _check_columns(source: DataSourceConfig, probes: list[tuple[str, Row]]) -> None:
+    allowed = sorted({name for table in (_REQUIRED, _EXTRA) for names in table.values() for name in names})
+    for name, column in source.columns.items():
+        if name not in allowed:
+            raise RecipeError(f"data.columns: unknown field `{name}`\n  allowed: {', '.join(allowed)}")
+        if probes and not any(column in row for _, row in probes):
+            seen = sorted({key for _, row in probes for key in row})
+            raise RecipeError(
+                f"data.columns.{name}: {source.path} has no column `{column}`\n  found: {', '.join(seen)}"
+            )
+
+
+# --- a row as samples -------------------------------------------------------------------------------------------------
+
+
+class Encoder(NamedTuple):
+    """What turns words into ids, and decides which are trained."""
+
+    vocab: Vocabulary
+    renderer: Renderer
+    train_on: TrainOn
+
+
+def build(layout: Layout, row: Row, where: str, encoder: Encoder) -> list[Sample]:
+    """The samples of one row.
+
+    Raises  DataError, HarmonyError or TokenizerError without the place, for a row that isn't of this layout
+    """
+    fields = layout.fields(row)
+    for name in _REQUIRED[layout.format]:
+        if name not in fields:
+            raise DataError(
+                f"{layout.columns.get(name, name)}: missing; rows of the format {layout.format} have it. "
+                f"Found: {', '.join(row) or 'nothing'}"
+            )
+    if layout.format == "tokens":
+        return [_tokens(fields, where, encoder.vocab.size)]
+    if layout.format == "text":
+        return [_plain_text(_text(fields, "text"), where, encoder.vocab)]
+    messages = _READERS[layout.format](fields)
+    conversation = _conversation(messages, fields, layout)
+    found = encoder.renderer.samples(conversation, encoder.train_on)
+    return [Sample.from_rendered(rendered, where) for rendered in found]
+
+
+def _conversation(messages: list[Placed], fields: Row, layout: Layout) -> Conversation:
+    """What the row says itself, and where it says nothing the source, then the recipe."""
+    source, harmony = layout.source, layout.harmony
+    tools = _tools(fields)
+    if tools is None and source.tools is not None:
+        tools = list(source.tools)
+    head = System(
+        identity=_text(fields, "identity", harmony.identity),
+        knowledge_cutoff=_text(fields, "knowledge_cutoff", harmony.knowledge_cutoff),
+        current_date=_text(fields, "current_date", harmony.current_date),
+        reasoning_effort=_text(fields, "reasoning_effort", source.reasoning_effort or harmony.reasoning_effort),
+        builtin_tools=_builtin_tools(fields),
+    )
+    instructions = [_text(fields, "developer", source.developer), _text(fields, "system")]
+    developer = "\n\n".join(text for text in instructions if text) or None
+    try:
+        return conversation_from_messages(
+            [message for message, _ in messages], tools=tools, developer=developer, system=head
+        )
+    except HarmonyError as error:
+        raise _in_the_row(error, [place for _, place in messages]) from error
+
+
+def _in_the_row(error: HarmonyError, places: list[str]) -> HarmonyError:
+    """The error with the row's own name for the field: `conversations[2]` instead of `messages[2]`."""
+    match = _MESSAGE_FIELD.match(error.field)
+    if match is None or int(match[1]) >= len(places):
+        return error
+    place, rest = places[int(match[1])], error.field[match.end() :]
+    if not place.endswith("]"):
+        rest = rest.removeprefix(".content")  # the column holds the text itself
+    elif place.startswith("conversations"):
+        rest = rest.replace(".content", ".value").replace(".role", ".from")
+    return HarmonyError(str(error).removeprefix(f"{error.field}: "), place + rest)
+
+
+def _builtin_tools(fields: Row) -> Any:
+    names = fields.get("builtin_tools", [])
+    if not isinstance(names, list) or not all(name in ("browser", "python") for name in names):
+        raise DataError(f"builtin_tools: expected a list of browser and python, found {names!r}")
+    return tuple(names)
+
+
+def _text(fields: Row, name: str, default: str | None = None) -> Any:
+    value = fields.get(name, default)
+    if value is not None and not isinstance(value, str):
+        raise DataError(f"{name}: expected text, found {_kind(value)}")
+    return value
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def _tools(fields: Row) -> list[dict[str, Any]] | None:
+    """Function tools in OpenAI's form; many files carry the list as JSON text."""
+    value = fields.get("tools")
+    if isinstance(value, str):
+        try:
+            value = json.loads(value) if value.strip() else None
+        except json.JSONDecodeError as error:
+            raise DataError(f"tools: text that isn't JSON: {error.msg} at column {error.pos + 1}") from error
+    if value is not None and not isinstance(value, list):
+        raise DataError(f"tools: expected a list of tools, found {_kind(value)}")
+    return value
+
+
+def _message_list(fields: Row, name: str) -> list[Placed]:
+    value = fields[name]
+    if not isinstance(value, list):
+        raise DataError(f"{name}: expected a list of messages, found {_kind(value)}")
+    for number, message in enumerate(value):
+        if not isinstance(message, dict):
+            raise DataError(f"{name}[{number}]: expected an object, found {_kind(message)}")
+    return [(message, f"{name}[{number}]") for number, message in enumerate(value)]
+
+
+def _thinking(fields: Row) -> Message:
+    """The columns of thinking, which belong to the answer's message."""
+    return {name: fields[name] for name in THINKING if name in fields}
+
+
+def _from_messages(fields: Row) -> list[Placed]:
+    return _message_list(fields, "messages")
+
+
+def _from_alpaca(fields: Row) -> list[Placed]:
+    question = _text(fields, "instruction")
+    if given := _text(fields, "input", ""):
+        question = f"{question}\n\n{given}"
+    answer = {"role": "assistant", "content": _text(fields, "output"), **_thinking(fields)}
+    return [({"role": "user", "content": question}, "instruction"), (answer, "output")]
+
+
+def _from_prompt(fields: Row) -> list[Placed]:
+    """Text or messages on both sides; what the assistant says in the prompt is context, not trained."""
+    prompt, completion = fields["prompt"], fields["completion"]
+    if isinstance(prompt, str):
+        before: list[Placed] = [({"role": "user", "content": prompt}, "prompt")]
+    else:
+        before = [
+            ({**message, "train": False} if message.get("role") == "assistant" else message, place)
+            for message, place in _message_list(fields, "prompt")
+        ]
+    if isinstance(completion, str):
+        return [*before, ({"role": "assistant", "content": completion, **_thinking(fields)}, "completion")]
+    if thinking := _thinking(fields):
+        raise DataError(f"{next(iter(thinking))}: expected inside the messages of `completion`, found beside them")
+    return [*before, *_message_list(fields, "completion")]
+
+
+def _from_sharegpt(fields: Row) -> list[Placed]:
+    messages: list[Placed] = []
+    waiting: list[str] = []  # ids of calls whose results have not come yet
+    for number, (turn, place) in enumerate(_message_list(fields, "conversations")):
+        speaker, text = turn.get("from"), turn.get("value")
+        if not isinstance(text, str):
+            raise DataError(f"{place}.value: expected text, found {_kind(text)}")
+        if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
+            raise DataError(f"{place}.from: unknown speaker {speaker!r}; allowed: {', '.join(_SHAREGPT_ROLES)}")
+        message: Message = {name: item for name, item in turn.items() if name not in ("from", "value")}
+        message |= {"role": _SHAREGPT_ROLES[speaker], "content": text}
+        if speaker == "function_call":
+            calls = _sharegpt_calls(text, place, number)
+            waiting = [call["id"] for call in calls]
+            message |= {"content": None, "tool_calls": calls}
+        elif message["role"] == "tool" and waiting:
+            message["tool_call_id"] = waiting.pop(0)
+        messages.append((message, place))
+    return messages
+
+
+def _sharegpt_calls(text: str, place: str, number: int) -> list[Message]:
+    """`{"name": ..., "arguments": ...}`, or a list of these, as OpenAI's `tool_calls`."""
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{place}.value: a function_call has to be JSON: {error.msg} at column {error.pos + 1}"
+        ) from error
+    calls = value if isinstance(value, list) else [value]
+    for call in calls:
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+            raise DataError(f'{place}.value: expected {{"name": ..., "arguments": ...}}, found {text[:80]}')
+    return [
+        {
+            "id": f"call_{number}_{index}",
+            "type": "function",
+            "function": {"name": call["name"], "arguments": call["arguments"]},
+        }
+        for index, call in enumerate(calls)
+    ]
+
+
+_READERS: Mapping[str, Callable[[Row], list[Placed]]] = MappingProxyType(
+    {"messages": _from_messages, "sharegpt": _from_sharegpt, "alpaca": _from_alpaca, "prompt": _from_prompt}
+)
+
+
+def _plain_text(text: str, where: str, vocab: Vocabulary) -> Sample:
+    """A document as in pre-training: its text and `<|endoftext|>`, all of it trained but the first token."""
+    end = vocab.special.get("<|endoftext|>")
+    if end is None:
+        raise TokenizerError("the tokenizer has no <|endoftext|>, which plain text ends in; use the checkpoint's own")
+    ids = np.array([*vocab.encode(text), end], np.int32)
+    weights = np.ones(len(ids), np.float32)
+    weights[0] = 0
+    return Sample(ids, weights, None, where, (Span(0, len(ids), "text", None),))
+
+
+def _tokens(fields: Row, where: str, vocab_size: int) -> Sample:
+    """Ids that are used as they are. A weight on the first one is dropped: nothing is before it to predict it from."""
+    ids = _id_array(fields, "ids", vocab_size)
+    targets = _id_array(fields, "targets", vocab_size) if "targets" in fields else None
+    weights = _number_array(fields, "weights")
+    for name, values in (("weights", weights), ("targets", targets)):
+        if values is not None and len(values) != len(ids):
+            raise DataError(f"{name}: {len(values):,} entries for {len(ids):,} ids; expected as many")
+    if not len(ids):
+        raise DataError("ids: the list is empty")
+    if not np.isfinite(weights).all() or weights.min() < 0:
+        raise DataError("weights: expected numbers from 0 on; 0 is not trained")
+    weights[0] = 0
+    return Sample(ids, weights, targets, where, _given_spans(fields, len(ids)))
+
+
+def _id_array(fields: Row, name: str, vocab_size: int) -> NDArray[np.int32]:
+    values = fields[name]
+    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
+        raise DataError(f"{name}: expected a list of whole numbers")
+    if values and not (min(values) >= 0 and max(values) < vocab_size):
+        wrong = next(value for value in values if not 0 <= value < vocab_size)
+        raise DataError(f"{name}: {wrong} is not in the vocabulary of {vocab_size:,} tokens")
+    return np.array(values, np.int32)
+
+
+def _number_array(fields: Row, name: str) -> NDArray[np.float32]:
+    values = fields[name]
+    if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
+        raise DataError(f"{name}: expected a list of numbers")
+    return np.array(values, np.float32)
+
+
+def _given_spans(fields: Row, size: int) -> tuple[Span, ...]:
+    """Runs of equal role and channel, where a row brings them for display (as `ossia data --json` writes them)."""
+    roles, channels = fields.get("roles"), fields.get("channels")
+    if not (isinstance(roles, list) and isinstance(channels, list) and len(roles) == len(channels) == size):
+        return (Span(0, size, "tokens", None),)
+    spans, start = [], 0
+    for (role, channel), run in groupby(zip(roles, channels, strict=True)):
+        end = start + len(list(run))
+        spans.append(Span(start, end, role, channel))
+        start = end
+    return tuple(spans)

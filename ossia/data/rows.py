@@ -1,0 +1,277 @@
+"""Rows of a JSON Lines or JSON file, by number, without the file in memory.
+
+A file of any size costs 12 bytes of RAM a row: where the row starts, and how long it is. Rows are read from disk when
+they are asked for, in any order, so that a shuffle is a true shuffle of everything. Plain reads, not a memory map:
+pages of a map count as resident memory of the process, and a file on a network disk that fails would kill it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from pathlib import Path
+from typing import IO, Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ossia.errors import DataError, RunError
+
+Row = dict[str, Any]
+_CHUNK_BYTES = 1 << 22
+_LONGEST_BLANK = 16  # a line shorter than this is looked at when the index is made: it may hold only white space
+_BOM = b"\xef\xbb\xbf"
+_SPACE = re.compile(r"\s*")
+
+
+class Rows(Protocol):
+    """Random access to the rows of one source."""
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when the content does; a resumed run compares it."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def row(self, index: int) -> Row:
+        """The row as a JSON object; DataError with its place if it is none."""
+        ...
+
+    def where(self, index: int) -> str:
+        """`file:line`, counted from 1."""
+        ...
+
+    def hashes(self, seed: int) -> NDArray[np.uint64]:
+        """(len(self),) uint64, uniform, from each row's own bytes: equal rows have equal hashes wherever they stand."""
+        ...
+
+
+def row_hash(raw: bytes, seed: int) -> bytes:
+    """8 uniform bytes that only the row's text and the seed decide."""
+    return blake2b(raw.strip(), digest_size=8, key=seed.to_bytes(8, "little", signed=True)).digest()
+
+
+class _Stamp(NamedTuple):
+    """Tells that a file was written to."""
+
+    size_bytes: int
+    modified_ns: int
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> _Stamp:
+        return cls(status.st_size, status.st_mtime_ns)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class FileRows:
+    """Rows that lie in one file as JSON text, one after the other.
+
+    starts, sizes  (num_rows,) int64 and int32: the bytes of each row in `file`
+    lines          (num_rows,) int32 line of each row, where that is not simply its number + 1
+    name           what messages call the file; where `file` is an unpacked copy, `keep` is what keeps that alive
+    """
+
+    name: str
+    file: Path
+    starts: NDArray[np.int64]
+    sizes: NDArray[np.int32]
+    lines: NDArray[np.int32] | None
+    checksum: int
+    stamp: _Stamp
+    keep: IO[bytes] | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{len(self)} rows, crc32 {self.checksum:08x}"
+
+    def where(self, index: int) -> str:
+        line = index + 1 if self.lines is None else int(self.lines[index])
+        return f"{self.name}:{line}"
+
+    def row(self, index: int) -> Row:
+        with self._open() as handle:
+            raw = os.pread(handle.fileno(), int(self.sizes[index]), int(self.starts[index]))
+        return _parse(raw, self.where(index))
+
+    def hashes(self, seed: int) -> NDArray[np.uint64]:
+        digests = bytearray()
+        with self._open(_CHUNK_BYTES) as handle:
+            for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True):
+                handle.seek(start)
+                digests += row_hash(handle.read(size), seed)
+        return np.frombuffer(digests, np.uint64)
+
+    def _open(self, buffer_bytes: int = 0) -> IO[bytes]:
+        """The file as it was indexed. Raises RunError, which no rule for bad rows skips, if it isn't that any more."""
+        try:
+            handle = open(self.file, "rb", buffering=buffer_bytes)  # noqa: SIM115 - the caller closes it
+        except OSError as error:
+            raise RunError(
+                f"{self.name}: can't be read any more: {error.strerror}\n  next: resume when it can"
+            ) from error
+        if _Stamp.of(os.fstat(handle.fileno())) != self.stamp:
+            handle.close()
+            raise RunError(f"{self.name}: the file changed while it was in use\n  next: start again with the new one")
+        return handle
+
+
+def _parse(raw: bytes, where: str) -> Row:
+    try:
+        row = json.loads(raw)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.pos + 1}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"{where}: not UTF-8 text at byte {error.start + 1} of the row") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: expected a JSON object {{...}} as the row, found {type(row).__name__}")
+    return row
+
+
+def index_lines(file: Path, name: str) -> FileRows:
+    """Where each line of a JSON Lines file starts; blank lines are no rows.
+
+    One pass over the file, a few MB of memory besides the index. Raises DataError if no row is there.
+    """
+    parts: list[tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]] = []
+    checksum, offset, num_lines, line_start = 0, 0, 0, 0
+    with file.open("rb", buffering=0) as handle:
+        stamp = _Stamp.of(os.fstat(handle.fileno()))
+        if os.pread(handle.fileno(), 3, 0) == _BOM:
+            line_start = 3
+        while chunk := handle.read(_CHUNK_BYTES):
+            checksum = zlib.crc32(chunk, checksum)
+            ends = np.flatnonzero(np.frombuffer(chunk, np.uint8) == ord("\n")) + offset
+            offset += len(chunk)
+            if len(ends):
+                starts = np.concatenate([[line_start], ends[:-1] + 1])
+                parts.append(_used_lines(handle.fileno(), starts, ends - starts, num_lines, name))
+                num_lines, line_start = num_lines + len(ends), int(ends[-1]) + 1
+        last = np.array([line_start], np.int64)
+        parts.append(_used_lines(handle.fileno(), last, offset - last, num_lines, name))
+    starts, sizes, lines = (np.concatenate(column) for column in zip(*parts, strict=True))
+    if not len(starts):
+        raise DataError(f"{name}: the file holds no rows\n  expected: one JSON object a line")
+    without_blanks = lines[-1] == len(lines)
+    return FileRows(name, file, starts, sizes, None if without_blanks else lines, checksum, stamp)
+
+
+def _used_lines(
+    descriptor: int, starts: NDArray[np.int64], sizes: NDArray[np.int64], num_before: int, name: str
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.int32]]:
+    """Starts, sizes and numbers of those lines that aren't blank; `num_before` lines came before them."""
+    if sizes.max() > np.iinfo(np.int32).max:
+        line = num_before + int(sizes.argmax()) + 1
+        raise DataError(f"{name}:{line}: a row of {int(sizes.max()):,} bytes; the limit is 2 GiB")
+    used = sizes > 0
+    for line in np.flatnonzero(used & (sizes < _LONGEST_BLANK)):
+        used[line] = bool(os.pread(descriptor, int(sizes[line]), int(starts[line])).strip())
+    numbers = np.flatnonzero(used)
+    return starts[numbers], sizes[numbers].astype(np.int32), (numbers + num_before + 1).astype(np.int32)
+
+
+def index_json(file: Path, name: str) -> FileRows:
+    """Rows of a `.json` file: the objects of an array, or JSON Lines if it doesn't begin with `[`. Raises DataError."""
+    with file.open("rb") as handle:
+        head = handle.read(_CHUNK_BYTES)
+    if not head.removeprefix(_BOM).lstrip().startswith(b"["):
+        return index_lines(file, name)
+    return _index_array(file, name)
+
+
+def _index_array(file: Path, name: str) -> FileRows:
+    """Where each object of a JSON array lies. The text is in memory while this runs, not after."""
+    stamp = _Stamp.of(file.stat())
+    raw = file.read_bytes()
+    byte = len(_BOM) if raw.startswith(_BOM) else 0
+    try:
+        text = raw[byte:].decode()
+    except UnicodeDecodeError as error:
+        raise DataError(f"{name}: not UTF-8 text at byte {error.start + byte + 1}") from error
+    spans: list[tuple[int, int, int]] = []
+    done, line = 0, 1  # `line` and `byte` are where the character `done` is
+    for start, end in _array_elements(text, name):
+        line += text.count("\n", done, start)
+        byte += len(text[done:start].encode())
+        size = len(text[start:end].encode())
+        spans.append((byte, size, line))
+        line += text.count("\n", start, end)
+        byte, done = byte + size, end
+    if not spans:
+        raise DataError(f"{name}: the file holds no rows\n  expected: [{{...}}, {{...}}]")
+    starts, sizes, lines = np.array(spans, np.int64).T
+    return FileRows(name, file, starts, sizes.astype(np.int32), lines.astype(np.int32), zlib.crc32(raw), stamp)
+
+
+def _array_elements(text: str, name: str) -> Iterator[tuple[int, int]]:
+    """Start and end of every element of the JSON array that `text` is."""
+    decoder = json.JSONDecoder()
+
+    def skip(position: int) -> int:
+        match = _SPACE.match(text, position)
+        assert match is not None
+        return match.end()
+
+    def fail(position: int, message: str) -> DataError:
+        line = text.count("\n", 0, position) + 1
+        return DataError(
+            f"{name}:{line}: not valid JSON: {message} at column {position - text.rfind(chr(10), 0, position)}"
+        )
+
+    position = skip(skip(0) + 1)
+    while text[position : position + 1] != "]":
+        try:
+            _, end = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise fail(error.pos, error.msg) from error
+        yield position, end
+        position = skip(end)
+        if text[position : position + 1] == ",":
+            position = skip(position + 1)
+        elif text[position : position + 1] != "]":
+            raise fail(position, "expected ',' or ']'")
+    if skip(position + 1) != len(text):
+        raise fail(skip(position + 1), "text after the end of the array")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ChainedRows:
+    """Several files one after the other; `firsts` (num_parts + 1,) int64 is the number of each part's first row."""
+
+    parts: tuple[Rows, ...]
+    firsts: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, parts: Sequence[Rows]) -> ChainedRows:
+        """The parts in this order."""
+        return cls(tuple(parts), np.cumsum([0, *map(len, parts)]))
+
+    def __len__(self) -> int:
+        return int(self.firsts[-1])
+
+    @property
+    def fingerprint(self) -> str:
+        return "; ".join(part.fingerprint for part in self.parts)
+
+    def row(self, index: int) -> Row:
+        part, offset = self._locate(index)
+        return part.row(offset)
+
+    def where(self, index: int) -> str:
+        part, offset = self._locate(index)
+        return part.where(offset)
+
+    def hashes(self, seed: int) -> NDArray[np.uint64]:
+        return np.concatenate([part.hashes(seed) for part in self.parts])
+
+    def _locate(self, index: int) -> tuple[Rows, int]:
+        number = int(np.searchsorted(self.firsts, index, side="right")) - 1
+        return self.parts[number], index - int(self.firsts[number])

@@ -1,0 +1,185 @@
+"""Where rows come from: a file, a folder of files, or a dataset on the Hugging Face hub.
+
+What has no lines to jump to (Parquet, gzip) is unpacked once into a temporary JSON Lines file and read from there: a
+seeded shuffle reads rows in any order, and a Parquet row group would be decoded again for every single one.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import tempfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ossia.config import is_hub_name
+from ossia.data.rows import ChainedRows, FileRows, Row, Rows, index_json, index_lines, row_hash
+from ossia.errors import DataError, MissingExtraError
+
+SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
+_PACKED = (".zst", ".bz2", ".xz", ".zip", ".gz")
+_CHUNK_BYTES = 1 << 22
+
+
+def open_rows(path: str, split: str = "train") -> Rows:
+    """The rows of a file, of every data file below a folder, or of a dataset on the Hugging Face hub.
+
+    split   of a hub dataset only
+    Raises  DataError if there is no such file, it holds no rows, or its kind is unknown; MissingExtraError
+    """
+    place = Path(path).expanduser()
+    try:
+        if place.is_dir():
+            return _open_folder(place, path)
+        if place.is_file():
+            return _open_file(place, path)
+    except OSError as error:
+        raise DataError(f"{error.filename or path}: can't be read: {error.strerror}") from error
+    if is_hub_name(path) and not path.endswith(SUFFIXES):
+        return _open_hub(path, split)
+    raise DataError(
+        f"{path}: no such data file or folder\n"
+        f"  allowed: a file ({', '.join(SUFFIXES)}), a folder of these, or a hub dataset as OWNER/NAME"
+    )
+
+
+def _open_folder(folder: Path, name: str) -> Rows:
+    """Every data file below a folder, in the order of their names; hidden ones are left out."""
+    inside = [(file.relative_to(folder), file) for file in sorted(folder.rglob("*")) if file.is_file()]
+    files = [
+        (relative, file)
+        for relative, file in inside
+        if file.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in relative.parts)
+    ]
+    if not files:
+        raise DataError(f"{name}: no data file in this folder\n  expected: files ending in {', '.join(SUFFIXES)}")
+    return ChainedRows.of([_open_file(file, os.path.join(name, relative)) for relative, file in files])
+
+
+def _open_file(file: Path, name: str) -> Rows:
+    if file.name.endswith((".jsonl", ".ndjson")):
+        return index_lines(file, name)
+    if file.name.endswith(".json"):
+        return index_json(file, name)
+    if file.name.endswith(".jsonl.gz"):
+        return _unpacked(name, _gzip_chunks(file, name))
+    if file.name.endswith(".parquet"):
+        return _unpacked(name, _parquet_lines(file, name))
+    next_step = "unpack it first" if file.name.endswith(_PACKED) else "convert it, or rename it"
+    raise DataError(f"{name}: unknown kind of data file\n  allowed: {', '.join(SUFFIXES)}\n  next: {next_step}")
+
+
+def _unpacked(name: str, chunks: Iterator[bytes]) -> FileRows:
+    """JSON Lines in a temporary file that lives as long as the rows do."""
+    copy = tempfile.NamedTemporaryFile(prefix="ossia-rows-", suffix=".jsonl")  # noqa: SIM115 - closed with the rows
+    for chunk in chunks:
+        try:
+            copy.write(chunk)
+            copy.flush()
+        except OSError as error:
+            raise DataError(
+                f"{name}: can't be unpacked into {tempfile.gettempdir()}: {error.strerror}\n"
+                "  next: make room there, or set TMPDIR to a folder with more"
+            ) from error
+    return replace(index_lines(Path(copy.name), name), keep=copy)
+
+
+def _gzip_chunks(file: Path, name: str) -> Iterator[bytes]:
+    try:
+        with gzip.open(file, "rb") as handle:
+            while chunk := handle.read(_CHUNK_BYTES):
+                yield chunk
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise DataError(f"{name}: not a whole gzip file: {error}") from error
+
+
+def _parquet_lines(file: Path, name: str) -> Iterator[bytes]:
+    """A batch of rows at a time."""
+    try:
+        from pyarrow import ArrowInvalid
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise MissingExtraError(f"{name}: reading Parquet needs pyarrow: pip install 'ossia[data]'") from error
+    try:
+        with ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(batch_size=1024):
+                yield b"".join(map(_json_line, batch.to_pylist()))
+    except ArrowInvalid as error:
+        raise DataError(f"{name}: not a Parquet file that can be read: {error}") from error
+
+
+def _json_line(row: Row) -> bytes:
+    """An Arrow row; dates and the like, for which JSON has no type, as their text."""
+    return json.dumps(_without_nulls(row), ensure_ascii=False, default=str).encode() + b"\n"
+
+
+def _without_nulls(value: Any) -> Any:
+    """Objects without their null members: Arrow gives every object of a column every member that any of them has."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    if isinstance(value, list):
+        return [_without_nulls(item) for item in value]
+    return value
+
+
+class HubTable(Protocol):
+    """What is used of a `datasets.Dataset`."""
+
+    @property
+    def _fingerprint(self) -> str: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+@dataclass(frozen=True, slots=True)
+class HubRows:
+    """Rows of a `datasets.Dataset`, which keeps them in a memory-mapped Arrow file."""
+
+    name: str
+    table: HubTable
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @property
+    def fingerprint(self) -> str:
+        return f"{len(self)} rows, arrow {self.table._fingerprint}"
+
+    def where(self, index: int) -> str:
+        return f"{self.name}:{index + 1}"
+
+    def row(self, index: int) -> Row:
+        row: Row = _without_nulls(self.table[index])
+        return row
+
+    def hashes(self, seed: int) -> NDArray[np.uint64]:
+        digests = b"".join(row_hash(_json_line(self.table[index]), seed) for index in range(len(self)))
+        return np.frombuffer(digests, np.uint64)
+
+
+def _open_hub(name: str, split: str) -> Rows:
+    try:
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError as error:
+        raise MissingExtraError(
+            f"{name}: no such file; to load it from the Hugging Face hub: pip install 'ossia[hub]'"
+        ) from error
+    try:
+        table = load_dataset(name, split=split)
+    except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{name}: neither a file or folder here, nor a hub dataset with a split `{split}` that loads: {reason}"
+        ) from error
+    if not len(table):
+        raise DataError(f"{name}: split `{split}` holds no rows")
+    return HubRows(f"{name}/{split}", table)

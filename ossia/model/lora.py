@@ -1,0 +1,127 @@
+"""Low-rank adapters on attention, experts, router and head: which tensors there are, and how they start.
+
+Own code because experts, the bulk of the model, need adapters per expert that every path reads: training, decoding and
+export. Shapes: A (r, in), B (out, r); of experts A (E, r, in), B (E, out, r), gate rows of B before its up rows.
+Source: LoRA, arXiv:2106.09685; rank-stabilised scaling, arXiv:2312.03732.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ossia.errors import AdapterError
+from ossia.model.arch import Arch
+from ossia.model.weights import Trainable
+
+MODULE_OF = {
+    "q_proj": "self_attn.q_proj",
+    "k_proj": "self_attn.k_proj",
+    "v_proj": "self_attn.v_proj",
+    "o_proj": "self_attn.o_proj",
+    "router": "mlp.router",
+    "gate_up_proj": "mlp.experts.gate_up_proj",
+    "down_proj": "mlp.experts.down_proj",
+}
+TARGETS = (*MODULE_OF, "lm_head")
+
+
+@dataclass(frozen=True, slots=True)
+class LoraSpec:
+    """What gets an adapter: target -> (rank, alpha); scaling alpha / rank, or alpha / sqrt(rank) with rslora."""
+
+    targets: Mapping[str, tuple[int, float]]
+    dropout: float = 0.0
+    rslora: bool = False
+
+    def scale(self, target: str) -> float:
+        rank, alpha = self.targets[target]
+        return alpha / math.sqrt(rank) if self.rslora else alpha / rank
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One adapted matrix: its module's name in the checkpoint, its target, and the sizes of its factors."""
+
+    module: str
+    target: str
+    num_experts: int | None
+    fan_in: int
+    fan_out: int
+
+
+def sites(arch: Arch, spec: LoraSpec) -> list[Site]:
+    """Every adapted matrix, in the order of the forward pass.
+
+    Raises  AdapterError for a target that the model doesn't have
+    """
+    if unknown := [target for target in spec.targets if target not in TARGETS]:
+        raise AdapterError(f"adapter.targets: {unknown} match nothing in a gpt-oss model; allowed: {', '.join(TARGETS)}")
+    q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    shapes = {
+        "q_proj": (None, arch.hidden_size, q_size),
+        "k_proj": (None, arch.hidden_size, kv_size),
+        "v_proj": (None, arch.hidden_size, kv_size),
+        "o_proj": (None, q_size, arch.hidden_size),
+        "router": (None, arch.hidden_size, arch.num_experts),
+        "gate_up_proj": (arch.num_experts, arch.hidden_size, 2 * arch.intermediate_size),
+        "down_proj": (arch.num_experts, arch.intermediate_size, arch.hidden_size),
+    }
+    found = [
+        Site(f"model.layers.{layer}.{MODULE_OF[target]}", target, *shapes[target])
+        for layer in range(arch.num_layers)
+        for target in MODULE_OF
+        if target in spec.targets
+    ]
+    if "lm_head" in spec.targets:
+        found.append(Site("lm_head", "lm_head", None, arch.hidden_size, arch.vocab_size))
+    return found
+
+
+class Lora:
+    """An adapter's tensors, float32, and where they go."""
+
+    def __init__(self, arch: Arch, spec: LoraSpec, tensors: dict[str, Tensor]) -> None:
+        self.spec, self.trainable = spec, Trainable(tensors)
+        self.sites = {site.module: site for site in sites(arch, spec)}
+        expected = {f"{module}.lora_{side}" for module in self.sites for side in "AB"}
+        assert set(tensors) == expected, set(tensors) ^ expected
+
+    @classmethod
+    def fresh(cls, arch: Arch, spec: LoraSpec, *, seed: int, device: torch.device) -> Lora:
+        """A is uniform within 1/sqrt(in) and B is zero, so the model starts as it was (as in PEFT).
+
+        The numbers depend on seed and name alone, not on what else is adapted.
+        """
+        tensors: dict[str, Tensor] = {}
+        for site in sites(arch, spec):
+            rank, _ = spec.targets[site.target]
+            lead = () if site.num_experts is None else (site.num_experts,)
+            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(site.module.encode()))
+            a = (torch.rand((*lead, rank, site.fan_in), generator=generator) * 2 - 1) / math.sqrt(site.fan_in)
+            tensors[f"{site.module}.lora_A"] = a.to(device)
+            tensors[f"{site.module}.lora_B"] = torch.zeros((*lead, site.fan_out, rank), device=device)
+        return cls(arch, spec, tensors)
+
+    def pair(self, module: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        """A and the scaled B of a module in `dtype`; (None, None) where it has no adapter."""
+        site = self.sites.get(module)
+        if site is None:
+            return None, None
+        a = self.trainable.use(f"{module}.lora_A", dtype)
+        return a, self.trainable.use(f"{module}.lora_B", dtype, self.spec.scale(site.target))
+
+    def table(self) -> list[tuple[str, int, int, int]]:
+        """(target, rank, matrices, parameters) of each target, for the user to see before step 1."""
+        rows = []
+        for target, (rank, _) in self.spec.targets.items():
+            mine = [site for site in self.sites.values() if site.target == target]
+            matrices = sum(site.num_experts or 1 for site in mine)
+            parameters = sum((site.num_experts or 1) * rank * (site.fan_in + site.fan_out) for site in mine)
+            rows.append((target, rank, matrices, parameters))
+        return rows

@@ -1,0 +1,241 @@
+"""gpt-oss, layer by layer: embedding, attention with sinks, mixture of experts, final norm; nothing else.
+
+Functions on tensors rather than a module tree, because the step goes layer-major: `fetch` makes one layer's weights ready
+(expanded, cast, adapters beside them), `layer_forward` takes every micro-batch through it, and the layer is dropped.
+The same function serves training, evaluation and decoding, which brings its own attention over a cache.
+Oracle: transformers' `GptOssForCausalLM`. Letters: T packed tokens, D hidden, H query heads, K key-value heads, d head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ossia.model.arch import Arch
+from ossia.model.lora import Lora
+from ossia.model.weights import Trainable, Weights
+from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
+from ossia.ops.linear import Dropout, Linear, linear, rms_norm
+from ossia.ops.moe import Expert, clamped_swiglu, combine, project, route
+from ossia.ops.rope import Yarn, apply_rope, rope_tables
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
+"""(q_THd, k_TKd, v_TKd, sinks_H, window) -> (T, H, d)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One layer's weights, ready to compute with."""
+
+    index: int
+    window: int | None
+    input_norm_D: Tensor
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    sinks_H: Tensor
+    post_norm_D: Tensor
+    router: Linear
+    gate_up: Expert
+    down: Expert
+
+
+class PackedTokens(Protocol):
+    """What a forward pass needs of a pack: ids (T,) int64 and document boundaries starts (D + 1,) int64."""
+
+    @property
+    def ids(self) -> Tensor: ...
+    @property
+    def starts(self) -> Tensor: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What every layer needs of a pack beside its activations."""
+
+    segments: Segments
+    cos_TF: Tensor
+    sin_TF: Tensor
+
+
+class Transformer:
+    """A model whose weights are in `weights`, with either an adapter (`lora`), or all of its tensors in `trainable`.
+
+    trainable  what an optimizer may change: the adapter's tensors, or every weight of the model; empty where the model
+               is only used
+    """
+
+    def __init__(self, weights: Weights, *, lora: Lora | None = None, backend: Backend | None = None) -> None:
+        self.weights, self.lora = weights, lora
+        self.trainable = lora.trainable if lora is not None else Trainable()
+        self.backend: Backend = backend or pick_backend(weights.device, weights.dtype)
+
+    @property
+    def arch(self) -> Arch:
+        return self.weights.arch
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
+
+    @cached_property
+    def yarn(self) -> Yarn:
+        a = self.arch
+        return Yarn(
+            a.head_dim,
+            a.rope_theta,
+            a.rope_factor,
+            a.rope_beta_fast,
+            a.rope_beta_slow,
+            a.rope_original,
+            a.rope_truncate,
+        )
+
+    def train_all_weights(self) -> None:
+        """Make every tensor trainable, as a float32 copy (16 bytes a parameter with its gradient and Adam's moments)."""
+        assert self.lora is None
+        for name in self.arch.tensor_specs("bf16"):
+            self.trainable.tensors[name] = self._master(name).to(torch.float32, copy=True)
+
+    def _master(self, name: str) -> Tensor:
+        if ".mlp.experts." not in name:
+            return self.weights.get(name)
+        layer, leaf = int(name.split(".")[2]), name.rpartition(".")[2]
+        if leaf.endswith("_bias"):
+            return self.weights.expert_bias(layer, leaf.removesuffix("_bias"))
+        return self.weights.expert_weight(layer, leaf)
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight in the computation's dtype, trainable or frozen; experts excepted."""
+        return self.trainable.use(name, self.dtype) if name in self.trainable else self.weights.get(name)
+
+    def embed(self, ids_T: Tensor) -> Tensor:
+        """Rows of the embedding. Returns (T, D)."""
+        table_VD = self.weights.raw("model.embed_tokens.weight")
+        if "model.embed_tokens.weight" in self.trainable:
+            return F.embedding(ids_T, self.tensor("model.embed_tokens.weight"))
+        return F.embedding(ids_T.to(table_VD.device), table_VD).to(device=self.device, dtype=self.dtype)
+
+    def context(self, pack: PackedTokens) -> Context:
+        """Positions, document boundaries and rotary tables of a pack."""
+        segments = Segments(pack.starts.cpu(), self.device)
+        return Context(segments, *rope_tables(self.yarn, segments.positions_T, self.dtype))
+
+    def fetch(self, index: int) -> Layer:
+        """Layer `index` ready to compute with; gradients on its trainable parts where they are on."""
+        name = f"model.layers.{index}"
+        sliding = self.arch.layer_types[index] == "sliding_attention"
+
+        def part(module: str) -> Linear:
+            weight, bias = (self.tensor(f"{name}.{module}.{leaf}") for leaf in ("weight", "bias"))
+            return Linear(weight, bias, *self._adapter(f"{name}.{module}"))
+
+        return Layer(
+            index=index,
+            window=self.arch.sliding_window if sliding else None,
+            input_norm_D=self.tensor(f"{name}.input_layernorm.weight"),
+            q=part("self_attn.q_proj"),
+            k=part("self_attn.k_proj"),
+            v=part("self_attn.v_proj"),
+            o=part("self_attn.o_proj"),
+            sinks_H=self.tensor(f"{name}.self_attn.sinks"),
+            post_norm_D=self.tensor(f"{name}.post_attention_layernorm.weight"),
+            router=part("mlp.router"),
+            gate_up=self._expert(index, "gate_up_proj"),
+            down=self._expert(index, "down_proj"),
+        )
+
+    def _adapter(self, module: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
+        return (None, None) if self.lora is None else self.lora.pair(module, self.dtype)
+
+    def _expert(self, index: int, projection: str) -> Expert:
+        module = f"model.layers.{index}.mlp.experts.{projection}"
+        if module in self.trainable:
+            weight, bias = self.tensor(module), self.tensor(f"{module}_bias")
+        else:
+            weight = self.weights.expert_weight(index, projection)
+            bias = self.weights.expert_bias(index, projection)
+        return Expert(weight, bias, *self._adapter(module))
+
+    def layer_forward(
+        self,
+        layer: Layer,
+        x_TD: Tensor,
+        context: Context,
+        *,
+        rows: Tensor | None = None,
+        attend: Attend | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """One layer over one pack.
+
+        x_TD     (T, D)
+        rows     (R,) int64: the only rows of the result that are wanted (the others still serve as keys and values)
+        attend   attention to use instead of that over the pack itself (decoding, over a cache)
+        dropout  of the adapters' inputs
+        Returns  (T, D), or (R, D) with `rows`
+        """
+        num_tokens = len(x_TD)
+        a = self.arch
+
+        def adapted(x: Tensor, slot: int) -> Tensor | None:
+            return None if dropout is None else dropout(x, layer.index * 8 + slot)
+
+        normed = rms_norm(x_TD, layer.input_norm_D, a.rms_eps)
+        q = linear(normed, layer.q, adapted(normed, 0)).view(num_tokens, a.num_heads, a.head_dim)
+        k = linear(normed, layer.k, adapted(normed, 1)).view(num_tokens, a.num_kv_heads, a.head_dim)
+        v = linear(normed, layer.v, adapted(normed, 2)).view(num_tokens, a.num_kv_heads, a.head_dim)
+        q, k = (apply_rope(x, context.cos_TF, context.sin_TF) for x in (q, k))
+        attended = (attend or self._attend(context))(q, k, v, layer.sinks_H, layer.window).reshape(num_tokens, -1)
+        if rows is not None:
+            attended, x_TD = attended[rows], x_TD[rows]
+        x_TD = x_TD + linear(attended, layer.o, adapted(attended, 3))
+
+        normed = rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
+        routing = route(linear(normed, layer.router, adapted(normed, 4)), a.experts_per_token)
+        gathered = normed[routing.token_N]
+        hidden = project(gathered, layer.gate_up, routing.ends_E, adapted(gathered, 5))
+        hidden = clamped_swiglu(hidden, a.swiglu_limit, a.swiglu_alpha)
+        return x_TD + combine(project(hidden, layer.down, routing.ends_E, adapted(hidden, 6)), routing)
+
+    def _attend(self, context: Context) -> Attend:
+        scale = self.arch.head_dim**-0.5
+
+        def attend(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, window: int | None) -> Tensor:
+            return sink_attention(
+                q, k, v, sinks_H, context.segments, window=window, scale=scale, backend=self.backend
+            )
+
+        return attend
+
+    def head(self) -> Linear:
+        """The output projection: (V, D), no bias, with its adapter where it has one."""
+        return Linear(self.tensor("lm_head.weight"), None, *self._adapter("lm_head"))
+
+    def final_norm(self, x_TD: Tensor) -> Tensor:
+        """The hidden states that the head reads."""
+        return rms_norm(x_TD, self.tensor("model.norm.weight"), self.arch.rms_eps)
+
+    @torch.no_grad()
+    def hidden(self, pack: PackedTokens) -> Tensor:
+        """Final hidden states of a pack, without gradients: (T, D), normalised."""
+        context, x_TD = self.context(pack), self.embed(pack.ids)
+        for index in range(self.arch.num_layers):
+            x_TD = self.layer_forward(self.fetch(index), x_TD, context)
+        return self.final_norm(x_TD)
+
+    @torch.no_grad()
+    def logits(self, pack: PackedTokens) -> Tensor:
+        """(T, V) of the activations' dtype: for tests and single positions; training never makes them."""
+        return linear(self.hidden(pack), self.head())

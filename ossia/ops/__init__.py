@@ -1,0 +1,1 @@
+"""Pure functions on tensors: a plain PyTorch reference first, faster paths beside it."""

@@ -1,0 +1,223 @@
+"""Attention with sinks over packed documents: causal, grouped-query, full or with a sliding window.
+
+A sink is one extra logit per head that takes part in the softmax and carries no value. No kernel needs to know of it:
+with the stock output O and log-sum-exp l, the sink-inclusive ones are O' = O * sigmoid(l - s) and l' = logaddexp(l, s),
+and the stock backward fed with (O', l') is exact, because it only ever uses exp(scores - l') and the row sum of dO * O'.
+(Scaling O outside and dropping the gradient through l, as is commonly done, is not: a test holds that it differs.)
+Own code because packing, window and sinks together exist in no stock op; the inner kernels are torch's own.
+Backends: `reference` (dense, plain autograd, any device), `cpu` (torch's flash kernel for CPU), `cuda` (its varlen one).
+Letters: T packed tokens, H query heads, K key-value heads, d head dimension, B blocks, L tokens of a block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Backend = Literal["reference", "cpu", "cuda"]
+
+
+@dataclass(slots=True)
+class Segments:
+    """Where the documents of a pack begin and end; attention never crosses from one into another.
+
+    starts  (num_docs + 1,) int64 on CPU: 0, ..., T, strictly rising
+    """
+
+    starts: Tensor
+    device: torch.device = torch.device("cpu")
+    lengths: list[int] = field(init=False)
+    positions_T: Tensor = field(init=False)
+    doc_T: Tensor = field(init=False)
+    _blocks: dict[int, Tensor] = field(init=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        lengths = self.starts.diff()
+        assert self.starts.dim() == 1 and int(self.starts[0]) == 0 and bool((lengths > 0).all()), self.starts
+        self.lengths = lengths.tolist()
+        doc_T = torch.repeat_interleave(torch.arange(len(self.lengths)), lengths)
+        self.positions_T = (torch.arange(self.num_tokens) - self.starts[doc_T]).to(self.device)
+        self.doc_T = doc_T.to(self.device)
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self.starts[-1])
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def block_mask(self, window: int) -> Tensor:
+        """Which of the 2 * window keys (previous block and own) each query of a block sees: (B, 1, L, 2L) bool.
+
+        Queries past the end of the pack see themselves, so that no row is empty.
+        """
+        if window not in self._blocks:
+            num_blocks = -(-self.num_tokens // window)
+            doc = torch.full(((num_blocks + 1) * window,), -1, device=self.device)
+            doc[window : window + self.num_tokens] = self.doc_T
+            doc_q_BL = doc[window:].view(num_blocks, window)
+            doc_k_BL = torch.cat((doc[:-window].view(num_blocks, window), doc_q_BL), dim=1)
+            offset_q = torch.arange(window, 2 * window, device=self.device)[:, None]
+            offset_k = torch.arange(2 * window, device=self.device)[None]
+            near = (offset_k <= offset_q) & (offset_k > offset_q - window)
+            mask_BLL = near & (doc_q_BL[:, :, None] == doc_k_BL[:, None, :])
+            # a padding query has document -1, like the block before the first: it must not reach back into it
+            mask_BLL &= (doc_q_BL[:, :, None] >= 0) | (offset_k == offset_q)
+            self._blocks[window] = mask_BLL[:, None]
+        return self._blocks[window]
+
+
+def pick_backend(device: torch.device, dtype: torch.dtype) -> Backend:
+    """The fastest backend that is exact on this device and dtype."""
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+        return "cpu"
+    if device.type == "cuda" and dtype in (torch.float16, torch.bfloat16):
+        return "cuda"
+    return "reference"
+
+
+def sink_attention(
+    q_THd: Tensor,
+    k_TKd: Tensor,
+    v_TKd: Tensor,
+    sinks_H: Tensor,
+    segments: Segments,
+    *,
+    window: int | None,
+    scale: float,
+    backend: Backend,
+) -> Tensor:
+    """Causal attention of every document with itself, a sink in each head's softmax.
+
+    q_THd, k_TKd, v_TKd  (T, H, d), (T, K, d), (T, K, d) of one dtype; H is a multiple of K
+    sinks_H              (H,) any floating dtype, a logit
+    window               the last `window` keys including the query's own, or None for all
+    Returns              (T, H, d) of q's dtype; differentiable in q, k, v and sinks
+    Source               gpt-oss model card; sliding window and sinks as in openai/gpt-oss torch/model.py
+    """
+    if backend == "reference":
+        return _reference(q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale)
+    if backend == "cuda":
+        return _CudaSink.apply(q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale)
+    if window is None and segments.longest > DENSE_BLOCK:
+        return _per_document(q_THd, k_TKd, v_TKd, sinks_H, segments, scale)
+    # where no document is longer than a block, its window already holds all of it
+    return _in_blocks(q_THd, k_TKd, v_TKd, sinks_H, segments, window or DENSE_BLOCK, scale)
+
+
+DENSE_BLOCK = 128
+
+
+def _reference(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, window: int | None, scale: float
+) -> Tensor:
+    """The definition, in float32 over all T x T pairs."""
+    groups = q_THd.shape[1] // k_TKd.shape[1]
+    k_THd, v_THd = (x.float().repeat_interleave(groups, dim=1) for x in (k_TKd, v_TKd))
+    scores_HTT = torch.einsum("qhd,khd->hqk", q_THd.float(), k_THd) * scale
+    i = torch.arange(segments.num_tokens, device=q_THd.device)
+    seen_TT = (segments.doc_T[:, None] == segments.doc_T[None]) & (i[None] <= i[:, None])
+    if window is not None:
+        seen_TT &= i[None] > i[:, None] - window
+    scores_HTT = scores_HTT.masked_fill(~seen_TT, -torch.inf)
+    sinks = sinks_H.float()[:, None, None].expand(-1, segments.num_tokens, 1)
+    weights_HTT = torch.cat((scores_HTT, sinks), dim=-1).softmax(dim=-1)[..., :-1]
+    return torch.einsum("hqk,khd->qhd", weights_HTT, v_THd).to(q_THd.dtype)
+
+
+def _in_blocks(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, window: int, scale: float
+) -> Tensor:
+    """Blocks of `window` queries against their own and the previous block of keys: linear in T."""
+    num_tokens, num_heads, head_dim = q_THd.shape
+    num_blocks = -(-num_tokens // window)
+    padding = num_blocks * window - num_tokens
+
+    def blocks(x: Tensor, before: int) -> Tensor:
+        return torch.nn.functional.pad(x, (0, 0, 0, 0, before, padding))
+
+    def key_blocks(x_TKd: Tensor) -> Tensor:
+        """(B, K, 2L, d): overlapping views, copied once so that the kernel sees plain strides."""
+        padded = blocks(x_TKd, window)
+        return padded.unfold(0, 2 * window, window).permute(0, 1, 3, 2).contiguous()
+
+    q_BHLd = blocks(q_THd, 0).view(num_blocks, window, num_heads, head_dim).transpose(1, 2)
+    mask = segments.block_mask(window)
+    bias = torch.zeros(mask.shape, dtype=q_THd.dtype, device=q_THd.device).masked_fill(~mask, -torch.inf)
+    out_BHLd = _CpuSink.apply(q_BHLd, key_blocks(k_TKd), key_blocks(v_TKd), sinks_H, bias, scale)
+    return out_BHLd.transpose(1, 2).reshape(-1, num_heads, head_dim)[:num_tokens]
+
+
+def _per_document(
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, scale: float
+) -> Tensor:
+    """One causal kernel call a document."""
+    outs = []
+    for q, k, v in zip(*(x.split(segments.lengths) for x in (q_THd, k_TKd, v_TKd)), strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        outs.append(_CpuSink.apply(q, k, v, sinks_H, None, scale)[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+def _include_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+    """(O', l') from the stock (O, l); `sinks` broadcasts against lse (float32)."""
+    return (out.float() * (lse - sinks).sigmoid().unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, sinks)
+
+
+class _CpuSink(torch.autograd.Function):
+    """torch's flash attention for CPU with a sink; is_causal where no bias is given."""
+
+    @staticmethod
+    def forward(ctx, q_BHLd, k_BKLd, v_BKLd, sinks_H, bias, scale):  # noqa: ANN001, ANN205
+        out, lse_BHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q_BHLd, k_BKLd, v_BKLd, 0.0, bias is None, attn_mask=bias, scale=scale
+        )
+        out, lse_BHL = _include_sink(out, lse_BHL, sinks_H.float()[:, None])
+        ctx.save_for_backward(q_BHLd, k_BKLd, v_BKLd, out, lse_BHL, sinks_H, bias)
+        ctx.scale = scale
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):  # noqa: ANN001, ANN205
+        q, k, v, out, lse, sinks_H, bias = ctx.saved_tensors
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, q, k, v, out, lse, 0.0, bias is None, attn_mask=bias, scale=ctx.scale
+        )
+        dsinks = None
+        if ctx.needs_input_grad[3]:
+            share_BHL = (sinks_H.float()[:, None] - lse).exp()
+            dsinks = -(share_BHL * (grad_out.float() * out.float()).sum(-1)).sum((0, 2)).to(sinks_H.dtype)
+        return dq, dk, dv, dsinks, None, None
+
+
+class _CudaSink(torch.autograd.Function):
+    """torch's varlen flash attention for CUDA with a sink."""
+
+    @staticmethod
+    def forward(ctx, q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale):  # noqa: ANN001, ANN205
+        cu = segments.starts.to(torch.int32).to(q_THd.device)
+        bounds = {"scale": scale, "window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
+        out, lse_HT, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+            q_THd, k_TKd, v_TKd, cu, cu, segments.longest, segments.longest, 0.0, True, False, **bounds
+        )
+        out, lse_TH = _include_sink(out, lse_HT.transpose(0, 1), sinks_H.float())
+        ctx.save_for_backward(q_THd, k_TKd, v_TKd, out, lse_TH.transpose(0, 1).contiguous(), sinks_H, cu, rng, unused)
+        ctx.longest, ctx.bounds = segments.longest, bounds
+        return out
+
+    @staticmethod
+    def backward(ctx, grad_out):  # noqa: ANN001, ANN205
+        q, k, v, out, lse_HT, sinks_H, cu, rng, unused = ctx.saved_tensors
+        dq, dk, dv = torch.ops.aten._flash_attention_backward(
+            grad_out.contiguous(), q, k, v, out, lse_HT, cu, cu, ctx.longest, ctx.longest, 0.0, True, rng, unused,
+            **ctx.bounds,
+        )  # fmt: skip
+        dsinks = None
+        if ctx.needs_input_grad[3]:
+            share_TH = (sinks_H.float()[:, None] - lse_HT).exp().transpose(0, 1)
+            dsinks = -(share_TH * (grad_out.float() * out.float()).sum(-1)).sum(0).to(sinks_H.dtype)
+        return dq, dk, dv, dsinks, None, None, None

@@ -1,0 +1,97 @@
+"""Log-probability of given tokens from hidden states, and its gradient, without the logits ever existing.
+
+The vocabulary is walked in blocks with a running maximum, as flash attention walks its keys: a block of logits lives in
+cache, its exponentials are summed in float32, and the expected head row E = sum_v p_v W_v is gathered on the way. Then
+d logp / d hidden = W[target] - E, so the backward of a frozen head is one multiplication. `F.cross_entropy` needs the
+(T, V) logits and two more passes over them; `F.linear_cross_entropy` (torch 2.13) is several times slower on CPU.
+Losses are pure functions of the log-probabilities; each is a sum over one denominator that the whole step shares.
+Letters: N rows, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+VOCAB_BLOCK = 4096
+ROW_BLOCK = 1024
+
+
+def linear_logprob(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
+    """ln p(target) of every row under softmax(h @ head.T).
+
+    h_ND       (N, D) hidden states after the final norm, any floating dtype
+    head_VD    (V, D) of h's dtype; gets a gradient if it asks for one
+    targets_N  (N,) int64 in [0, V)
+    Returns    (N,) float32, natural log; differentiable in h and head
+    """
+    return _LinearLogprob.apply(h_ND, head_VD, targets_N)
+
+
+def weighted_nll(logp_N: Tensor, weights_N: Tensor, denominator: float) -> Tensor:
+    """-sum(weight * logp) / denominator: a micro-batch's part of the step's loss.
+
+    denominator  the sum of weights over the whole step (all micro-batches, all ranks), > 0
+    Returns      () float32, nats per unit of weight
+    """
+    return -(weights_N * logp_N).sum() / denominator
+
+
+class _LinearLogprob(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, h_ND, head_VD, targets_N):  # noqa: ANN001, ANN205
+        logp_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
+        lse_N = torch.empty_like(logp_N)
+        slope_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(h_ND), ROW_BLOCK):
+            rows = slice(start, start + ROW_BLOCK)
+            h, target_rows = h_ND[rows], head_VD[targets_N[rows]]
+            lse_N[rows], expected = _scan_vocabulary(h, head_VD, want_expected=slope_ND is not None)
+            logp_N[rows] = (h.float() * target_rows.float()).sum(-1) - lse_N[rows]
+            if slope_ND is not None:
+                slope_ND[rows] = (target_rows.float() - expected).to(h.dtype)
+        ctx.save_for_backward(slope_ND, *((h_ND, head_VD, targets_N, lse_N) if ctx.needs_input_grad[1] else ()))
+        return logp_N
+
+    @staticmethod
+    def backward(ctx, grad_N):  # noqa: ANN001, ANN205
+        slope_ND, *rest = ctx.saved_tensors
+        dh = None if slope_ND is None else (slope_ND.float() * grad_N[:, None]).to(slope_ND.dtype)
+        return dh, _head_gradient(*rest, grad_N) if rest else None, None
+
+
+def _scan_vocabulary(h_ND: Tensor, head_VD: Tensor, want_expected: bool) -> tuple[Tensor, Tensor | None]:
+    """log-sum-exp of the logits (N,) float32, and the expected head row (N, D) float32."""
+    num_rows, num_vocab = len(h_ND), len(head_VD)
+    h_ND = h_ND if h_ND.dtype != torch.float16 else h_ND.float()
+    top_N1 = torch.full((num_rows, 1), -torch.inf, dtype=h_ND.dtype, device=h_ND.device)
+    total_N = torch.zeros(num_rows, dtype=torch.float32, device=h_ND.device)
+    expected_ND = torch.zeros(h_ND.shape, dtype=torch.float32, device=h_ND.device) if want_expected else None
+    buffer = torch.empty(num_rows, min(VOCAB_BLOCK, num_vocab), dtype=h_ND.dtype, device=h_ND.device)
+    for start in range(0, num_vocab, VOCAB_BLOCK):
+        block_BD = head_VD[start : start + VOCAB_BLOCK].to(h_ND.dtype)
+        logits_NB = buffer if len(block_BD) == buffer.shape[1] else torch.empty_like(buffer[:, : len(block_BD)])
+        torch.mm(h_ND, block_BD.t(), out=logits_NB)
+        new_top_N1 = torch.maximum(top_N1, logits_NB.amax(1, keepdim=True))
+        shrink_N1 = (top_N1.float() - new_top_N1.float()).exp()
+        top_N1 = new_top_N1
+        logits_NB.sub_(top_N1).exp_()
+        total_N.mul_(shrink_N1[:, 0]).add_(logits_NB.sum(1, dtype=torch.float32))
+        if expected_ND is not None:
+            expected_ND.mul_(shrink_N1).add_(logits_NB @ block_BD)
+    lse_N = total_N.log() + top_N1[:, 0].float()
+    return lse_N, None if expected_ND is None else expected_ND.div_(total_N[:, None])
+
+
+def _head_gradient(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, lse_N: Tensor, grad_N: Tensor) -> Tensor:
+    """sum_n grad_n (onehot(target_n) - p_n) h_n: the logits once more, block by block, accumulated in float32."""
+    dhead_VD = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device)
+    weighted_ND = (h_ND.float() * grad_N[:, None]).to(h_ND.dtype)
+    for start in range(0, len(head_VD), VOCAB_BLOCK):
+        block_BD = head_VD[start : start + VOCAB_BLOCK]
+        for first in range(0, len(h_ND), ROW_BLOCK):
+            rows = slice(first, first + ROW_BLOCK)
+            p_NB = (h_ND[rows] @ block_BD.t()).float().sub_(lse_N[rows, None]).exp_().to(h_ND.dtype)
+            dhead_VD[start : start + VOCAB_BLOCK] -= p_NB.t() @ weighted_ND[rows]
+    dhead_VD.index_add_(0, targets_N, weighted_ND.float())
+    return dhead_VD.to(head_VD.dtype)

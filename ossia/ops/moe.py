@@ -1,0 +1,120 @@
+"""Mixture of experts: route each token to its top k experts, sort by expert, one grouped matmul per projection.
+
+Only routed tokens are computed; nothing loops over experts. Own code because the router's softmax over the chosen, the
+clamped SwiGLU with (up + 1) and the per-expert adapters are gpt-oss's own. The grouped matmul is `F.grouped_mm`.
+Letters: T tokens, E experts, K experts per token, N = T * K routed rows sorted by expert, D hidden, I expert width, r rank.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """Which rows go to which expert.
+
+    weights_TK  (T, K) share of each chosen expert, rows sum to 1, differentiable
+    experts_TK  (T, K) int64 chosen experts
+    token_N     (N,) int64 token of each row, rows sorted by expert (stable)
+    row_TK      (T, K) int64 row of each choice: the inverse of the sort
+    ends_E      (E,) int32 end of each expert's rows
+    """
+
+    weights_TK: Tensor
+    experts_TK: Tensor
+    token_N: Tensor
+    row_TK: Tensor
+    ends_E: Tensor
+
+
+def route(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None = None) -> Route:
+    """Softmax over the k largest logits, and the sort that groups rows by expert.
+
+    logits_TE  (T, E) in the activations' dtype, as the released model computes it
+    replay_TK  (T, K) int64 experts to use instead of the top k (recorded while sampling)
+    """
+    if replay_TK is None:
+        chosen_TK, experts_TK = logits_TE.topk(top_k, dim=-1)
+    else:
+        experts_TK, chosen_TK = replay_TK, logits_TE.gather(-1, replay_TK)
+    flat_N = experts_TK.flatten()
+    order_N = flat_N.argsort(stable=True)
+    row_N = torch.empty_like(order_N)
+    row_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    ends_E = torch.bincount(flat_N, minlength=logits_TE.shape[-1]).cumsum(0).to(torch.int32)
+    return Route(chosen_TK.softmax(-1), experts_TK, order_N // top_k, row_N.view_as(experts_TK), ends_E)
+
+
+@dataclass(frozen=True, slots=True)
+class Expert:
+    """One projection of all experts, with its adapter where there is one.
+
+    weight  (E, out, in); bias (E, out); lora_a (E, r, in); lora_b (E, out, r), already scaled
+    """
+
+    weight: Tensor
+    bias: Tensor
+    lora_a: Tensor | None = None
+    lora_b: Tensor | None = None
+
+
+def project(x_ND: Tensor, expert: Expert, ends_E: Tensor, lora_x_ND: Tensor | None = None) -> Tensor:
+    """Each row through its expert's projection, bias and adapter.
+
+    x_ND       (N, in) rows sorted by expert
+    lora_x_ND  the adapter's input where it differs from x (dropout)
+    Returns    (N, out)
+    """
+    y = F.grouped_mm(x_ND, expert.weight.transpose(1, 2), offs=ends_E)
+    if expert.lora_a is not None and expert.lora_b is not None:
+        a_x = F.grouped_mm(x_ND if lora_x_ND is None else lora_x_ND, expert.lora_a.transpose(1, 2), offs=ends_E)
+        y = y + F.grouped_mm(a_x, expert.lora_b.transpose(1, 2), offs=ends_E)
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)
+    return y + expert.bias.repeat_interleave(counts_E, dim=0, output_size=len(x_ND))
+
+
+class _ClampedSwiglu(torch.autograd.Function):
+    """Keeps its input alone and recomputes the rest in backward: two thirds less memory than autograd's own."""
+
+    @staticmethod
+    def forward(ctx, h_NI, limit, alpha):  # noqa: ANN001, ANN205
+        ctx.save_for_backward(h_NI)
+        ctx.limit, ctx.alpha = limit, alpha
+        gate, up = h_NI.chunk(2, dim=-1)
+        gate = gate.clamp(max=limit)
+        return (gate * alpha).sigmoid_().mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
+
+    @staticmethod
+    def backward(ctx, grad):  # noqa: ANN001, ANN205
+        (h_NI,) = ctx.saved_tensors
+        gate_raw, up_raw = h_NI.chunk(2, dim=-1)
+        gate, up = gate_raw.clamp(max=ctx.limit), up_raw.clamp(-ctx.limit, ctx.limit)
+        share = (gate * ctx.alpha).sigmoid_()
+        glu = gate * share
+        dh = torch.empty_like(h_NI)
+        dgate, dup = dh.chunk(2, dim=-1)
+        torch.mul(grad, glu, out=dup).mul_(up == up_raw)
+        slope = share.addcmul_(glu * ctx.alpha, 1 - share)
+        torch.mul(grad, up.add_(1), out=dgate).mul_(slope).mul_(gate == gate_raw)
+        return dh, None, None
+
+
+def clamped_swiglu(h_NI: Tensor, limit: float, alpha: float) -> Tensor:
+    """(up + 1) * gate * sigmoid(alpha * gate), gate clamped above and up on both sides.
+
+    h_NI     (N, 2I): the gate half, then the up half (the checkpoint interleaves them; loading sorts them apart)
+    Returns  (N, I); the gradient is zero where a clamp holds
+    Source   gpt-oss model card; constants from config.json
+    """
+    return _ClampedSwiglu.apply(h_NI, limit, alpha)
+
+
+def combine(y_ND: Tensor, routing: Route) -> Tensor:
+    """Weighted sum of each token's expert outputs, in the order of its choices (deterministic). Returns (T, D)."""
+    y_TKD = y_ND[routing.row_TK.flatten()].view(*routing.row_TK.shape, y_ND.shape[-1])
+    return torch.einsum("tkd,tk->td", y_TKD, routing.weights_TK)

@@ -1,0 +1,133 @@
+"""MXFP4, the four-bit format of the released experts: exact to floats and back.
+
+32 weights along the input axis share one scale byte s; each is a 4-bit e2m1 code (sign, 2 exponent bits, 1 mantissa
+bit) whose value is 0, 0.5, 1, 1.5, 2, 3, 4 or 6, times 2^(s - 127). Byte j of a block holds element 2j in its low
+nibble and 2j + 1 in its high one. Own code: the checkpoint's bytes must survive untouched, on any device.
+Source: OCP Microscaling Formats v1.0; the tensors of openai/gpt-oss-20b.
+Letters: K weights along the input axis, B = K / 32 blocks.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ossia.errors import CheckpointError
+
+BLOCK = 32
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+_CPU_CHUNK = 1 << 14  # blocks at a time: index, result and table stay in the second-level cache
+_DEVICE_CHUNK = 1 << 22
+
+
+def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The weights that packed bytes stand for, each correctly rounded to `dtype`.
+
+    blocks  (..., B, 16) uint8, contiguous, any device
+    scales  (..., B) uint8, contiguous; 255 is the format's NaN and gives NaN
+    dtype   bfloat16 and float32 are exact below their overflow to inf; float16 is within 2^-14 .. 65504
+    out     (..., 32 B) of `dtype`, contiguous, written in place if given
+    Returns (..., 32 B) of `dtype`; code 8 is -0.0
+    """
+    assert blocks.dtype == scales.dtype == torch.uint8
+    assert blocks.shape == (*scales.shape, BLOCK // 2), f"blocks {blocks.shape} don't fit scales {scales.shape}"
+    shape = (*scales.shape[:-1], scales.shape[-1] * BLOCK)
+    if out is None:
+        out = torch.empty(shape, dtype=dtype, device=blocks.device)
+    assert out.is_contiguous()
+    assert (out.shape, out.dtype) == (shape, dtype), f"out is {out.shape} {out.dtype}, to be {shape} {dtype}"
+    blocks_N16, scales_N, out_N32 = blocks.view(-1, BLOCK // 2), scales.view(-1), out.view(-1, BLOCK)
+    chunk = _CPU_CHUNK if blocks.device.type == "cpu" else _DEVICE_CHUNK
+    for start in range(0, len(scales_N), chunk):
+        rows = slice(start, start + chunk)
+        _dequantize_chunk(blocks_N16[rows], scales_N[rows], out_N32[rows])
+    return out
+
+
+def _dequantize_chunk(blocks_N16: Tensor, scales_N: Tensor, out_N32: Tensor) -> None:
+    """One table look-up for two bytes (bfloat16) or one (float32), then one multiplication by the scale, in place."""
+    scale_N1 = _scale_table(blocks_N16.device).index_select(0, scales_N.int()).unsqueeze(1)
+    if out_N32.dtype == torch.bfloat16:
+        if blocks_N16.storage_offset() % 2:  # an odd address can't be read as 16-bit words
+            blocks_N16 = blocks_N16.clone()
+        words = blocks_N16.view(torch.uint16).int().view(-1)
+        torch.index_select(_bf16_quads(blocks_N16.device), 0, words, out=out_N32.view(torch.int64).view(-1))
+        out_N32.mul_(scale_N1.bfloat16())
+        return
+    pairs = _float32_pairs(blocks_N16.device).index_select(0, blocks_N16.int().view(-1))
+    wide_N32 = pairs.view(torch.float32).view(-1, BLOCK)
+    out_N32.copy_(wide_N32.mul_(scale_N1))
+
+
+def quantize_mxfp4(weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Round weights to MXFP4 along their last axis; weights already on a block's grid come back exactly.
+
+    The scale is the smallest power of two with which the block's largest weight doesn't saturate (OpenAI's choice;
+    llama.cpp takes the one below), the codes round to nearest with ties to even. It never writes scale bytes 0 or 255.
+    Bytes survive dequantize -> quantize where the block's largest code is 4 or 6; a block whose largest is smaller
+    comes back as the same weights under a smaller scale.
+
+    weights  (..., K) float32, bfloat16 or float16, any strides; K a multiple of 32
+    Returns  blocks (..., K/32, 16) uint8, scales (..., K/32) uint8
+    Raises   CheckpointError if a weight is not finite
+    """
+    *lead, fan_in = weights.shape
+    assert fan_in % BLOCK == 0, f"{fan_in} inputs are not a multiple of {BLOCK}"
+    blocks = torch.empty((*lead, fan_in // BLOCK, BLOCK // 2), dtype=torch.uint8, device=weights.device)
+    scales = torch.empty((*lead, fan_in // BLOCK), dtype=torch.uint8, device=weights.device)
+    weights_N32, blocks_N16, scales_N = weights.reshape(-1, BLOCK), blocks.view(-1, BLOCK // 2), scales.view(-1)
+    chunk = _CPU_CHUNK if weights.device.type == "cpu" else _DEVICE_CHUNK
+    for start in range(0, len(scales_N), chunk):
+        rows = slice(start, start + chunk)
+        _quantize_chunk(weights_N32[rows].float(), blocks_N16[rows], scales_N[rows])
+    return blocks, scales
+
+
+def _quantize_chunk(weights_N32: Tensor, blocks_N16: Tensor, scales_N: Tensor) -> None:
+    size_N32 = weights_N32.abs()
+    largest_N = size_N32.amax(dim=1)
+    if not largest_N.isfinite().all():
+        raise CheckpointError("a weight is not finite (inf or nan) and MXFP4 can't hold it; the training run diverged")
+    # Float32's exponent field is the scale byte's own form. 6 = 1.5 * 2^2: two below the largest weight's exponent,
+    # one more where its mantissa is above 1.5, which the addition carries into the exponent.
+    scale_N = (((largest_N.view(torch.int32) + 0x3FFFFF) >> 23) - 2).clamp_(min=1)
+    inverse_N = ((254 - scale_N) << 23).view(torch.float32)
+    size_N32.mul_(inverse_N.unsqueeze(1))
+    # Codes count halves up to 2, ones up to 4, twos above; torch.round takes ties to even, here the even codes.
+    code_N32 = torch.minimum((size_N32 * 2).round_(), size_N32.round() + 2)
+    code_N32 = torch.minimum(code_N32, (size_N32 * 0.5).round_() + 4).to(torch.uint8)
+    code_N32 |= weights_N32.signbit().to(torch.uint8) << 3
+    blocks_N16.copy_(code_N32[:, 0::2] | (code_N32[:, 1::2] << 4))
+    scales_N.copy_(scale_N)
+
+
+@cache
+def _scale_table(device: torch.device) -> Tensor:
+    """(256,) float32: 2^(s - 127), and NaN for 255."""
+    exponent_S = torch.arange(256, dtype=torch.float64, device="cpu") - 127
+    table_S = torch.exp2(exponent_S).float()
+    table_S[255] = torch.nan
+    return table_S.to(device)
+
+
+def _code_values(codes: Tensor) -> Tensor:
+    """float32 values of e2m1 codes 0..15."""
+    values = [*_MAGNITUDES, *(-size for size in _MAGNITUDES)]
+    return torch.tensor(values, dtype=torch.float32, device="cpu").index_select(0, codes)
+
+
+@cache
+def _float32_pairs(device: torch.device) -> Tensor:
+    """(256,) int64, each the two float32 values of a byte."""
+    byte = torch.arange(256, device="cpu")
+    return torch.stack((_code_values(byte & 15), _code_values(byte >> 4)), dim=1).view(torch.int64).view(-1).to(device)
+
+
+@cache
+def _bf16_quads(device: torch.device) -> Tensor:
+    """(65536,) int64, each the four bfloat16 values of two bytes (little-endian)."""
+    word = torch.arange(1 << 16, device="cpu")
+    nibbles = torch.stack([_code_values((word >> shift) & 15) for shift in (0, 4, 8, 12)], dim=1)
+    return nibbles.bfloat16().view(torch.int64).view(-1).to(device)

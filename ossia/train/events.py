@@ -1,0 +1,213 @@
+"""What a run reports: RUN/events.jsonl, one JSON object a line, and RUN/env.json.
+
+Every line has `event` and `step`; within a file steps never fall. The kinds and their keys:
+
+```text
+start  steps, and what the story that starts the run adds (counts of parameters, of rows)
+step   loss, tokens, trained, tokens_per_s, step_s, lr, grad_norm, peak_bytes, and running counts of the data
+eval   eval_loss, eval_s, and what else the evaluation counted
+```
+`tokens` are real tokens (there is no padding), `trained` those whose prediction counts, `tokens_per_s` is trained
+tokens by `step_s`, the seconds of reading and training that step; sizes are bytes, `grad_norm` is before clipping.
+
+A line is written at once, so a kill tears at most the last one. A checkpoint holds the file's length, and on resume the
+file is cut back to it, so that it reads as one uninterrupted run.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from datetime import datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+import torch
+
+from ossia.errors import RunError
+from ossia.train.state import checkpoint_paths, storage_error
+
+EVENTS, ENV = "events.jsonl", "env.json"
+Event = Mapping[str, Any]
+
+
+class Sink(Protocol):
+    """Where events go besides the file."""
+
+    def write(self, event: Event) -> None:
+        """Take one event; it must not be changed."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class EventLog:
+    """events.jsonl of one run, open for appending by this process alone, and sinks that hear the same."""
+
+    def __init__(self, run: Path) -> None:
+        """Open RUN/events.jsonl, creating it and the folder if need be.
+
+        Raises RunError if another process is writing it, or it can't be written.
+        """
+        self._run = run
+        self._sinks: list[Sink] = []
+        try:
+            run.mkdir(parents=True, exist_ok=True)
+            self._file = (run / EVENTS).open("a", encoding="utf-8")
+            _lock(self._file.fileno(), run)
+        except OSError as error:
+            raise self._broken(error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def add(self, *sinks: Sink) -> None:
+        """Have these hear every event from now on; they are closed with the log."""
+        self._sinks += sinks
+
+    def write(self, event: Event) -> None:
+        """Append one event and hand it to every sink. Raises RunError if the disk is full."""
+        line = json.dumps(event, allow_nan=False) + "\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise self._broken(error, len(line)) from error
+        for sink in self._sinks:
+            sink.write(event)
+
+    def sync(self) -> int:
+        """Have the system put on the disk what was written so far; the file's length in bytes. RunError if it can't."""
+        try:
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise self._broken(error) from error
+        return os.fstat(self._file.fileno()).st_size
+
+    def cut(self, length: int) -> None:
+        """Go back to what the file held when `sync` gave `length`; a line that this would tear is dropped whole."""
+        path = self._run / EVENTS
+        with path.open("rb") as file:
+            os.truncate(path, file.read(length).rfind(b"\n") + 1)
+
+    def close(self) -> None:
+        """Close the file, which lets go of its lock, and the sinks."""
+        self._file.close()
+        for sink in self._sinks:
+            sink.close()
+
+    def _broken(self, error: OSError, need: int = 0) -> RunError:
+        return storage_error(error, saving=str(self._run / EVENTS), need=need, safe=checkpoint_paths(self._run))
+
+
+def _lock(handle: int, run: Path) -> None:
+    """Take the lock that ends with this process, however it ends."""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RunError(f"{run}: another process is training into this folder; choose another `output`") from error
+    except OSError as error:
+        # Some shared file systems have no locks; a run there is merely unguarded.
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+
+
+def read_events(path: Path) -> list[dict[str, Any]]:
+    """All events of a file, oldest first; a torn last line (a kill, or a writer at work) is left out.
+
+    Raises RunError with file:line for any other line that isn't an event.
+    """
+    found = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            event = json.loads(line)
+        except ValueError as error:
+            raise RunError(f"{path}:{number}: not JSON ({error}); remove the line to read the rest") from error
+        if not isinstance(event, dict) or not {"event", "step"} <= event.keys():
+            raise RunError(f"{path}:{number}: not an event (an object with `event` and `step`); remove the line")
+        found.append(event)
+    return found
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory used so far, in bytes: reserved by torch on a GPU, resident in this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_reserved(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a result depends on besides the recipe: versions, device, cores. No names of hosts, users or folders."""
+    versions = {name: _version(name) for name in ("ossia", "torch", "numpy", "safetensors", "tokenizers")}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        **_commit(Path(__file__).parent),
+    }
+
+
+def write_env(run: Path, env: Mapping[str, Any], *, now: datetime, resumed_from: int | None = None) -> None:
+    """Write RUN/env.json: `env` and when the run started; for a resumed run, its own `resumed` entry is added.
+
+    A resumed run keeps what it was started with; an entry holds the step, the time and what differs since.
+    """
+    path, at = run / ENV, now.isoformat(timespec="seconds")
+    content: dict[str, Any] = {**env, "started": at, "resumed": []}
+    if resumed_from is not None and path.exists():
+        content = json.loads(path.read_text())
+        changed = {key: value for key, value in env.items() if content.get(key) != value}
+        content["resumed"].append({"step": resumed_from, "at": at, **changed})
+    partial = path.with_name(f".{ENV}")
+    try:
+        partial.write_text(json.dumps(content, indent=2) + "\n")
+        os.replace(partial, path)
+    except OSError as error:
+        raise storage_error(error, saving=str(path), need=4096, safe=checkpoint_paths(run)) from error
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _commit(package: Path) -> dict[str, Any]:
+    """`commit` and `modified` if this code runs from a git checkout that tracks it, else nothing."""
+
+    def git(*args: str) -> str | None:
+        done = subprocess.run(["git", "-C", str(package), *args], capture_output=True, text=True, check=False)
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    try:
+        if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
+            return {}
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--", "."))}
+    except FileNotFoundError:
+        return {}

@@ -1,0 +1,227 @@
+"""The loop around the step: data, step, events, held-out loss, checkpoints, until all is done or someone stops it.
+
+It knows no algorithm. A story (SFT, RL) brings a `Job`: how to get data, how to take a step, what to save. Nothing but
+the saved state (trained tensors, optimizer, data position, random generators) decides step n + 1; the clock and the
+memory meter are arguments and only reported. So a run that was killed at any moment and resumed ends in the same bits.
+
+```python
+with EventLog(run) as log:                                   # also the lock on the run folder
+    saved = find_start(run, resume=resume, say=say)
+    log.add(TerminalSink(steps, step=saved.step if saved else 0))
+    result = run_loop(job, log, saved)
+```
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol, Self
+
+from torch import Tensor
+
+from ossia.errors import Interrupted, RunError
+from ossia.train.events import EVENTS, EventLog
+from ossia.train.optim import AdamW
+from ossia.train.state import SavedState, check_room, checkpoint_paths, newest_checkpoint, prune, save_checkpoint
+
+_STDERR = 2
+
+
+class Stream(Protocol):
+    """An endless or finite source of steps whose position can be saved."""
+
+    def next_step(self) -> list[Any]:
+        """What the next step trains on; empty once there is nothing left."""
+
+    def state(self) -> dict[str, Any]:
+        """The position, as JSON."""
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on from a position that `state` gave."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """Everything that the loop drives.
+
+    run         the run folder
+    steps       updates in all
+    data        where each step's packs come from
+    params      the trained tensors by name
+    optimizer   of these parameters; `step` updates it
+    lr_at       learning rate of step number 1..steps
+    step        (packs, lr) -> the metrics of the step it took: loss, tokens, trained, grad_norm and whatever else
+    evaluate    () -> metrics of the held-out data, at least eval_loss; None: there is none. Must not change any state.
+    eval_every  steps between evaluations, the first one before step 1; 0: once, at the end
+    save_every  steps between checkpoints; 0: once, at the end
+    keep        checkpoints kept
+    counts      () -> running counts of the data (rows skipped, samples dropped, ...), added to every step event
+    about       what the start event says besides the number of steps
+    resume_with the command that goes on with this run, told to whoever interrupts it
+    clock       () -> seconds, never falling
+    memory      () -> most bytes used so far
+    """
+
+    run: Path
+    steps: int
+    data: Stream
+    params: Mapping[str, Tensor]
+    optimizer: AdamW
+    lr_at: Callable[[int], float]
+    step: Callable[[list[Any], float], Mapping[str, float]]
+    evaluate: Callable[[], Mapping[str, float]] | None
+    eval_every: int
+    save_every: int
+    keep: int
+    counts: Callable[[], Mapping[str, int]]
+    about: Mapping[str, Any]
+    resume_with: str
+    clock: Callable[[], float]
+    memory: Callable[[], int]
+
+
+@dataclass(frozen=True, slots=True)
+class LoopResult:
+    """How far the run got (less than its steps where the data ended first) and its last checkpoint."""
+
+    step: int
+    checkpoint: Path
+
+
+def find_start(run: Path, *, resume: bool, say: Callable[[str], None]) -> SavedState | None:
+    """The checkpoint to go on from, or None to begin at step 0; call it with the run's EventLog open.
+
+    With `resume`, the newest checkpoint that is whole; a run that was stopped before its first one begins again.
+    Raises RunError if there are checkpoints but no whole one, or if, without `resume`, the folder holds a run already.
+    """
+    if resume:
+        saved = newest_checkpoint(run, say)
+        say(f"{run}: going on from step {saved.step}" if saved else f"{run}: no checkpoint yet, starting from step 0")
+        return saved
+    if checkpoint_paths(run) or (run / EVENTS).stat().st_size:
+        raise RunError(f"{run} already holds a run; add --resume to go on with it, or choose another `output`")
+    return None
+
+
+def run_loop(job: Job, log: EventLog, saved: SavedState | None) -> LoopResult:
+    """Train from `saved` (None: from the start) to the last step, evaluating and saving on the way.
+
+    SIGINT or SIGTERM lets the step at hand finish and saves; a second one stops at once.
+    Raises Interrupted after either, with the command to go on; RunError from a step that can't be taken (see `AdamW`),
+           from a full disk, or from a checkpoint that isn't of this run
+    """
+    step, evaluated, saved_at = _begin(job, log, saved)
+    last = job.steps
+    with StopRequests() as stop:
+        try:
+            while True:
+                eval_due = job.evaluate is not None and _due(step, job.eval_every, last) and evaluated != step
+                if eval_due and not stop.asked:
+                    _evaluate(job, log, step)
+                    evaluated, eval_due = step, False
+                save_due = step > 0 and _due(step, job.save_every, last)
+                if (save_due or stop.asked) and saved_at != step:
+                    _save(job, log, step, evaluated)
+                    saved_at = step
+                if step == last and not eval_due:
+                    return LoopResult(step, checkpoint_paths(job.run)[-1])
+                if stop.asked:
+                    raise Interrupted(f"stopped after step {step}, saved; to go on: {job.resume_with}")
+                if _take_step(job, log, step + 1):
+                    step += 1
+                else:
+                    last = step
+        except KeyboardInterrupt as error:
+            safe = f"the checkpoint of step {saved_at} is whole" if saved_at is not None else "nothing had been saved"
+            todo = f"to go on: {job.resume_with}"
+            raise Interrupted(f"stopped at once, during step {step + 1}; {safe}; {todo}") from error
+
+
+def _begin(job: Job, log: EventLog, saved: SavedState | None) -> tuple[int, int | None, int | None]:
+    """Put everything where the run starts or goes on; the step done, the step evaluated last, the step saved last."""
+    check_room(job.run, job.params, job.optimizer)
+    if saved is None:
+        log.cut(0)
+        log.write({"event": "start", "step": 0, "steps": job.steps, **job.about})
+        return 0, None, None
+    if saved.step > job.steps:
+        raise RunError(f"{saved.path} is past train.steps ({job.steps}); ask for more steps, or start another run")
+    saved.restore(job.params, job.optimizer)
+    job.data.load_state(saved.progress["data"])
+    log.cut(saved.progress["events_bytes"])
+    prune(job.run, job.keep)
+    return saved.step, saved.progress["evaluated"], saved.step
+
+
+def _due(step: int, every: int, last: int) -> bool:
+    return step == last or (every > 0 and step % every == 0)
+
+
+def _take_step(job: Job, log: EventLog, step: int) -> bool:
+    """Take step number `step` and write its event; False if the data has ended."""
+    started = job.clock()
+    packs = job.data.next_step()
+    if not packs:
+        return False
+    lr = job.lr_at(step)
+    metrics = job.step(packs, lr)
+    step_s = job.clock() - started
+    log.write(
+        {
+            "event": "step",
+            "step": step,
+            **metrics,
+            "tokens_per_s": metrics["trained"] / step_s if step_s > 0 else 0.0,
+            "step_s": step_s,
+            "lr": lr,
+            "peak_bytes": job.memory(),
+            **job.counts(),
+        }
+    )
+    return True
+
+
+def _evaluate(job: Job, log: EventLog, step: int) -> None:
+    assert job.evaluate is not None
+    started = job.clock()
+    metrics = job.evaluate()
+    log.write({"event": "eval", "step": step, **metrics, "eval_s": job.clock() - started})
+
+
+def _save(job: Job, log: EventLog, step: int, evaluated: int | None) -> None:
+    # The events first: a checkpoint must never be ahead of them.
+    progress = {"events_bytes": log.sync(), "evaluated": evaluated, "data": job.data.state()}
+    save_checkpoint(job.run, step=step, params=job.params, optimizer=job.optimizer, progress=progress, keep=job.keep)
+
+
+class StopRequests:
+    """While entered, the first SIGINT or SIGTERM sets `asked`; the second raises KeyboardInterrupt.
+
+    Outside the main thread, where Python delivers no signals, nothing is caught.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+        # Not through a file object: the signal may have come in the middle of a write to it.
+        os.write(_STDERR, b"\nfinishing this step, then saving; once more to stop at once\n")

@@ -1,0 +1,149 @@
+"""Forward and backward of a whole step, layer by layer: every micro-batch through layer l before any through l + 1.
+
+A layer's weights are fetched (expanded from MXFP4, cast, later streamed or gathered) once a direction and step, however
+many micro-batches there are, and only one layer is ready at a time. Autograd works inside a layer; between layers go
+plain tensors. Kept are each layer's inputs (`recompute`) or its graph. The gradient equals that of plain autograd.
+Letters: T tokens of a pack, D hidden, R rows whose prediction counts, M micro-batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ossia.data.pack import Pack
+from ossia.model.transformer import Context, Transformer
+from ossia.ops.linear import Dropout, Linear, linear
+from ossia.ops.loss import linear_logprob
+
+LossOfLogprobs = Callable[[Tensor, int, Tensor], Tensor]
+"""(logp_R float32, micro-batch, rows_R) -> its part of the step's loss, ()."""
+
+
+@dataclass(frozen=True, slots=True)
+class Micro:
+    """A pack on its way through the layers."""
+
+    pack: Pack
+    context: Context
+    rows_R: Tensor
+
+    @classmethod
+    def of(cls, model: Transformer, pack: Pack) -> Micro:
+        pack = pack.to(model.device)
+        return cls(pack, model.context(pack), pack.weights.nonzero()[:, 0])
+
+
+def logprobs(model: Transformer, micro: Micro, x_RD: Tensor, head: Linear) -> Tensor:
+    """ln p of each counted target from the last layer's output. Returns (R,) float32."""
+    hidden_RD = model.final_norm(x_RD)
+    targets_R = micro.pack.targets[micro.rows_R]
+    if head.lora_a is None or head.lora_b is None:
+        return linear_logprob(hidden_RD, head.weight, targets_R)
+    # the adapter widens the inner dimension, so head and adapter are one matrix and nothing is merged
+    wide_RD = torch.cat((hidden_RD, linear(hidden_RD, Linear(head.lora_a))), dim=-1)
+    return linear_logprob(wide_RD, torch.cat((head.weight, head.lora_b), dim=-1), targets_R)
+
+
+def forward_backward(
+    model: Transformer,
+    packs: Sequence[Pack],
+    loss_of: LossOfLogprobs,
+    *,
+    recompute: bool,
+    dropout_seed: int | None = None,
+) -> float:
+    """Add the gradient of the step's loss to `model.trainable`; returns the loss.
+
+    loss_of    called once a micro-batch that has counted rows; the parts add up to the step's loss
+    recompute  keep only each layer's input and compute the layer again in backward
+    dropout_seed  of this step, where the adapter has dropout
+    """
+    micros = [Micro.of(model, pack) for pack in packs]
+    drops = [_dropout(model, dropout_seed, m) for m in range(len(micros))]
+    last = model.arch.num_layers - 1
+    embedded = _Embedding(model, micros)
+    xs, kept = embedded.outputs, []
+    for index in range(model.arch.num_layers):
+        # the last layer's backward comes at once, so its graph costs nothing to keep
+        graph = not recompute or index == last
+        with torch.set_grad_enabled(graph):
+            layer = model.fetch(index)
+            inputs = [x.detach().requires_grad_(graph and (index > 0 or embedded.trained)) for x in xs]
+            outputs = [
+                model.layer_forward(layer, x, micro.context, rows=micro.rows_R if index == last else None, dropout=drop)
+                for x, micro, drop in zip(inputs, micros, drops, strict=True)
+            ]
+        kept.append((inputs, outputs if graph else None))
+        xs = outputs
+    loss, grads = _head_backward(model, micros, xs, loss_of)
+    del xs, outputs
+    for index in range(last, -1, -1):
+        inputs, outputs = kept.pop()
+        layer = None if outputs is not None else model.fetch(index)
+        for m, (x, micro) in enumerate(zip(inputs, micros, strict=True)):
+            if outputs is None:
+                x.requires_grad_(index > 0 or embedded.trained)
+                y = model.layer_forward(layer, x, micro.context, dropout=drops[m])
+            else:
+                y, outputs[m] = outputs[m], None
+            if y.requires_grad:
+                torch.autograd.backward(y, grads[m])
+            grads[m], x.grad = x.grad, None
+    embedded.backward(grads)
+    return loss
+
+
+@torch.no_grad()
+def forward_logprobs(model: Transformer, packs: Sequence[Pack]) -> list[Tensor]:
+    """ln p of every counted target, no gradient, layer-major too: M times (R,) float32, in the packs' order."""
+    micros = [Micro.of(model, pack) for pack in packs]
+    xs = [model.embed(micro.pack.ids) for micro in micros]
+    last = model.arch.num_layers - 1
+    for index in range(model.arch.num_layers):
+        layer = model.fetch(index)
+        for m, micro in enumerate(micros):
+            rows = micro.rows_R if index == last else None
+            xs[m] = model.layer_forward(layer, xs[m], micro.context, rows=rows)
+    head = model.head()
+    return [logprobs(model, micro, x, head) for micro, x in zip(micros, xs, strict=True)]
+
+
+class _Embedding:
+    """The embedding's outputs, and its gradient where it is trained."""
+
+    def __init__(self, model: Transformer, micros: Sequence[Micro]) -> None:
+        self.trained = "model.embed_tokens.weight" in model.trainable
+        with torch.set_grad_enabled(self.trained):
+            self.outputs = [model.embed(micro.pack.ids) for micro in micros]
+
+    def backward(self, grads: Sequence[Tensor | None]) -> None:
+        if self.trained:
+            for output, grad in zip(self.outputs, grads, strict=True):
+                torch.autograd.backward(output, grad)
+
+
+def _dropout(model: Transformer, seed: int | None, micro: int) -> Dropout | None:
+    share = 0.0 if model.lora is None else model.lora.spec.dropout
+    if not share or seed is None:
+        return None
+    return Dropout(share, seed * 65_537 + micro)
+
+
+def _head_backward(
+    model: Transformer, micros: Sequence[Micro], xs: Sequence[Tensor], loss_of: LossOfLogprobs
+) -> tuple[float, list[Tensor]]:
+    """The loss, and its gradient in the last layer's outputs."""
+    head = model.head()
+    loss, grads = 0.0, []
+    for m, (micro, x) in enumerate(zip(micros, xs, strict=True)):
+        leaf = x.detach().requires_grad_()
+        if len(micro.rows_R):
+            part = loss_of(logprobs(model, micro, leaf, head), m, micro.rows_R)
+            part.backward()
+            loss += float(part.detach())
+        grads.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)
+    return loss, grads

@@ -1,0 +1,105 @@
+"""One optimizer step of supervised fine-tuning, and held-out loss: the loss is a weighted sum over one denominator.
+
+Letters: R rows whose prediction counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from ossia.data.pack import Pack
+from ossia.model.transformer import Transformer
+from ossia.ops.loss import weighted_nll
+from ossia.train.optim import AdamW
+from ossia.train.schedule import forward_backward, forward_logprobs
+
+Recompute = Literal["auto", "always", "never"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    """What a step did.
+
+    loss       nats per unit of weight, before the update
+    weight     sum of the weights, the loss's denominator
+    tokens     all tokens that went through the model; there is no padding
+    trained    those whose prediction counted
+    grad_norm  global L2 norm before clipping
+    """
+
+    loss: float
+    weight: float
+    tokens: int
+    trained: int
+    grad_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class EvalLoss:
+    """Held-out loss in nats per unit of weight, and the counts behind it."""
+
+    loss: float
+    weight: float
+    tokens: int
+    trained: int
+
+
+def train_step(
+    model: Transformer,
+    optimizer: AdamW,
+    packs: Sequence[Pack],
+    *,
+    lr: float,
+    clip: float | None,
+    recompute: bool,
+    dropout_seed: int | None = None,
+) -> StepResult:
+    """Forward, backward and update over any number of micro-batches.
+
+    Raises  RunError before anything is changed if the loss or a gradient is missing or not finite
+    """
+    weight = float(sum(pack.weights.double().sum() for pack in packs))
+
+    def loss_of(logp_R: Tensor, micro: int, rows_R: Tensor) -> Tensor:
+        weights_R = packs[micro].weights.to(logp_R.device)[rows_R]
+        return weighted_nll(logp_R, weights_R, weight)
+
+    model.trainable.zero_grad()
+    loss = forward_backward(model, packs, loss_of, recompute=recompute, dropout_seed=dropout_seed)
+    grad_norm = optimizer.update(loss=loss, lr=lr, clip=clip)
+    tokens, trained = (sum(counts) for counts in zip(*((p.num_tokens, p.num_trained) for p in packs), strict=True))
+    return StepResult(loss, weight, tokens, trained, grad_norm)
+
+
+def evaluate_loss(model: Transformer, packs: Sequence[Pack]) -> EvalLoss:
+    """The loss that `train_step` would see, without gradients and without dropout."""
+    total = 0.0
+    for logp_R, pack in zip(forward_logprobs(model, packs), packs, strict=True):
+        weights_R = pack.weights[pack.weights > 0].to(logp_R.device)
+        total -= float((weights_R.double() * logp_R.double()).sum())
+    weight = float(sum(pack.weights.double().sum() for pack in packs))
+    tokens, trained = (sum(counts) for counts in zip(*((p.num_tokens, p.num_trained) for p in packs), strict=True))
+    return EvalLoss(total / weight, weight, tokens, trained)
+
+
+def keeps_activations(model: Transformer, recompute: Recompute, tokens: int, memory_bytes: int) -> bool:
+    """Whether a step of `tokens` tokens keeps every layer's graph instead of computing each layer twice.
+
+    `auto` keeps them where experts are expanded in memory anyway (a graph would otherwise hold every layer's expanded
+    copy) and the estimate below stays under a fifth of the machine's memory. Either way the numbers are the same.
+    """
+    if recompute != "auto":
+        return recompute == "never"
+    return model.weights.placement == "bf16" and tokens * graph_bytes_per_token(model) < memory_bytes // 5
+
+
+def graph_bytes_per_token(model: Transformer) -> int:
+    """Estimate of what autograd keeps for a token over all layers."""
+    a, size = model.arch, model.dtype.itemsize
+    attention = 6 * a.hidden_size + 3 * (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
+    experts = a.experts_per_token * (3 * a.hidden_size + 4 * a.intermediate_size)
+    return a.num_layers * (attention + experts) * size

@@ -1,0 +1,162 @@
+"""What is written for readers is true: README commands, recipes, and nothing about the machine it was written on."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+
+from ossia.cli import app
+from ossia.config import check_recipe, is_hub_name, read_recipe
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+NOT_OURS = (".git", ".venv", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__", "runs", "build", "dist")
+SUFFIXES = (
+    ".py",
+    ".md",
+    ".toml",
+    ".txt",
+    ".yaml",
+    ".yml",
+    ".json",
+    ".cfg",
+    ".sh",
+    ".jinja",
+    ".html",
+    "Makefile",
+    "run",
+)
+_PIECES = ("/wo rk/", "/ro ot/", "/ho me/", "/op t/pypi", "pypi .org", "pythonhosted .org", "registry .npmjs")
+FORBIDDEN = tuple(piece.replace(" ", "") for piece in _PIECES)  # in pieces, so that this file doesn't name them
+MODELS = sorted(set(re.findall(r"openai/gpt-oss-[\w-]+", README)))
+ROW = {"messages": [{"role": "user", "content": "1 + 1?"}, {"role": "assistant", "thinking": "Two.", "content": "2"}]}
+
+
+def blocks(text: str, language: str) -> list[str]:
+    """The fenced code blocks of a Markdown text in one language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL)
+
+
+def commands(text: str) -> list[list[str]]:
+    """Every command in the bash blocks, as arguments; comments and continued lines are understood."""
+    lines = "\n".join(blocks(text, "bash")).replace("\\\n", " ").splitlines()
+    return [parts for line in lines if (parts := shlex.split(line, comments=True))]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as a reader has it, and current: the README's YAML files, the recipes, a model's folder, some rows."""
+    for text in blocks(README, "yaml"):
+        name = re.match(r"#\s*(\S+\.yaml)", text)
+        assert name, f"a yaml block of the README begins with the name of its file, `# my.yaml`:\n{text}"
+        (tmp_path / name.group(1)).write_text(text, encoding="utf-8")
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
+    for data in {*re.findall(r"[\w./-]+\.jsonl", README)}:
+        (tmp_path / data).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / data).write_text((json.dumps(ROW) + "\n") * 40)
+    for model in MODELS:
+        (tmp_path / model).mkdir(parents=True)
+        (tmp_path / model / "config.json").write_text('{"max_position_embeddings": 131072}')
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    return tmp_path
+
+
+def test_the_readme_needs_two_commands_and_they_are_targets_of_the_makefile() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    used = [line[1] for line in commands(README) if line[0] == "make"]
+    assert {"demo", "test"} <= set(used)
+    for target in used:
+        assert re.search(rf"^{target}:", makefile, flags=re.MULTILINE), target
+
+
+def test_every_ossia_command_of_the_readme_is_one_with_files_that_fit(place: Path) -> None:
+    group = typer.main.get_command(app)
+    for parts in (line for line in commands(README) if line[0] == "ossia"):
+        with group.make_context("ossia", parts[1:], resilient_parsing=True) as context:
+            name, body, arguments = group.resolve_command(context, parts[1:])
+        if name in ("explain", "doctor"):
+            subprocess.run([sys.executable, "-m", *parts], check=True, capture_output=True)
+        with body.make_context(name, list(arguments)) as parsed:
+            if "recipe" in parsed.params:
+                recipe, places = read_recipe(parsed.params["recipe"], parsed.params["overrides"] or ())
+                check_recipe(recipe, places)
+
+
+@pytest.mark.slow
+def test_every_python_example_of_the_readme_runs(place: Path) -> None:
+    sizes = "--hidden 64 --layers 2 --experts 4 --width 64 --heads 2 --kv-heads 1".split()
+    for model in MODELS if blocks(README, "python") else ():
+        (place / model / "config.json").unlink()
+        (place / model).rmdir()
+        subprocess.run([sys.executable, "-m", "ossia", "tiny", model, *sizes], check=True)
+    for code in blocks(README, "python"):
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
+        assert done.returncode == 0, f"{code}\n{done.stderr}"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_every_recipe_loads_and_fits(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe, places = read_recipe(file)
+    for source in (*recipe.data, *(recipe.eval.data or ())):
+        if not is_hub_name(source.path):
+            Path(source.path).parent.mkdir(parents=True, exist_ok=True)
+            Path(source.path).write_text(json.dumps(ROW) + "\n")
+    folder = tmp_path / "the-model"
+    folder.mkdir()
+    (folder / "config.json").write_text('{"max_position_embeddings": 131072}')
+    check_recipe(recipe, places, model_folder=folder)
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
+def test_every_recipe_says_by_which_run_its_figures_were_measured(file: Path) -> None:
+    head = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
+    for word in ("command", "peak", "tokens/s", "score", "device", "date", "commit"):
+        assert re.search(rf"^#\s*{word}\b", head, flags=re.MULTILINE), f"the header lacks `# {word}: ...`"
+
+
+def our_files() -> Iterator[Path]:
+    """Every text file of the repository, whether committed yet or not."""
+    for folder, inner, names in os.walk(ROOT):
+        inner[:] = [name for name in inner if name not in NOT_OURS]
+        yield from (Path(folder, name) for name in names if name.endswith(SUFFIXES))
+
+
+def test_nothing_names_the_machine_or_the_registry_it_was_written_with() -> None:
+    named = [
+        f"{file.relative_to(ROOT)}: {word}"
+        for file in our_files()
+        for word in FORBIDDEN
+        if word in file.read_text(encoding="utf-8", errors="replace")
+    ]
+    assert named == []
+
+
+def test_ci_runs_the_readmes_test_command_and_ends_with_its_status() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert "make test" in script
+    assert os.access(ROOT / ".ci" / "run", os.X_OK)
+    assert re.search(r"^exit .*test_status", script, flags=re.MULTILINE)
+
+
+def test_the_pins_hold_every_package_that_the_project_asks_for() -> None:
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
+    extras = project["optional-dependencies"]
+    asked = [*project["dependencies"], *(name for extra in ("hub", "data", "demo", "dev") for name in extras[extra])]
+    names = {re.split(r"[<>=!\[ ]", name)[0].lower() for name in asked} - {"ossia"}
+    assert names - pinned == set()
+    assert "+" not in "".join(pinned)

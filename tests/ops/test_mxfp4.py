@@ -1,0 +1,143 @@
+"""MXFP4 against its definition: every byte, every scale, every type, and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ossia.errors import CheckpointError
+from ossia.ops.mxfp4 import dequantize_mxfp4, quantize_mxfp4
+
+# By definition (OCP Microscaling Formats v1.0): e2m1 codes 0..7, then the same with the sign bit.
+VALUES = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], dtype=torch.float64)
+DTYPES = [torch.bfloat16, torch.float32, torch.float16]
+
+
+def _by_definition(blocks: Tensor, scales: Tensor) -> Tensor:
+    """float64 weights, in which every MXFP4 value is exact."""
+    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2)
+    return (VALUES[codes.long()] * torch.exp2(scales.double() - 127).unsqueeze(-1)).flatten(-2)
+
+
+def _every_byte_under(scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks (S, 16, 16) holding all 256 bytes under each of the S scales."""
+    blocks = torch.arange(256, dtype=torch.uint8).view(16, 16).repeat(len(scales), 1, 1)
+    return blocks, scales.to(torch.uint8).unsqueeze(1).repeat(1, 16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_byte_under_every_scale_is_the_defined_weight_to_the_last_bit(dtype: torch.dtype) -> None:
+    blocks, scales = _every_byte_under(torch.arange(255))
+    found, expected = dequantize_mxfp4(blocks, scales, dtype), _by_definition(blocks, scales).to(dtype)
+    assert torch.equal(found, expected)
+    assert torch.equal(found.signbit(), expected.signbit()), "-0.0 must stay -0.0"
+
+
+def test_bfloat16_and_float32_lose_nothing() -> None:
+    blocks, scales = _every_byte_under(torch.arange(252))  # above, 6 * 2^(s - 127) is beyond both types
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(dequantize_mxfp4(blocks, scales, dtype).double(), _by_definition(blocks, scales))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_formats_nan_scale_gives_nan(dtype: torch.dtype) -> None:
+    blocks, scales = _every_byte_under(torch.tensor([255]))
+    assert dequantize_mxfp4(blocks, scales, dtype).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dequantising_writes_where_it_is_told_across_chunk_borders(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    blocks = torch.randint(0, 256, (2, 700, 30, 16), dtype=torch.uint8)  # 21,000 blocks an expert: two chunks
+    scales = torch.randint(100, 140, (2, 700, 30), dtype=torch.uint8)
+    out = torch.full((2, 700, 960), 7.0, dtype=dtype)
+    result = dequantize_mxfp4(blocks[1], scales[1], dtype, out=out[1])
+    assert result.data_ptr() == out[1].data_ptr()
+    assert (out[0] == 7).all()
+    assert torch.equal(out[1], _by_definition(blocks[1], scales[1]).to(dtype))
+
+
+def test_blocks_at_an_odd_address_dequantise_too() -> None:
+    raw = torch.arange(161, dtype=torch.uint8)
+    blocks, scales = raw[1:].view(1, 10, 16), torch.full((1, 10), 120, dtype=torch.uint8)
+    assert torch.equal(dequantize_mxfp4(blocks, scales, torch.bfloat16).double(), _by_definition(blocks, scales))
+
+
+def test_weights_on_the_grid_return_as_identical_bytes() -> None:
+    torch.manual_seed(1)
+    blocks = torch.randint(0, 256, (253, 64, 16), dtype=torch.uint8)
+    blocks[..., 0] |= 6  # a 4 or a 6 in each block, so that no smaller scale would do
+    scales = torch.arange(1, 254).clamp(max=251).to(torch.uint8).unsqueeze(1).repeat(1, 64)
+    for dtype in (torch.float32, torch.bfloat16):
+        again_blocks, again_scales = quantize_mxfp4(dequantize_mxfp4(blocks, scales, dtype))
+        assert torch.equal(again_blocks, blocks)
+        assert torch.equal(again_scales, scales)
+
+
+def test_weights_on_the_grid_return_as_the_same_weights_even_where_a_smaller_scale_would_do() -> None:
+    torch.manual_seed(2)
+    blocks = torch.randint(0, 256, (1000, 4, 16), dtype=torch.uint8) & 0x99 | 0x22  # nothing above 1.5
+    scales = torch.randint(3, 252, (1000, 4), dtype=torch.uint8)
+    weights = dequantize_mxfp4(blocks, scales, torch.float32)
+    again = dequantize_mxfp4(*quantize_mxfp4(weights), torch.float32)
+    assert torch.equal(again, weights)
+    assert torch.equal(again.signbit(), weights.signbit())
+
+
+def _nearest(weights: Tensor, scales: Tensor) -> Tensor:
+    """Codes by exhaustive search: the nearest value, of two equally near the even code."""
+    units = weights.double().unflatten(-1, (-1, 32)) / torch.exp2(scales.double() - 127).unsqueeze(-1)
+    distance = (units.abs().unsqueeze(-1) - VALUES[:8]).abs()
+    order = torch.tensor([0, 2, 4, 6, 1, 3, 5, 7])  # argmin takes the first of equals
+    return order[distance[..., order].argmin(-1)] | (units.signbit().long() << 3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rounding_is_to_the_nearest_value_under_the_smallest_scale_that_does_not_saturate(dtype: torch.dtype) -> None:
+    torch.manual_seed(3)
+    weights = (torch.randn(600, 64) * torch.exp2(torch.randint(-12, 12, (600, 1)))).to(dtype)
+    weights[:200] = (weights[:200] * 8).round() / 8  # coarse: many exact ties
+    blocks, scales = quantize_mxfp4(weights)
+    largest = weights.double().abs().unflatten(-1, (-1, 32)).amax(-1)
+    unit = torch.exp2(scales.double() - 127)
+    assert (largest <= 6 * unit).all()
+    assert (largest > 3 * unit)[largest > 0].all()
+    codes = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(-2).long()
+    assert torch.equal(codes, _nearest(weights, scales))
+
+
+def test_ties_go_to_the_even_code() -> None:
+    block = torch.zeros(32)
+    block[:9] = torch.tensor([6, 0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, -2.5])
+    rounded = dequantize_mxfp4(*quantize_mxfp4(block), torch.float32)
+    assert rounded[:9].tolist() == [6, 0, 1, 1, 2, 2, 4, 4, -2]
+
+
+@pytest.mark.parametrize(("largest", "byte"), [(6.0, 127), (6.000001, 128), (3.0, 126), (3.000001, 127), (4.0, 127)])
+def test_the_scale_changes_exactly_above_six(largest: float, byte: int) -> None:
+    block = torch.zeros(32)
+    block[5] = largest
+    assert quantize_mxfp4(block)[1].tolist() == [byte]
+
+
+def test_blocks_of_zeros_and_of_the_tiniest_weights_get_a_scale_that_every_reader_takes() -> None:
+    tiny = torch.tensor([0.0, 1e-45, -1e-40, 1e-38]).unsqueeze(1).repeat(1, 32)
+    blocks, scales = quantize_mxfp4(tiny)
+    assert (scales == 1).all()
+    assert blocks[2].unique().item() == 0x88  # -0.0
+
+
+def test_transposed_weights_quantise_as_their_copies() -> None:
+    torch.manual_seed(4)
+    weights = torch.randn(3, 64, 5)
+    for found, expected in zip(quantize_mxfp4(weights.mT), quantize_mxfp4(weights.mT.contiguous()), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(bad: float) -> None:
+    weights = torch.ones(4, 64)
+    weights[2, 40] = bad
+    with pytest.raises(CheckpointError, match="not finite"):
+        quantize_mxfp4(weights)

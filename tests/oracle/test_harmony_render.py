@@ -1,0 +1,100 @@
+"""Our renderer against openai-harmony 0.0.8, on generated conversations."""
+
+from __future__ import annotations
+
+from itertools import combinations, pairwise
+
+from hypothesis import HealthCheck, given, settings
+
+from ossia.harmony import Conversation, Message, Rendered
+from tests.harmony.support import (
+    CONVERSATIONS,
+    library_completion,
+    library_messages,
+    library_training,
+    o200k,
+    oracle,
+    renderer,
+)
+
+FIXED = settings(
+    max_examples=2000, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def reference_generations(messages: tuple[Message, ...]) -> list[tuple[int, int]]:
+    """The rule of `ossia.harmony.render` said another way: cut before every message that isn't sampled in one go with
+    the one before it, and keep the pieces of the assistant."""
+    cuts = [0]
+    for index in range(1, len(messages)):
+        before, here = messages[index - 1], messages[index]
+        ended = before.channel == "final" or before.recipient is not None
+        if ended or before.role != "assistant" or here.role != "assistant":
+            cuts.append(index)
+    cuts.append(len(messages))
+    return [(start, stop) for start, stop in pairwise(cuts) if messages[start].role == "assistant"]
+
+
+def expected_generations(conversation: Conversation) -> list[tuple[list[int], list[int], list[int]]]:
+    """(context, history, sampled) of each generation, from the library: sampled is what the model says after the
+    context, history is context and sampled as later contexts show them."""
+    special = o200k().special
+    messages = library_messages(conversation)
+    offset = len(messages) - len(conversation.messages)
+    expected = []
+    for start, stop in reference_generations(conversation.messages):
+        context = library_completion(messages[: offset + start])
+        said = [number for message in messages[offset + start : offset + stop] for number in oracle().render(message)]
+        prompt = context[-2:]
+        assert said[:2] == prompt
+        sampled = said[2:]
+        if conversation.messages[stop - 1].channel == "final":
+            sampled[-1] = special["<|return|>"]
+        expected.append((context, context + said[2:], sampled))
+    return expected
+
+
+def trained_runs(sample: Rendered) -> list[tuple[list[int], list[int]]]:
+    """(ids before, targets) of each stretch of trained positions."""
+    targets = sample.targets or sample.ids
+    runs = []
+    start = None
+    for position, weight in enumerate([*sample.weights, 0.0]):
+        if weight and start is None:
+            start = position
+        elif not weight and start is not None:
+            runs.append((sample.ids[:start], targets[start:position]))
+            start = None
+    return runs
+
+
+def fewest_samples(expected: list[tuple[list[int], list[int], list[int]]]) -> int:
+    """By Dilworth's theorem: the most generations of which none can follow another in one sample."""
+    follows = [[context[: len(history)] == history for context, _, _ in expected] for _, history, _ in expected]
+    for size in range(len(expected), 0, -1):
+        for chosen in combinations(range(len(expected)), size):
+            if not any(follows[first][second] for first in chosen for second in chosen):
+                return size
+    return 0
+
+
+@FIXED
+@given(CONVERSATIONS)
+def test_generated_conversations_render_like_the_library_and_train_what_it_would_have_sampled(
+    conversation: Conversation,
+) -> None:
+    messages = library_messages(conversation)
+    assert renderer().completion(conversation) == library_completion(messages)
+    assert renderer().training_ids(conversation) == library_training(messages)
+
+    samples = renderer().samples(conversation)
+    expected = expected_generations(conversation)
+    runs = [run for sample in samples for run in trained_runs(sample)]
+    assert sorted(runs) == sorted((context, sampled) for context, _, sampled in expected)
+    assert len(samples) == fewest_samples(expected)
+    for sample in samples:
+        assert len(sample.ids) == len(sample.weights) == sample.spans[-1].end
+        if sample.targets is not None:
+            changed = [pair for pair in zip(sample.ids, sample.targets, strict=True) if pair[0] != pair[1]]
+            assert changed
+            assert set(changed) == {(o200k().special["<|end|>"], o200k().special["<|return|>"])}
