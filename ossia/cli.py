@@ -334,10 +334,9 @@ def tiny(
     heads: Annotated[int | None, typer.Option("--heads", min=1, help="Query heads.")] = None,
     kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Key and value heads.")] = None,
     window: Annotated[int | None, typer.Option("--window", min=1, help="Tokens that a sliding layer sees.")] = None,
-    vocab: Annotated[int | None, typer.Option("--vocab", min=1, help="Rows of the embedding.")] = None,
     seed: Seed = 0,
     weights: Annotated[Layout, typer.Option("--weights", help="How experts are stored.")] = Layout.mxfp4,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="A folder whose tokenizer is copied.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="A folder whose vocabulary is taken.")] = None,
 ) -> None:
     """Write a random checkpoint of any size. gpt-oss architecture, released format. Prints its folder."""
     from ossia.model.tiny import make_tiny
@@ -351,7 +350,6 @@ def tiny(
         "num_heads": heads,
         "num_kv_heads": kv_heads,
         "sliding_window": window,
-        "vocab_size": vocab,
     }
     arch = _arch(shape, {name: size for name, size in sizes.items() if size is not None})
     make_tiny(folder, arch, seed=seed, weights=weights.value, tokenizer=tokenizer)

@@ -23,7 +23,7 @@ from ossia.harmony.render import Renderer, TrainOn
 from ossia.harmony.vocab import Vocabulary
 
 _NUM_REASONS = 5
-_HELD_OUT, _PASS, _EPOCH = 1, 2, 3  # keep the random streams of one seed apart
+_PASS, _EPOCH = 1, 2  # keep the random streams of one seed apart
 
 
 class Reading(NamedTuple):
@@ -88,20 +88,18 @@ class Statistics:
         return cls(**{**record, "reasons": list(record["reasons"]), "ignored": dict(record["ignored"])})
 
     def warnings(self) -> list[str]:
-        """One line for each thing that was not used as it is in the file."""
-        lines = []
+        """One entry for each thing that was not used as it is in the file; empty if all was."""
+        found = []
         if self.skipped:
-            lines.append(f"{self.skipped:,} of {self.rows:,} rows skipped: " + "; ".join(self.reasons))
+            found.append("\n  ".join([f"rows skipped: {self.skipped:,} of {self.rows:,}, the first:", *self.reasons]))
         if self.dropped:
-            lines.append(f"{self.dropped:,} samples dropped: longer than max_length")
+            found.append(f"samples dropped, longer than max_length: {self.dropped:,}")
         if self.truncated:
-            lines.append(f"{self.truncated:,} samples truncated to max_length")
+            found.append(f"samples truncated to max_length: {self.truncated:,}")
         if self.untrained:
-            lines.append(f"{self.untrained:,} samples left out: no token of them is trained")
-        lines += [
-            f"column `{name}` is not used ({count:,} rows have it)" for name, count in sorted(self.ignored.items())
-        ]
-        return lines
+            found.append(f"samples left out, no token of them is trained: {self.untrained:,}")
+        ignored = sorted(self.ignored.items())
+        return found + [f"rows with the column `{name}`, which is not used: {count:,}" for name, count in ignored]
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +165,7 @@ class Dataset:
     def _fit(self, samples: list[Sample], ignored: tuple[str, ...]) -> Reading:
         limits, kept = self.limits, []
         dropped = truncated = 0
-        untrained = not samples  # a conversation of which nothing is trained has no sample at all
+        untrained = int(not samples)  # a conversation of which nothing is trained has no sample at all
         for sample in samples:
             if len(sample) > limits.max_length:
                 if limits.on_long == "error":
@@ -199,11 +197,12 @@ class EpochOrder:
         self._datasets = datasets
         self._firsts = np.cumsum([0, *(len(dataset) for dataset in datasets)])
         kind = np.uint32 if self._firsts[-1] <= np.iinfo(np.uint32).max else np.int64
-        parts = [
-            first + _next_rows(dataset, (seed, _PASS, number), epoch)
-            for number, (first, dataset) in enumerate(zip(self._firsts[:-1], datasets, strict=True))
-        ]
-        self._order = np.concatenate(parts, dtype=kind, casting="unsafe")
+        self._order = np.concatenate(
+            [
+                _next_rows(dataset, np.arange(*self._firsts[number : number + 2], dtype=kind), seed, number, epoch)
+                for number, dataset in enumerate(datasets)
+            ]
+        )
         np.random.default_rng((seed, _EPOCH, epoch)).shuffle(self._order)
 
     def __len__(self) -> int:
@@ -215,17 +214,17 @@ class EpochOrder:
         return self._datasets[source], number - int(self._firsts[source])
 
 
-def _next_rows(dataset: Dataset, stream: tuple[int, ...], epoch: int) -> NDArray[np.int64]:
-    """Rows that the epoch takes from the chain of shuffled passes through one dataset."""
-    size = len(dataset)
-    share = dataset.weight * size
+def _next_rows(dataset: Dataset, rows: NDArray[Any], seed: int, source: int, epoch: int) -> NDArray[Any]:
+    """Those of `rows`, a source's row numbers, that the epoch takes from the chain of shuffled passes through them."""
+    size, share = len(rows), dataset.weight * len(rows)
     if share < 1:
         raise RecipeError(f"weight {dataset.weight:g} of {size:,} rows is less than one row an epoch; raise it")
     start, stop = (int(np.floor(count * share + 0.5)) for count in (epoch, epoch + 1))
-    passes = [
-        np.random.default_rng((*stream, number)).permutation(size) for number in range(start // size, -(-stop // size))
-    ]
-    return np.concatenate(passes)[start - start // size * size :][: stop - start]
+    first_pass = start // size
+    passes = [rows.copy() for _ in range(first_pass, -(-stop // size))]
+    for number, shuffled in enumerate(passes, first_pass):
+        np.random.default_rng((seed, _PASS, source, number)).shuffle(shuffled)
+    return np.concatenate(passes)[start - first_pass * size : stop - first_pass * size]
 
 
 # --- from a recipe ----------------------------------------------------------------------------------------------------

@@ -402,14 +402,18 @@ def _number_array(fields: Row, name: str) -> NDArray[np.float32]:
     values = fields[name]
     if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
         raise DataError(f"{name}: expected a list of numbers")
-    return np.array(values, np.float32)
+    try:
+        return np.array(values, np.float32)
+    except OverflowError as error:
+        raise DataError(f"{name}: a number is too large") from error
 
 
 def _given_spans(fields: Row, size: int) -> tuple[Span, ...]:
-    """Runs of equal role and channel, where a row brings them for display (as `ossia data --json` writes them)."""
+    """Runs of equal role and channel, for display only, where a row brings them as `ossia data --json` writes them."""
     roles, channels = fields.get("roles"), fields.get("channels")
-    if not (isinstance(roles, list) and isinstance(channels, list) and len(roles) == len(channels) == size):
-        return (Span(0, size, "tokens", None),)
+    for names in (roles, channels):
+        if not isinstance(names, list) or len(names) != size or not all(isinstance(n, str | None) for n in names):
+            return (Span(0, size, "tokens", None),)
     spans, start = [], 0
     for (role, channel), run in groupby(zip(roles, channels, strict=True)):
         end = start + len(list(run))

@@ -61,6 +61,7 @@ class Pack:
 
     @property
     def num_tokens(self) -> int:
+        """T, all documents together."""
         return len(self.ids)
 
     @property
@@ -118,6 +119,7 @@ class Window:
         return len(self._waiting)
 
     def add(self, length: int, item: Any) -> None:
+        """Let an item of `length` tokens wait."""
         self._waiting[self._tickets] = (length, item)
         insort(self._by_length, (length, -self._tickets))
         self._tickets += 1
@@ -190,8 +192,9 @@ class PackedStream:
 
     @property
     def epoch(self) -> float:
-        """Epochs read so far, the samples that still wait in the window included."""
-        return self._epoch + self._cursor / len(self._order)
+        """Epochs done so far; a row of which a sample still waits in the window isn't done."""
+        waiting = {position for (position, _), _ in self._window.items()}
+        return self._epoch + (self._cursor - len(waiting)) / len(self._order)
 
     def next_step(self) -> list[Pack]:
         """This rank's packs of the next step.

@@ -24,7 +24,7 @@ body { margin: 0 auto; max-width: 72rem; padding: 1.5rem; color: var(--ink); bac
 h1 { font-size: 1.5rem } h2 { font-size: 1rem; margin: 2rem 0 .5rem; overflow-wrap: anywhere }
 table { border-collapse: collapse } td, th { padding: .2rem .8rem .2rem 0; text-align: left; font-weight: normal }
 td { text-align: right; font-variant-numeric: tabular-nums }
-.warning { border-left: 4px solid var(--analysis); padding-left: .6rem; overflow-wrap: anywhere }
+.warning { border-left: 4px solid var(--analysis); padding-left: .6rem; overflow-wrap: anywhere; white-space: pre-wrap }
 .run { display: grid; grid-template-columns: 11rem 1fr; border-top: 1px solid var(--line) }
 .who { padding: .3rem .6rem .3rem 0; font-size: .85rem; color: var(--soft) }
 .who strong { display: block; color: var(--ink) }

@@ -91,18 +91,22 @@ class FileRows:
 
     @property
     def fingerprint(self) -> str:
+        """Number of rows and a checksum of the content."""
         return f"{len(self)} rows, crc32 {self.checksum:08x}"
 
     def where(self, index: int) -> str:
+        """`file:line` of a row, counted from 1."""
         line = index + 1 if self.lines is None else int(self.lines[index])
         return f"{self.name}:{line}"
 
     def row(self, index: int) -> Row:
+        """One row; DataError with its place if it is no JSON object."""
         with self._open() as handle:
             raw = os.pread(handle.fileno(), int(self.sizes[index]), int(self.starts[index]))
         return _parse(raw, self.where(index))
 
     def hashes(self, seed: int) -> NDArray[np.uint64]:
+        """(num_rows,) uint64 of the rows' own bytes."""
         digests = bytearray()
         with self._open(_CHUNK_BYTES) as handle:
             for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True):
@@ -131,6 +135,8 @@ def _parse(raw: bytes, where: str) -> Row:
         raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.pos + 1}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text at byte {error.start + 1} of the row") from error
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: JSON that can't be read: {error}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object {{...}} as the row, found {type(row).__name__}")
     return row
@@ -232,6 +238,8 @@ def _array_elements(text: str, name: str) -> Iterator[tuple[int, int]]:
             _, end = decoder.raw_decode(text, position)
         except json.JSONDecodeError as error:
             raise fail(error.pos, error.msg) from error
+        except (ValueError, RecursionError) as error:
+            raise fail(position, str(error)) from error
         yield position, end
         position = skip(end)
         if text[position : position + 1] == ",":
@@ -259,17 +267,21 @@ class ChainedRows:
 
     @property
     def fingerprint(self) -> str:
+        """Number of rows and a checksum of the content."""
         return "; ".join(part.fingerprint for part in self.parts)
 
     def row(self, index: int) -> Row:
+        """One row; DataError with its place if it is no JSON object."""
         part, offset = self._locate(index)
         return part.row(offset)
 
     def where(self, index: int) -> str:
+        """`file:line` of a row, counted from 1."""
         part, offset = self._locate(index)
         return part.where(offset)
 
     def hashes(self, seed: int) -> NDArray[np.uint64]:
+        """(num_rows,) uint64 of the rows' own bytes."""
         return np.concatenate([part.hashes(seed) for part in self.parts])
 
     def _locate(self, index: int) -> tuple[Rows, int]:

@@ -150,16 +150,20 @@ class HubRows:
 
     @property
     def fingerprint(self) -> str:
+        """Number of rows and a checksum of the content."""
         return f"{len(self)} rows, arrow {self.table._fingerprint}"
 
     def where(self, index: int) -> str:
+        """`file:line` of a row, counted from 1."""
         return f"{self.name}:{index + 1}"
 
     def row(self, index: int) -> Row:
+        """One row; DataError with its place if it is no JSON object."""
         row: Row = _without_nulls(self.table[index])
         return row
 
     def hashes(self, seed: int) -> NDArray[np.uint64]:
+        """(num_rows,) uint64 of the rows' own bytes."""
         digests = b"".join(row_hash(_json_line(self.table[index]), seed) for index in range(len(self)))
         return np.frombuffer(digests, np.uint64)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 
-from ossia.demo.chats import Row
+from ossia.demo.rows.sorting import Row
 from ossia.harmony.chat import conversation_from_messages
 from ossia.harmony.messages import Conversation
 from ossia.harmony.o200k import o200k_harmony_tokenizer_json, prune

@@ -29,6 +29,7 @@ ASSISTANT_KEYS = (*THINKING, "tool_calls", "channel", "recipient", "content_type
 KEYS = ("role", "content", "name", "train", "weight", "tool_call_id", *ASSISTANT_KEYS)
 IGNORED_KEYS = ("id", "annotations", "metadata", "timestamp")  # bookkeeping that says nothing to the model
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
+USER_NAME = re.compile(r"[^\s<|\\/>]+")
 INSTRUCTIONS = "# Instructions\n\n"
 
 
@@ -119,28 +120,18 @@ class _Reader:
         elif role == "tool":
             self._tool(row, field)
         elif role == "user":
-            self._add(row, field, Message("user", _text(row.get("content"), f"{field}.content"), name=row.get("name")))
+            text, name = _text(row.get("content"), f"{field}.content"), row.get("name") or None
+            if name is not None and not (isinstance(name, str) and USER_NAME.fullmatch(name)):
+                _fail(f"{field}.name", f"expected a name without spaces or any of <>|/\\, found {_seen(name)}")
+            self._add(row, field, Message("user", text, name=name))
+        elif self.messages:
+            self._add(row, field, Message("developer", INSTRUCTIONS + _text(row.get("content"), f"{field}.content")))
         else:
             text = _text(row.get("content"), f"{field}.content")
-            late = self._add(row, field, Message("developer", INSTRUCTIONS + text))
-            if len(self.messages) == 1:
-                self.messages.remove(late)
-                self.instructions.append(text)
+            self.instructions.append(_with_settings(row, field, Message("developer", text)).content)
 
-    def _add(self, row: Mapping[str, Any], field: str, message: Message) -> Message:
-        """Append a message with the row's `train` and `weight`."""
-        train, weight = row.get("train"), row.get("weight")
-        if not isinstance(train, bool | None):
-            _fail(f"{field}.train", f"expected true or false, found {_seen(train)}")
-        if isinstance(weight, bool) or not isinstance(weight, int | float | None):
-            _fail(f"{field}.weight", f"expected a number >= 0, found {_seen(weight)}")
-        if train is not None or weight is not None:
-            try:
-                message = replace(message, train=train, weight=1.0 if weight is None else float(weight))
-            except HarmonyError as error:
-                _fail(f"{field}.{error.field}", str(error).removeprefix(f"{error.field}: "))
-        self.messages.append(message)
-        return message
+    def _add(self, row: Mapping[str, Any], field: str, message: Message) -> None:
+        self.messages.append(_with_settings(row, field, message))
 
     def _assistant(self, row: Mapping[str, Any], field: str) -> None:
         thinking = _thinking(row, field)
@@ -229,6 +220,21 @@ class _Reader:
         elif number is None and len(candidates) > 1:
             _fail(field, f"tool_call_id or name must say which call this answers; open: {open_calls}")
         return candidates[0]
+
+
+def _with_settings(row: Mapping[str, Any], field: str, message: Message) -> Message:
+    """The message with the row's `train` and `weight`."""
+    train, weight = row.get("train"), row.get("weight")
+    if not isinstance(train, bool | None):
+        _fail(f"{field}.train", f"expected true or false, found {_seen(train)}")
+    if isinstance(weight, bool) or not isinstance(weight, int | float | None):
+        _fail(f"{field}.weight", f"expected a number >= 0, found {_seen(weight)}")
+    if train is None and weight is None:
+        return message
+    try:
+        return replace(message, train=train, weight=1.0 if weight is None else float(weight))
+    except HarmonyError as error:
+        _fail(f"{field}.{error.field}", str(error).removeprefix(f"{error.field}: "))
 
 
 def _thinking(row: Mapping[str, Any], field: str) -> str | None:

@@ -94,7 +94,7 @@ class StreamParser:
         if number == self._message:
             return self._open_message()
         if number in self._stops:
-            events = self._without_content(f"a message ended by {self._stops[number]} before its <|message|>")
+            events = self._without_content(f"a header ended by {self._stops[number]} before its <|message|>")
             self.stop = self._stops[number]
             return events
         self._pending.append(number)
@@ -106,7 +106,7 @@ class StreamParser:
         if self._state == "content":
             self.problems.append(Problem(self._position, "the ids end inside a message", ""))
             return self._close()
-        if self._state == "header" and (self._pending or self._role is None):
+        if self._state == "header":
             return self._without_content("the ids end inside a header")
         self._stray()
         return []
@@ -138,7 +138,7 @@ class StreamParser:
     def _restart(self) -> list[Event]:
         """`<|start|>` outside of content: a new header begins, whatever came before it."""
         events: list[Event] = []
-        if self._state == "header" and self._pending:
+        if self._state == "header" and (self._pending or self._role is None):
             events = self._without_content("<|start|> inside a header")
         self._stray()
         self._state, self._role, self.stop = "header", None, None
@@ -202,7 +202,12 @@ class StreamParser:
         first, colon, name = words.pop(0).partition(":")
         if first in ROLES and first != "tool":
             return first, name if colon else None
-        return "tool", first + colon + name
+        author = first + colon + name
+        if not words and not author.startswith("to="):
+            self.problems.append(
+                Problem(self._position, "a header whose author is no role, without a recipient", author)
+            )
+        return "tool", author
 
 
 def _take_recipient(words: list[str]) -> tuple[str | None, str | None]:

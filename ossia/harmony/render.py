@@ -88,7 +88,7 @@ class Renderer:
         self._return = special["<|return|>"]
         self._prompt = [self._start, *vocab.encode("assistant")]
         self._headers: dict[tuple[str | None, ...], list[int]] = {}
-        self._texts: dict[str, list[int]] = {}
+        self._texts: dict[tuple[str, str], _Part] = {}
 
     def completion(self, conversation: Conversation) -> list[int]:
         """Ids to sample from: the conversation, then `<|start|>assistant`.
@@ -187,15 +187,15 @@ class Renderer:
         return parts
 
     def _plain(self, role: Literal["system", "developer"], text: str) -> _Part:
-        """A system or developer message; its ids are remembered, because a data set repeats few of them."""
-        body = self._texts.get(text)
-        if body is None:
+        """A system or developer message; it is remembered, because a data set repeats few of them."""
+        part = self._texts.get((role, text))
+        if part is None:
             _check(text, role)
             if len(self._texts) >= CACHE_ENTRIES:
                 self._texts.clear()
-            body = self._texts[text] = self._vocab.encode(text)
-        ids = [*self._header(Message(role, "")), *body, self._end]
-        return _Part(ids, role, None, False, False)
+            ids = [*self._header(Message(role, "")), *self._vocab.encode(text), self._end]
+            part = self._texts[role, text] = _Part(ids, role, None, False, False)
+        return part
 
     def _header(self, message: Message) -> list[int]:
         """`<|start|>` to `<|message|>`; each piece of text is encoded by itself, as the library does."""

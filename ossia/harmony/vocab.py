@@ -99,6 +99,8 @@ class Vocabulary:
             raise TokenizerError(f"{where}: is a Git LFS pointer, not the file; run `git lfs pull` in that folder")
         if not (text.startswith("{") and text.endswith("}")):
             raise TokenizerError(f"{where}: is not a whole JSON object ({len(text):,} characters); get it anew")
+        if '"added_tokens"' not in text or '"model"' not in text:
+            raise TokenizerError(f"{where}: is not a tokenizer.json (it has no added_tokens and model); get it anew")
         return cls(Tokenizer.from_str(text), where)
 
     def encode(self, text: str) -> list[int]:

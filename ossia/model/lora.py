@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ossia.config.schema import AdapterConfig
 from ossia.errors import AdapterError
 from ossia.model.arch import Arch
 from ossia.model.weights import Trainable
@@ -39,7 +40,14 @@ class LoraSpec:
     dropout: float = 0.0
     rslora: bool = False
 
+    @classmethod
+    def of(cls, config: AdapterConfig) -> LoraSpec:
+        """What a recipe's `adapter` section asks for."""
+        targets = {name: (shape.rank, shape.alpha) for name, shape in config.by_target().items()}
+        return cls(targets, config.dropout, config.rslora)
+
     def scale(self, target: str) -> float:
+        """What the product of a target's factors is multiplied with."""
         rank, alpha = self.targets[target]
         return alpha / math.sqrt(rank) if self.rslora else alpha / rank
 
@@ -61,7 +69,9 @@ def sites(arch: Arch, spec: LoraSpec) -> list[Site]:
     Raises  AdapterError for a target that the model doesn't have
     """
     if unknown := [target for target in spec.targets if target not in TARGETS]:
-        raise AdapterError(f"adapter.targets: {unknown} match nothing in a gpt-oss model; allowed: {', '.join(TARGETS)}")
+        raise AdapterError(
+            f"adapter.targets: {unknown} match nothing in a gpt-oss model; allowed: {', '.join(TARGETS)}"
+        )
     q_size, kv_size = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     shapes = {
         "q_proj": (None, arch.hidden_size, q_size),
@@ -87,7 +97,7 @@ class Lora:
     """An adapter's tensors, float32, and where they go."""
 
     def __init__(self, arch: Arch, spec: LoraSpec, tensors: dict[str, Tensor]) -> None:
-        self.spec, self.trainable = spec, Trainable(tensors)
+        self._arch, self.spec, self.trainable = arch, spec, Trainable(tensors)
         self.sites = {site.module: site for site in sites(arch, spec)}
         expected = {f"{module}.lora_{side}" for module in self.sites for side in "AB"}
         assert set(tensors) == expected, set(tensors) ^ expected
@@ -102,11 +112,25 @@ class Lora:
         for site in sites(arch, spec):
             rank, _ = spec.targets[site.target]
             lead = () if site.num_experts is None else (site.num_experts,)
-            generator = torch.Generator().manual_seed(seed * 2**32 + zlib.crc32(site.module.encode()))
+            generator = torch.Generator().manual_seed((seed * 2**32 + zlib.crc32(site.module.encode())) % 2**63)
             a = (torch.rand((*lead, rank, site.fan_in), generator=generator) * 2 - 1) / math.sqrt(site.fan_in)
             tensors[f"{site.module}.lora_A"] = a.to(device)
             tensors[f"{site.module}.lora_B"] = torch.zeros((*lead, site.fan_out, rank), device=device)
         return cls(arch, spec, tensors)
+
+    def with_spec(self, spec: LoraSpec) -> Lora:
+        """The same tensors under a recipe's spec, to train them on; they keep their meaning, only dropout may differ.
+
+        Raises  AdapterError naming each target whose rank, alpha or scaling is another
+        """
+        mine, wanted = ({**s.targets, "rslora": s.rslora} for s in (self.spec, spec))
+        if differing := [name for name in {**mine, **wanted} if mine.get(name) != wanted.get(name)]:
+            lines = [f"{name}: {mine.get(name, 'none')} there, {wanted.get(name, 'none')} here" for name in differing]
+            raise AdapterError(
+                "\n  ".join(["adapter.init_from: that adapter isn't what the recipe asks for (rank, alpha)", *lines])
+                + "\n  next: give `adapter` the targets, ranks and alphas of the one to start from"
+            )
+        return Lora(self._arch, spec, self.trainable.tensors)
 
     def pair(self, module: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """A and the scaled B of a module in `dtype`; (None, None) where it has no adapter."""

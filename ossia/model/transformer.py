@@ -102,6 +102,10 @@ class Transformer:
             a.rope_truncate,
         )
 
+    def use_adapter(self, lora: Lora) -> None:
+        """Put an adapter on the model; only its tensors are trainable then."""
+        self.lora, self.trainable = lora, lora.trainable
+
     def train_all_weights(self) -> None:
         """Make every tensor trainable, as a float32 copy (16 bytes a parameter with its gradient and Adam's moments)."""
         assert self.lora is None

@@ -91,7 +91,7 @@ class Weights:
         if placement == "bf16":
             for layer in range(self.arch.num_layers):
                 for projection in EXPERT_WEIGHTS:
-                    self._expanded[layer, projection] = self._expand(layer, projection)
+                    self._expanded[layer, projection] = self._expand(layer, projection, slice(None))
 
     @property
     def arch(self) -> Arch:
@@ -111,17 +111,20 @@ class Weights:
         bias_EO = self.get(f"model.layers.{layer}.mlp.experts.{projection}_bias")
         return split_gate_up(bias_EO) if projection == "gate_up_proj" else bias_EO
 
-    def expert_weight(self, layer: int, projection: str) -> Tensor:
-        """(E, O, D) in the computation's dtype; expanded on the spot unless the placement is `bf16`."""
+    def expert_weight(self, layer: int, projection: str, expert: int | None = None) -> Tensor:
+        """(E, O, D) in the computation's dtype, or (O, D) of one expert; expanded on the spot unless placed as `bf16`."""
         expanded = self._expanded.get((layer, projection))
-        return self._expand(layer, projection) if expanded is None else expanded
+        if expert is None:
+            return self._expand(layer, projection, slice(None)) if expanded is None else expanded
+        one = slice(expert, expert + 1)
+        return self._expand(layer, projection, one)[0] if expanded is None else expanded[expert]
 
-    def _expand(self, layer: int, projection: str) -> Tensor:
+    def _expand(self, layer: int, projection: str, experts: slice) -> Tensor:
         prefix = f"model.layers.{layer}.mlp.experts.{projection}"
         if self.checkpoint.layout == "bf16":
-            weight_EOD = self.get(prefix).transpose(1, 2)
+            weight_EOD = self.raw(prefix)[experts].to(device=self.device, dtype=self.dtype).transpose(1, 2)
             return split_gate_up(weight_EOD) if projection == "gate_up_proj" else weight_EOD.contiguous()
-        blocks, scales = (self.raw(prefix + part).to(self.device) for part in ("_blocks", "_scales"))
+        blocks, scales = (self.raw(prefix + part)[experts].to(self.device) for part in ("_blocks", "_scales"))
         if projection == "gate_up_proj":  # reordering the packed bytes is four times less than the expanded ones
             blocks, scales = split_gate_up(blocks), split_gate_up(scales)
         return dequantize_mxfp4(blocks, scales, self.dtype)

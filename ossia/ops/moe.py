@@ -72,10 +72,25 @@ def project(x_ND: Tensor, expert: Expert, ends_E: Tensor, lora_x_ND: Tensor | No
     """
     y = F.grouped_mm(x_ND, expert.weight.transpose(1, 2), offs=ends_E)
     if expert.lora_a is not None and expert.lora_b is not None:
-        a_x = F.grouped_mm(x_ND if lora_x_ND is None else lora_x_ND, expert.lora_a.transpose(1, 2), offs=ends_E)
-        y = y + F.grouped_mm(a_x, expert.lora_b.transpose(1, 2), offs=ends_E)
+        a_ErD, b_EOr = _align_rank(expert.lora_a, expert.lora_b)
+        a_x = F.grouped_mm(x_ND if lora_x_ND is None else lora_x_ND, a_ErD.transpose(1, 2), offs=ends_E)
+        y = y + F.grouped_mm(a_x, b_EOr.transpose(1, 2), offs=ends_E)
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)
     return y + expert.bias.repeat_interleave(counts_E, dim=0, output_size=len(x_ND))
+
+
+def _align_rank(a_ErD: Tensor, b_EOr: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors with zeros appended to their rank, up to the rows of whole 16 bytes that the grouped matmul takes."""
+    lacking = -a_ErD.shape[1] % (16 // a_ErD.itemsize)
+    return (F.pad(a_ErD, (0, 0, 0, lacking)), F.pad(b_EOr, (0, lacking))) if lacking else (a_ErD, b_EOr)
+
+
+def _aligned(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors with zeros up to a rank whose rows are whole 16-byte words, which `F.grouped_mm` asks for."""
+    missing = -lora_a.shape[1] % (16 // lora_a.element_size())
+    if not missing:
+        return lora_a, lora_b
+    return F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
 
 
 class _ClampedSwiglu(torch.autograd.Function):

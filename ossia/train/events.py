@@ -61,10 +61,15 @@ class EventLog:
         self._sinks: list[Sink] = []
         try:
             run.mkdir(parents=True, exist_ok=True)
-            self._file = (run / EVENTS).open("a", encoding="utf-8")
-            _lock(self._file.fileno(), run)
+            # Unbuffered: what a full disk refused must not be tried again when the file is closed.
+            self._file = (run / EVENTS).open("ab", buffering=0)
         except OSError as error:
             raise self._broken(error) from error
+        try:
+            _lock(self._file.fileno(), run)
+        except RunError:
+            self._file.close()
+            raise
 
     def __enter__(self) -> Self:
         return self
@@ -78,10 +83,11 @@ class EventLog:
 
     def write(self, event: Event) -> None:
         """Append one event and hand it to every sink. Raises RunError if the disk is full."""
-        line = json.dumps(event, allow_nan=False) + "\n"
+        line = json.dumps(event, allow_nan=False).encode() + b"\n"
+        written = 0
         try:
-            self._file.write(line)
-            self._file.flush()
+            while written < len(line):
+                written += self._file.write(line[written:])
         except OSError as error:
             raise self._broken(error, len(line)) from error
         for sink in self._sinks:

@@ -151,6 +151,11 @@ def test_a_key_that_two_overrides_set_is_an_error(tmp_path: Path) -> None:
     assert found == ["command line, train.steps=4: `train.steps` is set twice, also by train.steps=3; keep one"]
 
 
+def test_what_an_override_replaced_is_not_looked_for_in_the_file(tmp_path: Path) -> None:
+    found = errors_of(tmp_path, "model: m\ndata:\n  - path: a\n", "data=[{path: 3}]")
+    assert found[0].startswith("command line, data=[{path: 3}]: `data.0.path` is 3")
+
+
 def test_an_override_can_mend_what_the_file_has_wrong(tmp_path: Path) -> None:
     file = tmp_path / "my.yaml"
     file.write_text("model: m\ndata: {path: a}\ndtype: bf16\n")

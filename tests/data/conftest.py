@@ -69,7 +69,7 @@ def write_rows(tmp_path: Path) -> Callable[..., str]:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("w", encoding="utf-8") as handle:
             for row in rows:
-                handle.write(json.dumps(row, ensure_ascii=False) + "\n")
+                handle.write(json.dumps(row) + "\n")
         return str(file)
 
     return write

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,7 +55,19 @@ def test_bad_rows_can_be_skipped_counted_and_told(open_rows_as: Open) -> None:
     assert (counts.rows, counts.samples, counts.skipped) == (9, 2, 7)
     assert len(counts.reasons) == 5
     assert "rows.jsonl:2: completion: expected" in counts.reasons[0]
-    assert counts.warnings()[0].startswith("7 of 9 rows skipped: ")
+    assert counts.warnings()[0].startswith("rows skipped: 7 of 9, the first:\n  ")
+
+
+def test_a_line_that_is_no_json_is_a_bad_row_like_any_other(
+    tmp_path: Path, make_recipe: Callable[..., Recipe], vocab: Vocabulary
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(GOOD) + '\n{"prompt": \n' + json.dumps(GOOD) + "\n")
+    counts = scan(open_datasets(make_recipe(str(file), on_bad_row="skip"), vocab).train)
+    assert (counts.samples, counts.skipped) == (2, 1)
+    assert "rows.jsonl:2: not valid JSON" in counts.reasons[0]
+    with pytest.raises(DataError, match=r"rows.jsonl:2: not valid JSON: .*\n  next: .*on_bad_row"):
+        list(in_order(open_datasets(make_recipe(str(file)), vocab).train))
 
 
 def test_a_scan_tells_of_all_bad_rows_at_once(open_rows_as: Open) -> None:
@@ -79,7 +92,7 @@ def test_a_long_sample_is_an_error_or_dropped_or_cut_at_its_end_and_counted(open
 
     dropped = scan(open_rows_as(rows, max_length=10, on_long="drop").train)
     assert (dropped.samples, dropped.dropped, dropped.truncated, dropped.longest) == (1, 1, 0, 6)
-    assert dropped.warnings() == ["1 samples dropped: longer than max_length"]
+    assert dropped.warnings() == ["samples dropped, longer than max_length: 1"]
 
     cut = open_rows_as(rows, max_length=10, on_long="truncate").train
     counts = Statistics()
@@ -112,19 +125,21 @@ def test_a_file_that_changes_is_never_skipped_as_bad_rows(write_rows: Callable[.
     ],
 )
 def test_a_dataset_without_a_trained_token_is_an_error(open_rows_as: Open, row: dict[str, Any]) -> None:
-    with pytest.raises(DataError, match=r"rows.jsonl: no token of this source is trained\n  2 samples left out"):
+    with pytest.raises(DataError, match=r"rows.jsonl: no token of this source is trained\n  samples left out, .*: 2"):
         open_rows_as([row, row])
 
 
 def test_a_dataset_of_which_every_row_is_skipped_is_an_error_that_says_why(open_rows_as: Open) -> None:
-    with pytest.raises(DataError, match=r"no token of this source is trained\n  2 of 2 rows skipped: .*messages"):
+    with pytest.raises(
+        DataError, match=r"no token of this source is trained\n  rows skipped: 2 of 2, the first:\n .*messages"
+    ):
         open_rows_as([{"messages": 1}, {"messages": 2}], on_bad_row="skip")
 
 
 def test_columns_that_are_not_used_are_counted(open_rows_as: Open) -> None:
     counts = scan(open_rows_as([GOOD | {"lang": "en"}, GOOD | {"lang": "de", "id": 3}, GOOD]).train)
     assert counts.ignored == {"lang": 2, "id": 1}
-    assert "column `lang` is not used (2 rows have it)" in counts.warnings()
+    assert "rows with the column `lang`, which is not used: 2" in counts.warnings()
 
 
 def test_statistics_survive_json(open_rows_as: Open) -> None:
@@ -190,6 +205,7 @@ def test_a_weight_is_how_often_a_row_is_read_an_epoch(
         assert Counter(source for source, _ in rows) == {0: 12, 1: 6, 2: 24, 3: 15}
         assert Counter(row for source, row in rows if source == 0) == dict.fromkeys(range(12), 1)
         assert Counter(row for source, row in rows if source == 2) == dict.fromkeys(range(12), 2)
+    assert {row for source, row in epochs[0] if source == 1} not in (set(range(6)), set(range(6, 12)))
     for first, second in (epochs[:2], epochs[2:]):  # two halves are one whole
         assert Counter(row for source, row in first + second if source == 1) == dict.fromkeys(range(12), 1)
     assert Counter(row for rows in epochs for source, row in rows if source == 3) == dict.fromkeys(range(12), 5)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from ossia.config import Recipe
 from ossia.data.dataset import in_order, open_datasets
+from ossia.data.preview import runs, token_texts
 from ossia.data.sample import Sample
 from ossia.errors import DataError, RecipeError
 from ossia.harmony.messages import Conversation, Message, System, Tool
@@ -182,8 +186,9 @@ def test_ids_are_used_as_they_are(read: Read) -> None:
 
 
 def test_what_the_preview_writes_reads_back_as_the_same_samples(read: Read) -> None:
-    samples = read(messages(USER, {**ANSWER, "thinking": "Sum."}, USER, {**ANSWER, "thinking": "Again.", "weight": 2}))
-    assert len(samples) == 2
+    thinking = messages(USER, {**ANSWER, "thinking": "Sum."}, USER, {**ANSWER, "thinking": "Again.", "weight": 2})
+    samples = read(thinking, messages(USER, ANSWER, USER, ANSWER))
+    assert len(samples) == 3
     assert any(sample.targets is not None for sample in samples)
     again = read(*[sample.to_json() for sample in samples])
     assert same(again, samples)
@@ -193,7 +198,7 @@ def test_columns_may_have_other_names(read: Read) -> None:
     row = {"chat": [USER, ANSWER], "functions": [WEATHER], "messages": "something else"}
     columns = {"messages": "chat", "tools": "functions"}
     assert same(read(row, columns=columns), read(messages(USER, ANSWER, tools=[WEATHER])))
-    with pytest.raises(RecipeError, match=r"data.columns.messages: no column `talk` in .*\n  found: chat, functions"):
+    with pytest.raises(RecipeError, match=r"data.columns.messages: .* has no column `talk`\n  found: chat, functions"):
         read(row, columns={"messages": "talk"})
     with pytest.raises(RecipeError, match=r"data.columns: unknown field `mesages`\n  allowed: .*messages"):
         read(row, columns={"mesages": "chat"})
@@ -202,6 +207,9 @@ def test_columns_may_have_other_names(read: Read) -> None:
 def test_null_is_the_same_as_absent(read: Read) -> None:
     row = messages(USER, {**ANSWER, "thinking": None, "tool_calls": None}, tools=None, developer=None)
     assert same(read(row), read(messages(USER, ANSWER)))
+    source = {"developer": "Be brief.", "reasoning_effort": "low"}
+    null = messages(USER, ANSWER, developer=None, reasoning_effort=None)
+    assert same(read(null, **source), read(messages(USER, ANSWER), **source))
 
 
 def test_the_format_is_said_with_what_told_it(
@@ -264,7 +272,7 @@ def turns(*pairs: tuple[object, object]) -> dict[str, Any]:
         (messages(USER, ANSWER, tools="[{]"), r"tools: text that isn't JSON: .* at column 3"),
         (messages(USER, ANSWER, tools=[{"function": {}}]), r"tools\[0\].function.name: expected a name"),
         (messages(USER, ANSWER, builtin_tools=["bash"]), r"builtin_tools: expected a list of browser and python"),
-        (messages(USER, {"role": "assistant", "content": "\ud83d"}), r"surrogate"),
+        (messages(USER, {"role": "assistant", "content": "\ud83d"}), r"messages\[1\].content: .*lone surrogate"),
         (turns(("human", "?"), ("bot", "!")), r"conversations\[1\].from: unknown speaker 'bot'; allowed: human, "),
         (turns(("human", "?"), ("gpt", None)), r"conversations\[1\].value: expected text, found null"),
         (turns(("human", "?"), ("gpt", "")), r"conversations\[1\]: an assistant message needs content"),
@@ -286,6 +294,7 @@ def turns(*pairs: tuple[object, object]) -> dict[str, Any]:
         ({"ids": [1, True], "weights": [0, 1]}, r"ids: expected a list of whole numbers"),
         ({"ids": [1, 2], "weights": [0, -1]}, r"weights: expected numbers from 0 on"),
         ({"ids": [1, 2], "weights": [0, float("inf")]}, r"weights: expected numbers from 0 on"),
+        ({"ids": [1, 2], "weights": [0, 10**400]}, r"weights: a number is too large"),
         ({"ids": [1, 2], "weights": "01"}, r"weights: expected a list of numbers"),
         ({"ids": [], "weights": []}, r"ids: the list is empty"),
     ],
@@ -295,3 +304,74 @@ def test_a_row_that_is_wrong_is_an_error_with_place_field_and_what_was_expected(
 ) -> None:
     with pytest.raises(DataError, match=r"rows0.jsonl:1: (.*)" + message):
         read(row)
+
+
+JUNK = st.recursive(
+    st.one_of(st.none(), st.booleans(), st.integers(-5, 300), st.floats(), st.text(max_size=5), st.just("\ud83d")),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(
+            st.sampled_from(["role", "content", "tool_calls", "function", "name", "train", "weight", "x"]), inner
+        ),
+    ),
+    max_leaves=6,
+)
+CALL = {"id": "1", "function": {"name": "weather", "arguments": "{}"}}
+WHOLE_ROWS = [
+    messages(
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "?"}]},
+        {"role": "assistant", "thinking": "Ask.", "tool_calls": [CALL], "train": True, "weight": 0.5},
+        {"role": "tool", "tool_call_id": "1", "content": "19C"},
+        {"role": "assistant", "content": "19C."},
+        tools=[
+            {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+        ],
+        reasoning_effort="low",
+        builtin_tools=["python"],
+    ),
+    turns(("human", "?"), ("function_call", '{"name": "f", "arguments": {}}'), ("observation", "1"), ("gpt", "!")),
+    {"instruction": "?", "input": "a", "output": "!", "thinking": "hm"},
+    {"prompt": [USER], "completion": [ANSWER], "developer": "Be brief."},
+    {"text": "hi"},
+    {"ids": [1, 2], "weights": [0, 1], "targets": [1, 2], "roles": ["a", "b"], "channels": [None, "c"]},
+]
+
+
+def _places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, item in items:
+        yield (*path, key)
+        yield from _places(item, (*path, key))
+
+
+@st.composite
+def spoilt_rows(draw: st.DrawFn) -> dict[str, Any]:
+    """A good row of some layout with one value in it, at any depth, replaced by junk."""
+    row: dict[str, Any] = json.loads(json.dumps(draw(st.sampled_from(WHOLE_ROWS))))
+    *way, last = draw(st.sampled_from(list(_places(row))))
+    inner: Any = row
+    for key in way:
+        inner = inner[key]
+    inner[last] = draw(JUNK)
+    return row
+
+
+@settings(
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+@given(row=spoilt_rows())
+def test_whatever_a_row_holds_it_gives_samples_or_a_data_error(
+    tmp_path: Path, make_recipe: Callable[..., Recipe], vocab: Vocabulary, row: dict[str, Any]
+) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(row) + "\n")
+    try:
+        found = list(in_order(open_datasets(make_recipe(str(file)), vocab).whole))
+    except DataError:
+        return
+    for sample in found:
+        assert sample.num_trained > 0
+        assert len(list(token_texts(sample, vocab, 0, len(sample)))) == len(sample)
+        assert sum(run.end - run.start for run in runs(sample)) == len(sample)
+        json.dumps(sample.to_json())

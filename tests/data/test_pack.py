@@ -87,7 +87,7 @@ def test_samples_for_evaluation_are_packed_once_each_in_order() -> None:
 
 
 def test_a_lognormal_mix_fills_packs_of_4096_to_more_than_99_percent(open_lengths: Open) -> None:
-    lengths = lognormal_lengths(4000, 4096)
+    lengths = lognormal_lengths(2000, 4096)
     stream = PackedStream(open_lengths(lengths), tokens_per_step=4096, tokens_per_pack=4096, seed=0, epochs=1)
     sizes = [pack.num_tokens for step in steps_of(stream) for pack in step]
     assert sum(sizes) == sum(lengths)
@@ -127,6 +127,20 @@ def test_every_sample_comes_exactly_once_an_epoch(open_lengths: Open, epochs: in
     assert all(len(set(part)) == 700 for part in parts)  # a pack never mixes epochs, so they come one after the other
     assert stream.finished
     assert stream.epoch == epochs
+
+
+def test_the_epoch_counts_rows_that_are_done(open_lengths: Open) -> None:
+    stream = PackedStream(open_lengths([16] * 64), tokens_per_step=256, tokens_per_pack=128, seed=0)
+    progress = [stream.epoch]
+    for _ in range(6):
+        stream.next_step()
+        progress.append(stream.epoch)
+    assert progress == [0, 0.25, 0.5, 0.75, 1, 1.25, 1.5]
+
+
+def test_a_finished_stream_gives_empty_steps(open_lengths: Open) -> None:
+    stream = PackedStream(open_lengths([16] * 4), tokens_per_step=256, tokens_per_pack=128, seed=0, epochs=1)
+    assert len(steps_of(stream)) == 1
     assert stream.next_step() == []
 
 
@@ -255,7 +269,9 @@ def test_a_stream_in_which_nothing_is_left_to_train_on_ends_in_an_error(open_len
         Dataset(d.rows, d.layout, d.encoder, d.limits.__class__(4, on_long="drop"), d.weight) for d in datasets
     )
     stream = PackedStream(too_long, tokens_per_step=64, tokens_per_pack=64, seed=0)
-    with pytest.raises(DataError, match=r"a whole epoch of 3 rows gave no sample.*\n  3 samples dropped"):
+    with pytest.raises(
+        DataError, match=r"a whole epoch of 3 rows gave no sample.*\n  samples dropped, longer than max_length: 3"
+    ):
         stream.next_step()
 
 

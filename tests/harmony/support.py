@@ -12,7 +12,16 @@ from typing import Any
 import openai_harmony as library
 from hypothesis import strategies as st
 
-from ossia.harmony import Conversation, Message, Renderer, System, Tool, Vocabulary, o200k_harmony_tokenizer_json
+from ossia.harmony import (
+    Conversation,
+    Message,
+    Rendered,
+    Renderer,
+    System,
+    Tool,
+    Vocabulary,
+    o200k_harmony_tokenizer_json,
+)
 from ossia.harmony.o200k import o200k_ranks_file
 
 
@@ -83,6 +92,20 @@ def library_completion(messages: list[library.Message]) -> list[int]:
 
 def library_training(messages: list[library.Message]) -> list[int]:
     return oracle().render_conversation_for_training(library.Conversation.from_messages(messages))
+
+
+def trained_runs(sample: Rendered) -> list[tuple[list[int], list[int]]]:
+    """(ids before, targets) of each stretch of trained positions."""
+    targets = sample.targets or sample.ids
+    runs = []
+    start = None
+    for position, weight in enumerate([*sample.weights, 0.0]):
+        if weight and start is None:
+            start = position
+        elif not weight and start is not None:
+            runs.append((sample.ids[:start], targets[start:position]))
+            start = None
+    return runs
 
 
 TEXTS = st.one_of(

@@ -113,6 +113,7 @@ def test_a_vocabulary_without_all_bytes_is_refused() -> None:
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
         ('{"version": "1.0", "model": {', "not a whole JSON object"),
         ("", "not a whole JSON object"),
+        ('{"model_type": "gpt_oss"}', "not a tokenizer.json"),
     ],
 )
 def test_a_broken_file_is_refused_by_name(tmp_path: Path, content: str, found: str) -> None:

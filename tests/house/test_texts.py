@@ -95,7 +95,7 @@ def test_every_ossia_command_of_the_readme_is_one_with_files_that_fit(place: Pat
 
 @pytest.mark.slow
 def test_every_python_example_of_the_readme_runs(place: Path) -> None:
-    sizes = "--hidden 64 --layers 2 --experts 4 --width 64 --heads 2 --kv-heads 1".split()
+    sizes = ["--hidden", "64", "--layers", "2", "--experts", "4", "--width", "64", "--heads", "2", "--kv-heads", "1"]
     for model in MODELS if blocks(README, "python") else ():
         (place / model / "config.json").unlink()
         (place / model).rmdir()

@@ -1,20 +1,10 @@
-"""Fixtures of the model tests: a tokenizer of single bytes, and a shape in which no two sizes are equal."""
+"""Fixtures of the model tests: a shape in which no two sizes are equal."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import pytest
 
 from ossia.model.arch import Arch
-from tests.data.conftest import byte_tokenizer_json
-
-
-@pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
-    file.write_text(byte_tokenizer_json(), encoding="utf-8")
-    return file
 
 
 @pytest.fixture(scope="session")

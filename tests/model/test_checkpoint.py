@@ -28,18 +28,18 @@ GATE_UP = "model.layers.0.mlp.experts.gate_up_proj"
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, small: Arch, tokenizer: Path) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, small: Arch, small_tokenizer: Path) -> Path:
     """A single-file MXFP4 checkpoint."""
     path = tmp_path_factory.mktemp("whole") / "model"
-    make_tiny(path, small, tokenizer=tokenizer)
+    make_tiny(path, small, tokenizer=small_tokenizer)
     return path
 
 
 @pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory, small: Arch, tokenizer: Path) -> Path:
+def sharded(tmp_path_factory: pytest.TempPathFactory, small: Arch, small_tokenizer: Path) -> Path:
     """The same weights in shards."""
     path = tmp_path_factory.mktemp("sharded") / "model"
-    make_tiny(path, small, tokenizer=tokenizer, shard_bytes=60_000)
+    make_tiny(path, small, tokenizer=small_tokenizer, shard_bytes=60_000)
     return path
 
 
@@ -62,7 +62,7 @@ def _edit_json(file: Path, change: Callable[[dict], object]) -> None:
 
 @pytest.mark.parametrize("layout", ["mxfp4", "bf16"])
 def test_every_tensor_comes_back_as_it_was_written(
-    layout: Layout, small: Arch, tokenizer: Path, tmp_path: Path
+    layout: Layout, small: Arch, small_tokenizer: Path, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
     specs = small.tensor_specs(layout)
@@ -73,7 +73,7 @@ def test_every_tensor_comes_back_as_it_was_written(
         for name, spec in specs.items()
     }
     backwards = reversed(tensors.items())
-    write_checkpoint(tmp_path / "out", small, backwards, layout, tokenizer_from=tokenizer, shard_bytes=100_000)
+    write_checkpoint(tmp_path / "out", small, backwards, layout, tokenizer_from=small_tokenizer, shard_bytes=100_000)
     found = Checkpoint.open(tmp_path / "out")
     assert (found.arch, found.layout) == (small, layout)
     assert len(found.files) > 2
@@ -101,10 +101,10 @@ def test_bytes_of_a_checkpoint_survive_load_and_save(whole: Path, tmp_path: Path
         assert (tmp_path / "again" / file.name).read_bytes() == file.read_bytes(), file.name
 
 
-def test_opening_and_taking_tensors_reads_no_weight(tokenizer: Path, tmp_path: Path, small: Arch) -> None:
+def test_opening_and_taking_tensors_reads_no_weight(small_tokenizer: Path, tmp_path: Path, small: Arch) -> None:
     big = replace(small, hidden_size=1024, vocab_size=30_000)
     zeros = ((name, torch.zeros(spec.shape, dtype=torch.bfloat16)) for name, spec in big.tensor_specs("bf16").items())
-    write_checkpoint(tmp_path / "big", big, zeros, "bf16", tokenizer_from=tokenizer)
+    write_checkpoint(tmp_path / "big", big, zeros, "bf16", tokenizer_from=small_tokenizer)
     process = psutil.Process()
     before = process.memory_info().rss
     checkpoint = Checkpoint.open(tmp_path / "big")
@@ -126,15 +126,15 @@ def test_writing_to_a_loaded_tensor_never_reaches_the_file(whole: Path, tmp_path
 
 
 BROKEN: dict[str, tuple[Callable[[Tensors], object], str]] = {
-    "missing": (lambda t: t.pop("model.layers.1.self_attn.sinks"), r"`model.layers.1.self_attn.sinks` \[4\] BF16 is missing"),
-    "unread": (lambda t: t.update(extra=torch.zeros(2)), "`extra` in model.safetensors belongs to no part of the model"),
+    "missing": (lambda t: t.pop("model.layers.1.self_attn.sinks"), r"layers.1.self_attn.sinks` \[4\] BF16 is missing"),
+    "unread": (lambda t: t.update(extra=torch.zeros(2)), "`extra` in model.safetensors belongs to no part"),
     "misshapen": (
         lambda t: t.update({"model.norm.weight": torch.zeros(65, dtype=torch.bfloat16)}),
         r"`model.norm.weight` in model.safetensors is \[65\] BF16; by config.json it must be \[64\] BF16",
     ),
     "wrong dtype": (
         lambda t: t.update({"lm_head.weight": t["lm_head.weight"].float()}),
-        r"`lm_head.weight` in model.safetensors is \[265, 64\] F32; by config.json it must be \[265, 64\] BF16",
+        r"`lm_head.weight` in model.safetensors is \[\d+, 64\] F32; by config.json it must be \[\d+, 64\] BF16",
     ),
     "half mxfp4": (lambda t: t.pop(f"{GATE_UP}_scales"), rf"`{GATE_UP}_scales` \[5, 192, 2\] U8 is missing"),
     "bf16 under mxfp4 names": (
@@ -242,11 +242,11 @@ def test_a_config_that_denies_the_layout_is_refused(whole: Path, tmp_path: Path)
         Checkpoint.open(path)
 
 
-def test_a_taken_folder_is_left_alone(whole: Path, small: Arch, tokenizer: Path, tmp_path: Path) -> None:
+def test_a_taken_folder_is_left_alone(whole: Path, small: Arch, small_tokenizer: Path, tmp_path: Path) -> None:
     path = _copy(whole, tmp_path)
     before = {file.name: file.read_bytes() for file in path.iterdir()}
     with pytest.raises(CheckpointError, match="exists already"):
-        make_tiny(path, small, tokenizer=tokenizer)
+        make_tiny(path, small, tokenizer=small_tokenizer)
     assert {file.name: file.read_bytes() for file in path.iterdir()} == before
 
 
@@ -256,7 +256,7 @@ def _left(folder: Path) -> list[str]:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, CheckpointError("diverged")])
 def test_a_write_that_stops_half_way_leaves_nothing(
-    error: BaseException | type[BaseException], small: Arch, tokenizer: Path, tmp_path: Path
+    error: BaseException | type[BaseException], small: Arch, small_tokenizer: Path, tmp_path: Path
 ) -> None:
     def stopping() -> Iterator[tuple[str, Tensor]]:
         for count, item in enumerate(random_tensors(small, "mxfp4", 0)):
@@ -266,22 +266,22 @@ def test_a_write_that_stops_half_way_leaves_nothing(
             yield item
 
     with pytest.raises((KeyboardInterrupt, CheckpointError)):
-        write_checkpoint(tmp_path / "out", small, stopping(), "mxfp4", tokenizer_from=tokenizer)
+        write_checkpoint(tmp_path / "out", small, stopping(), "mxfp4", tokenizer_from=small_tokenizer)
     assert _left(tmp_path) == []
 
 
-def test_what_a_killed_writer_left_is_replaced(small: Arch, tokenizer: Path, tmp_path: Path) -> None:
+def test_what_a_killed_writer_left_is_replaced(small: Arch, small_tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / ".out.partial").mkdir()
     (tmp_path / ".out.partial" / "model-00007-of-00009.safetensors").write_bytes(b"half")
-    make_tiny(tmp_path / "out", small, tokenizer=tokenizer)
+    arch = make_tiny(tmp_path / "out", small, tokenizer=small_tokenizer)
     assert _left(tmp_path) == ["out"]
-    assert Checkpoint.open(tmp_path / "out").arch == small
+    assert Checkpoint.open(tmp_path / "out").arch == arch
 
 
-def test_a_disk_that_is_too_small_is_noticed_before_the_first_byte(tokenizer: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_too_small_is_noticed_before_the_first_byte(small_tokenizer: Path, tmp_path: Path) -> None:
     petabyte = replace(SHAPES["120b"], num_experts=1_000_000)
     with pytest.raises(CheckpointError, match=r"No space left on device. It needs \d+\.\d\d GB, \d+\.\d\d GB are free"):
-        make_tiny(tmp_path / "out", petabyte, tokenizer=tokenizer)
+        make_tiny(tmp_path / "out", petabyte, tokenizer=small_tokenizer)
     assert _left(tmp_path) == []
 
 
@@ -301,10 +301,10 @@ except CheckpointError as error:
 
 
 def test_a_disk_that_refuses_half_way_leaves_nothing_and_the_message_says_what_is_needed(
-    tokenizer: Path, tmp_path: Path
+    small_tokenizer: Path, tmp_path: Path
 ) -> None:
     """A file size limit stands for the full disk: the same failing write, and no root needed to have it."""
-    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "out"), str(tokenizer)]
+    command = [sys.executable, "-c", FULL_DISK, str(tmp_path / "out"), str(small_tokenizer)]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     assert "File too large. It needs 0.07 GB" in result.stdout
     assert "nothing was kept" in result.stdout
@@ -320,15 +320,15 @@ def test_the_sources_own_text_files_are_kept(whole: Path, tmp_path: Path) -> Non
         assert (tmp_path / "out" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_a_tokenizer_that_is_not_gpt_osss_is_refused(small: Arch, tokenizer: Path, tmp_path: Path) -> None:
-    with pytest.raises(TokenizerError, match="missing; name a checkpoint folder or a tokenizer.json"):
+def test_a_tokenizer_that_is_not_gpt_osss_is_refused(small: Arch, small_tokenizer: Path, tmp_path: Path) -> None:
+    with pytest.raises(TokenizerError, match=r"missing; name a checkpoint folder or a tokenizer\.json"):
         make_tiny(tmp_path / "out", small, tokenizer=tmp_path / "tokenizer.json")
     other = tmp_path / "tokenizer.json"
-    shutil.copyfile(tokenizer, other)
-    _edit_json(other, lambda content: content["added_tokens"].pop())
-    with pytest.raises(TokenizerError, match=r"no special tokens \['<\|call\|>'\]"):
+    shutil.copyfile(small_tokenizer, other)
+    _edit_json(other, lambda content: content["added_tokens"].clear())
+    with pytest.raises(TokenizerError, match=r"no special tokens \['<\|call\|>', '<\|endoftext\|>', "):
         make_tiny(tmp_path / "out", small, tokenizer=other)
     other.write_text("[]")
-    with pytest.raises(TokenizerError, match="is no tokenizer.json"):
+    with pytest.raises(TokenizerError, match=r"is no tokenizer\.json"):
         make_tiny(tmp_path / "out", small, tokenizer=other)
     assert _left(tmp_path) == ["tokenizer.json"]

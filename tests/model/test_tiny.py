@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from ossia.errors import MissingExtraError
+from ossia.harmony.vocab import Vocabulary
 from ossia.model.arch import SHAPES, Arch
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.tiny import make_tiny, random_tensors
@@ -33,10 +34,10 @@ def test_another_seed_changes_every_tensor(small: Arch) -> None:
 
 
 def test_the_layouts_are_the_same_function_and_requantising_returns_the_bytes(
-    small: Arch, tokenizer: Path, tmp_path: Path
+    small: Arch, small_tokenizer: Path, tmp_path: Path
 ) -> None:
-    make_tiny(tmp_path / "mxfp4", small, seed=3, tokenizer=tokenizer)
-    make_tiny(tmp_path / "bf16", small, seed=3, weights="bf16", tokenizer=tokenizer)
+    make_tiny(tmp_path / "mxfp4", small, seed=3, tokenizer=small_tokenizer)
+    make_tiny(tmp_path / "bf16", small, seed=3, weights="bf16", tokenizer=small_tokenizer)
     packed, plain = Checkpoint.open(tmp_path / "mxfp4"), Checkpoint.open(tmp_path / "bf16")
     compared = 0
     for name in plain.specs:
@@ -53,10 +54,10 @@ def test_the_layouts_are_the_same_function_and_requantising_returns_the_bytes(
 
 
 def test_no_tensor_is_neutral_and_matrices_keep_activations_near_one(
-    small: Arch, tokenizer: Path, tmp_path: Path
+    small: Arch, small_tokenizer: Path, tmp_path: Path
 ) -> None:
     wide = replace(small, hidden_size=512, intermediate_size=768)
-    make_tiny(tmp_path / "wide", wide, weights="bf16", tokenizer=tokenizer)
+    make_tiny(tmp_path / "wide", wide, weights="bf16", tokenizer=small_tokenizer)
     checkpoint = Checkpoint.open(tmp_path / "wide")
     for name, spec in checkpoint.specs.items():
         tensor = checkpoint.tensor(name).float()
@@ -67,12 +68,11 @@ def test_no_tensor_is_neutral_and_matrices_keep_activations_near_one(
             assert tensor.std() * spec.shape[1] ** 0.5 == pytest.approx(1, abs=0.45), name
 
 
-def test_the_vocabulary_is_the_tokenizers_own(tokenizer: Path, tmp_path: Path) -> None:
-    arch = make_tiny(tmp_path / "demo", SHAPES["demo"], tokenizer=tokenizer)
-    size = 256 + len(json.loads(tokenizer.read_text())["added_tokens"])
-    assert arch == replace(SHAPES["demo"], vocab_size=size)
+def test_the_vocabulary_is_the_tokenizers_own(small_tokenizer: Path, tmp_path: Path) -> None:
+    arch = make_tiny(tmp_path / "demo", SHAPES["demo"], tokenizer=small_tokenizer)
+    assert arch == replace(SHAPES["demo"], vocab_size=Vocabulary.from_file(small_tokenizer).size)
     assert Checkpoint.open(tmp_path / "demo").arch == arch
-    special = {token["content"]: token["id"] for token in json.loads(tokenizer.read_text())["added_tokens"]}
+    special = {token["content"]: token["id"] for token in json.loads(small_tokenizer.read_text())["added_tokens"]}
     config = json.loads((tmp_path / "demo" / "generation_config.json").read_text())
     stops = [special[token] for token in ("<|return|>", "<|endoftext|>", "<|call|>")]
     assert (config["eos_token_id"], config["pad_token_id"]) == (stops, special["<|endoftext|>"])
@@ -80,9 +80,11 @@ def test_the_vocabulary_is_the_tokenizers_own(tokenizer: Path, tmp_path: Path) -
     assert (config["eos_token_id"], config["bos_token_id"]) == (special["<|return|>"], special["<|startoftext|>"])
 
 
-def test_progress_counts_to_the_last_byte(small: Arch, tokenizer: Path, tmp_path: Path) -> None:
+def test_progress_counts_to_the_last_byte(small: Arch, small_tokenizer: Path, tmp_path: Path) -> None:
     seen: list[tuple[int, int]] = []
-    make_tiny(tmp_path / "out", small, tokenizer=tokenizer, progress=lambda done, total: seen.append((done, total)))
+    make_tiny(
+        tmp_path / "out", small, tokenizer=small_tokenizer, progress=lambda done, total: seen.append((done, total))
+    )
     total = Checkpoint.open(tmp_path / "out").num_bytes
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)

@@ -6,7 +6,7 @@ from itertools import combinations, pairwise
 
 from hypothesis import HealthCheck, given, settings
 
-from ossia.harmony import Conversation, Message, Rendered
+from ossia.harmony import Conversation, Message
 from tests.harmony.support import (
     CONVERSATIONS,
     library_completion,
@@ -15,6 +15,7 @@ from tests.harmony.support import (
     o200k,
     oracle,
     renderer,
+    trained_runs,
 )
 
 FIXED = settings(
@@ -52,20 +53,6 @@ def expected_generations(conversation: Conversation) -> list[tuple[list[int], li
             sampled[-1] = special["<|return|>"]
         expected.append((context, context + said[2:], sampled))
     return expected
-
-
-def trained_runs(sample: Rendered) -> list[tuple[list[int], list[int]]]:
-    """(ids before, targets) of each stretch of trained positions."""
-    targets = sample.targets or sample.ids
-    runs = []
-    start = None
-    for position, weight in enumerate([*sample.weights, 0.0]):
-        if weight and start is None:
-            start = position
-        elif not weight and start is not None:
-            runs.append((sample.ids[:start], targets[start:position]))
-            start = None
-    return runs
 
 
 def fewest_samples(expected: list[tuple[list[int], list[int], list[int]]]) -> int:

@@ -1,6 +1,6 @@
 """Short everyday conversations with thinking, tool calls, several turns and developer instructions.
 
-Every kind is one function of a random generator; whatever can be right or wrong in it (sums, times, days, tool results) is
+Every kind is one function of a random generator; what can be right or wrong in it (sums, times, days, tool results) is
 computed. Rows are in OpenAI's messages form with `thinking`, `tools` and `reasoning_effort`. Effort shows: low answers
 without thinking, high checks itself. Pure Python: no torch.
 """
@@ -12,9 +12,9 @@ import random
 from collections.abc import Callable
 from typing import Any
 
-from ossia.demo import tools
+from ossia.demo.rows import tools
+from ossia.demo.rows.sorting import Row
 
-Row = dict[str, Any]
 Message = dict[str, Any]
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
@@ -131,7 +131,9 @@ def glossary(rng: random.Random) -> Row:
     """A musical term looked up; a term that is not there is said to be missing, not made up."""
     term = rng.choice((*tools.GLOSSARY, *UNKNOWN_TERMS))
     effort = _effort(rng)
-    ask = rng.choice(("What does {term} mean in music?", "Explain the term {term}, please.", "What is meant by {term}?"))
+    ask = rng.choice(
+        ("What does {term} mean in music?", "Explain the term {term}, please.", "What is meant by {term}?")
+    )
     found = tools.lookup(term)
     answer = f"{term} means {found['meaning']}." if "meaning" in found else f"The glossary has no entry for {term}."
     thinking = _think(effort, f"I look up {term}.", "I say so if it is missing.")

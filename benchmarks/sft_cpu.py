@@ -1,0 +1,213 @@
+"""Question: how fast and how frugal is a LoRA step on CPU against transformers + peft, on the same ids and weights?
+
+Run: python -m benchmarks.sft_cpu --case b1-2048      Needs: 2 cores, 24 GiB for b1-8192      Quoted in: README.md
+
+Both sides load the same checkpoint (experts in MXFP4, expanded to bfloat16), put LoRA r16 on attention, and take whole
+optimizer steps over the same pack, in turn, after a warm-up. transformers runs with its default grouped experts,
+gradient checkpointing, and adapters in bfloat16; packed documents are kept apart by `position_ids`. The first step's
+losses have to agree. tokens/s counts trained tokens; peak memory is each process's own VmHWM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+
+from benchmarks.common import Worker, peak_resident_bytes, serve, where, write_result
+
+PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "tokenizers")
+RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-4
+TURNS = 8  # questions in a chat
+LOSS_TOLERANCE = 2e-3  # relative, of the first step: bfloat16 on both sides
+
+
+@dataclass(frozen=True)
+class Case:
+    """A bench shape, the tokens of a step, and whether they are random or real conversations."""
+
+    shape: str
+    tokens: int
+    conversations: bool = False
+
+
+CASES = {
+    "b1-512": Case("B1", 512),
+    "b1-2048": Case("B1", 2048),
+    "b1-2048-chats": Case("B1", 2048, conversations=True),
+    "b1-8192": Case("B1", 8192),
+    "b2-2048": Case("B2", 2048),
+}
+
+
+def samples_of(case: Case, folder: Path) -> list[Any]:
+    """What a step trains on: one random document, every token trained; or conversations that fill the pack."""
+    from ossia.data.sample import Sample
+
+    if not case.conversations:
+        ids = np.random.default_rng(0).integers(0, 199_998, case.tokens).astype(np.int32)
+        weights = np.ones(case.tokens, np.float32)
+        weights[0] = 0
+        return [Sample(ids, weights, None, "random:1", ())]
+    import random
+
+    from ossia.demo.chats import chat_rows
+    from ossia.harmony import Renderer, TrainOn, Vocabulary, conversation_from_messages
+
+    # chats of several questions, answered without thinking, as in data where about half of the tokens is trained
+    rows = [row for row in chat_rows(2000, random.Random(0)) if "tools" not in row]
+    rows.sort(key=lambda row: -sum(len(m["content"]) * (1 if m["role"] == "assistant" else -1) for m in row["messages"]))
+    renderer, found, room = Renderer(Vocabulary.from_file(folder)), [], case.tokens
+    for first in range(0, len(rows) - TURNS, TURNS):
+        messages = [
+            {key: value for key, value in message.items() if key != "thinking"}
+            for row in rows[first : first + TURNS]
+            for message in row["messages"]
+        ]
+        (rendered,) = renderer.samples(conversation_from_messages(messages), TrainOn())
+        sample = Sample.from_rendered(rendered, f"chats:{first}")
+        if len(sample) <= room:
+            # transformers can't be told that a target differs from its id: both sides train on the ids
+            found.append(replace(sample, targets=None))
+            room -= len(sample)
+    return found
+
+
+def ossia_worker(case: Case, folder: Path) -> None:
+    """Ossia's side."""
+    import torch
+
+    from ossia.data.pack import Pack
+    from ossia.model.checkpoint import Checkpoint
+    from ossia.model.lora import Lora, LoraSpec
+    from ossia.model.transformer import Transformer
+    from ossia.model.weights import Weights
+    from ossia.train.optim import AdamW
+    from ossia.train.step import keeps_activations, train_step
+
+    pack = Pack.from_samples(samples_of(case, folder))
+    model = Transformer(Weights(Checkpoint.open(folder), "bf16", torch.bfloat16, torch.device("cpu")))
+    targets = {name: (RANK, ALPHA) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    model.use_adapter(Lora.fresh(model.arch, LoraSpec(targets), seed=0, device=model.device))
+    optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    recompute = not keeps_activations(model, "auto", pack.num_tokens, memory_bytes)
+
+    def step() -> dict[str, float]:
+        start = time.perf_counter()
+        result = train_step(model, optimizer, [pack], lr=LEARNING_RATE, clip=1.0, recompute=recompute)
+        return {"loss": result.loss, "step_s": time.perf_counter() - start, "peak_bytes": peak_resident_bytes()}
+
+    serve({"trained": pack.num_trained, "tokens": pack.num_tokens, "documents": len(pack.starts) - 1}, step)
+
+
+def peer_worker(case: Case, folder: Path) -> None:
+    """transformers and peft, at their documented best for this machine."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    samples = samples_of(case, folder)
+    ids = torch.from_numpy(np.concatenate([sample.ids for sample in samples])).long()[None]
+    positions = torch.cat([torch.arange(len(sample)) for sample in samples])[None]
+    trained = torch.from_numpy(np.concatenate([sample.weights for sample in samples]))[None] > 0
+    labels = ids.masked_fill(~trained, -100)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model.config.use_cache = False
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    model.enable_input_require_grads()
+    model.train()
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
+
+    def step() -> dict[str, float]:
+        start = time.perf_counter()
+        loss = model(input_ids=ids, position_ids=positions, labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds = time.perf_counter() - start
+        return {"loss": float(loss.detach()), "step_s": seconds, "peak_bytes": peak_resident_bytes()}
+
+    serve({"trained": int(trained.sum()), "tokens": ids.shape[1], "documents": len(samples)}, step)
+
+
+def compare(name: str, folder: Path, repeats: int, threads: int) -> dict[str, Any]:
+    """Both sides in turn; the first repeat is the warm-up, and where their losses are compared."""
+    sides = {
+        side: Worker("benchmarks.sft_cpu", "--worker", side, "--case", name, "--model", str(folder), threads=threads)
+        for side in ("ossia", "peer")
+    }
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    for _ in range(repeats + 1):
+        for side, worker in sides.items():
+            runs[side].append(worker.ask())
+            print(name, side, runs[side][-1], file=sys.stderr)
+    ready = {side: worker.ready for side, worker in sides.items()}
+    for worker in sides.values():
+        worker.close()
+    assert ready["ossia"] == ready["peer"], f"the sides don't train on the same: {ready}"
+    first = {side: found[0]["loss"] for side, found in runs.items()}
+    apart = abs(first["ossia"] - first["peer"]) / abs(first["peer"])
+    assert apart <= LOSS_TOLERANCE, f"the sides' first losses differ by {apart:.1e}: {first}"
+    step_s = {side: median(run["step_s"] for run in found[1:]) for side, found in runs.items()}
+    peak = {side: max(run["peak_bytes"] for run in found) for side, found in runs.items()}
+    trained = ready["ossia"]["trained"]
+    return {
+        "question": (__doc__ or "").splitlines()[0],
+        "case": name,
+        "config": {**vars(CASES[name]), "rank": RANK, "repeats": repeats, "threads": threads, **ready["ossia"]},
+        "first_loss": first,
+        "median_step_s": step_s,
+        "trained_tokens_per_s": {side: trained / seconds for side, seconds in step_s.items()},
+        "peak_bytes": peak,
+        "speedup": step_s["peer"] / step_s["ossia"],
+        "memory_ratio": peak["ossia"] / peak["peer"],
+        "raw": runs,
+        **where(PACKAGES),
+    }
+
+
+def main() -> None:
+    """Measure one case, or be a worker of one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=CASES, default="b1-2048")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--model", type=Path, help="a checkpoint of the case's shape, instead of making one")
+    parser.add_argument("--worker", choices=("ossia", "peer"))
+    options = parser.parse_args()
+    case = CASES[options.case]
+    if options.worker:
+        {"ossia": ossia_worker, "peer": peer_worker}[options.worker](case, options.model)
+        return
+    from ossia.model.arch import SHAPES
+    from ossia.model.tiny import make_tiny
+
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model or Path(scratch) / case.shape
+        if not folder.exists():
+            make_tiny(folder, SHAPES[case.shape])
+        result = compare(options.case, folder, options.repeats, options.threads)
+    print(write_result(f"sft_cpu-{options.case}", result))
+    rate = result["trained_tokens_per_s"]
+    print(
+        f"{options.case}: {rate['ossia']:.0f} against {rate['peer']:.0f} trained tokens/s, {result['speedup']:.2f}x, "
+        f"at {result['memory_ratio']:.2f}x the memory"
+    )
+
+
+if __name__ == "__main__":
+    main()

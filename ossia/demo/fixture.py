@@ -1,0 +1,79 @@
+"""A small trained model for tests: a random mixture of experts changes its routing under rounding, a trained one doesn't.
+
+Trained as the demo is, on less, once per content: the folder's name is a hash of the code, the plan and the seed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import mkdtemp
+
+import ossia
+from ossia import sft
+from ossia.config import load_recipe
+from ossia.demo.conversations import Sizes
+from ossia.demo.prepare import Plan, prepare
+from ossia.train.events import Event
+
+FIXTURE_PLAN = Plan(
+    sizes=Sizes(train_sorting=2000, train_chats=300, heldout_sorting=30, heldout_chats=30, questions=40),
+    steps=120,
+    evaluations=1,
+)
+_DECIDES = (
+    "config",
+    "data",
+    "demo",
+    "harmony",
+    "model",
+    "ops",
+    "train",
+    "sft.py",
+)  # what the trained weights depend on
+
+
+def trained_fixture(cache_dir: Path, *, seed: int = 0, plan: Plan = FIXTURE_PLAN) -> Path:
+    """The folder of a trained checkpoint (bf16 layout), its data beside it in `../data`; trained if it isn't there yet.
+
+    cache_dir  kept between test sessions; stale entries may be deleted at any time
+    """
+    folder = cache_dir / f"demo-{content_hash(plan, seed)}"
+    if not folder.is_dir():
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        partial = Path(mkdtemp(prefix=".demo-", dir=cache_dir))
+        try:
+            _, recipe_file = prepare(partial, seed=seed, plan=plan)
+            sft.run(load_recipe(recipe_file), sink=_Silent())
+            shutil.rmtree(partial / "checkpoints")
+            if not folder.is_dir():  # another session may have been faster; its weights are the same
+                partial.rename(folder)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    return folder / sft.MODEL
+
+
+def content_hash(plan: Plan, seed: int) -> str:
+    """16 hex digits over everything that decides the trained weights, as far as this repository holds it."""
+    digest = hashlib.sha256(repr((plan, seed)).encode())
+    for file in _sources(Path(ossia.__file__).parent):
+        digest.update(file.name.encode() + b"\0" + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _sources(package: Path) -> Iterator[Path]:
+    for name in _DECIDES:
+        path = package / name
+        yield from sorted(path.rglob("*.py")) if path.is_dir() else (path,)
+
+
+class _Silent:
+    """A sink that shows nothing."""
+
+    def write(self, event: Event) -> None:
+        """Take one event."""
+
+    def close(self) -> None:
+        """Nothing more will come."""

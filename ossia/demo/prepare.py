@@ -1,0 +1,68 @@
+"""What the demo trains on and from, as files: conversations, a small vocabulary, an untrained checkpoint, a recipe."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from ossia.demo.conversations import DemoFiles, Sizes, make_data, write
+from ossia.demo.start import write_untrained
+from ossia.demo.vocabulary import write_vocabulary
+
+DATA, START, RECIPE = "data", "start", "demo.yaml"
+
+_RECIPE_TEXT = """\
+# What `ossia demo` trains; `ossia train` takes the same file. For a real model change `model`, `data` and `output`,
+# train an adapter (adapter: {{rank: 16}}), and leave learning_rate and the rest to their defaults: this model begins with
+# random weights, so all of them are trained, fast.
+method: sft
+model: {model}
+dtype: float32
+weights: bf16                     # MXFP4 experts are expanded, because they are trained too
+data: {{path: {train}}}
+eval: {{data: {{path: {heldout}}}, every: {every}}}
+max_length: {max_length}
+train:
+  steps: {steps}
+  tokens_per_step: {tokens_per_step}
+  learning_rate: {learning_rate}
+  warmup: 20
+  seed: {seed}
+  save_every: {every}
+output: {output}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long to train on how much; the defaults are what the demo was measured with."""
+
+    sizes: Sizes = Sizes()
+    steps: int = 600
+    tokens_per_step: int = 1024
+    learning_rate: float = 3e-3
+    evaluations: int = 4
+
+
+def prepare(folder: Path, *, seed: int, plan: Plan) -> tuple[DemoFiles, Path]:
+    """Write data, vocabulary, untrained checkpoint and recipe into `folder`; the data files and the recipe's file."""
+    data = make_data(seed, plan.sizes)
+    files = write(data, folder / DATA)
+    tokenizer = write_vocabulary((*data.train, *data.heldout), folder / DATA / "tokenizer.json")
+    write_untrained(folder / START, tokenizer, seed=seed)
+    recipe_file = folder / RECIPE
+    text = _RECIPE_TEXT.format(
+        model=json.dumps(str(folder / START)),
+        train=json.dumps(str(files.train)),
+        heldout=json.dumps(str(files.heldout)),
+        output=json.dumps(str(folder)),
+        every=max(1, plan.steps // plan.evaluations),
+        max_length=min(512, plan.tokens_per_step),
+        steps=plan.steps,
+        tokens_per_step=plan.tokens_per_step,
+        learning_rate=plan.learning_rate,
+        seed=seed,
+    )
+    recipe_file.write_text(text, encoding="utf-8")
+    return files, recipe_file

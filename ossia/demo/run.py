@@ -1,0 +1,161 @@
+"""The `ossia demo` story: an untrained checkpoint in the released format, data, a recipe, training, and what it learnt.
+
+It takes the way that a user's own run takes: files on disk, a recipe in YAML, `sft.run`, batch generation. Every figure it
+prints was measured in the run it prints it of. The folder afterwards:
+
+    start/        the untrained checkpoint (MXFP4 experts)          data/      train, heldout and questions .jsonl
+    demo.yaml     the recipe                                        answers/   what the model answered, before and after
+    events.jsonl, report.html, checkpoints/, model/ ...             the run folder that every `ossia train` leaves
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ossia import sft
+from ossia.batch import generate_file
+from ossia.config import check_recipe, load_recipe
+from ossia.demo.prepare import RECIPE, START, Plan, prepare
+from ossia.errors import UserError
+from ossia.model.checkpoint import Checkpoint
+from ossia.train.events import EVENTS, Sink, read_events
+
+MAX_ANSWER_TOKENS = 64  # the longest right answer has 44
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """Held-out loss in nats per trained token, and the share of held-out questions answered exactly."""
+
+    loss: float
+    exact_match: float
+
+
+@dataclass(frozen=True, slots=True)
+class DemoResult:
+    """Where everything is, and what was measured before and after training."""
+
+    folder: Path
+    model: Path
+    before: Score
+    after: Score
+
+
+def run_demo(folder: Path, *, seed: int = 0, plan: Plan | None = None, sink: Sink | None = None) -> DemoResult:
+    """Tell the whole story in `folder` (made anew); the story goes to stdout, progress to stderr.
+
+    sink    hears the training's events instead of the terminal
+    Raises  UserError if `folder` holds something else than an earlier demo; what `sft.run` raises
+    """
+    plan = plan or Plan()
+    started = time.monotonic()
+    _make_room(folder)
+    print(f"1. Data and an untrained gpt-oss model, from seed {seed}")
+    files, recipe_file = prepare(folder, seed=seed, plan=plan)
+    arch_line = _describe(folder / START)
+    print(f"   {folder / 'data'}: {_num_lines(files.train):,} conversations to train on, "
+          f"{_num_lines(files.heldout):,} held out, {_num_lines(files.questions):,} questions")  # fmt: skip
+    print(f"   {folder / 'start'}: {arch_line}\n")
+
+    print("2. Before training")
+    answers = folder / "answers"
+    answers.mkdir()
+    before = _answer(folder / START, files.questions, answers / "before.jsonl")
+    _show_turn(before[0])
+
+    recipe = load_recipe(recipe_file)
+    check_recipe(recipe)
+    print(f"\n3. Fine-tuning: ossia train {recipe_file}", flush=True)
+    result = sft.run(recipe, sink=sink)
+    losses = [event["eval_loss"] for event in read_events(folder / EVENTS) if event["event"] == "eval"]
+
+    print("\n4. After training, the same question")
+    after = _answer(result.trained, files.questions, answers / "after.jsonl")
+    _show_turn(after[0])
+    scores = Score(losses[0], exact_match(before)), Score(losses[-1], exact_match(after))
+    _show_scores(*scores, num_questions=len(after))
+    print(f"\nreport to look at: {folder / 'report.html'}\ntalk to it:        ossia chat {result.trained}"
+          f"\nthis took {time.monotonic() - started:.0f} s")  # fmt: skip
+    return DemoResult(folder, result.trained, *scores)
+
+
+def exact_match(answered: list[dict[str, Any]]) -> float:
+    """Share of rows whose completion ends in a final message that is exactly the row's `answer`."""
+    right = [_final_text(row["completions"][0]["messages"]) == row["answer"] for row in answered]
+    return sum(right) / len(right)
+
+
+def _final_text(messages: list[dict[str, Any]]) -> str | None:
+    """The text of the last final message; None if there is none."""
+    return next((m["content"] for m in reversed(messages) if m.get("content")), None)
+
+
+def _make_room(folder: Path) -> None:
+    """An empty `folder`: what an earlier demo left is removed, anything else is left alone and refused."""
+    if folder.exists() and any(folder.iterdir()):
+        if not (folder / RECIPE).is_file():
+            raise UserError(f"{folder}: holds something else than a demo; name another folder with --output")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def _answer(model: Path, questions: Path, target: Path) -> list[dict[str, Any]]:
+    """Greedy answers to every question, through the same code as `ossia generate`; the rows with completions."""
+    generate_file(
+        str(model),
+        questions,
+        target,
+        adapter=None,
+        temperature=0.0,
+        top_p=1.0,
+        top_k=0,
+        max_tokens=MAX_ANSWER_TOKENS,
+        num_completions=1,
+        seed=0,
+        dtype="float32",
+        weights="bf16",
+        device="auto",
+    )
+    return [json.loads(line) for line in target.read_text(encoding="utf-8").splitlines()]
+
+
+def _describe(model: Path) -> str:
+    """The untrained checkpoint in words, read back from its files."""
+    checkpoint = Checkpoint.open(model)
+    arch = checkpoint.arch
+    return (
+        f"{arch.num_parameters() / 1e6:.1f} million random weights, {arch.num_layers} layers, {arch.num_experts} experts "
+        f"({arch.experts_per_token} a token), {checkpoint.layout} layout, {checkpoint.num_bytes / 1e6:.1f} MB"
+    )
+
+
+def _show_turn(row: dict[str, Any]) -> None:
+    """One question and what the model made of it, thinking apart from the answer."""
+    print(f"   user      {row['messages'][-1]['content']}")
+    for message in row["completions"][0]["messages"]:
+        for key, label in (("reasoning_content", "analysis"), ("content", "answer")):
+            if message.get(key):
+                print(f"   {label:<9} {_shortened(message[key])}")
+    print(f"   expected  {row['answer']}")
+
+
+def _shortened(text: str) -> str:
+    """Text on one line; what is over 100 characters is cut with a mark."""
+    line = repr(text)[1:-1]
+    return line if len(line) <= 100 else f"{line[:100]} ..."
+
+
+def _show_scores(before: Score, after: Score, *, num_questions: int) -> None:
+    print(f"\n   {'':<34}{'before':>8}{'after':>8}")
+    print(f"   {'held-out loss (nats a token)':<34}{before.loss:>8.3f}{after.loss:>8.3f}")
+    label = f"exact match, {num_questions} held-out questions"
+    print(f"   {label:<34}{before.exact_match:>8.2f}{after.exact_match:>8.2f}")
+
+
+def _num_lines(path: Path) -> int:
+    return len(path.read_bytes().splitlines())

@@ -1,0 +1,70 @@
+"""The untrained model that the demo starts from: seeded random weights in the released MXFP4 format.
+
+`ossia tiny` draws weights so that every part of the architecture matters to a comparison (no bias, norm or sink is
+neutral). To be trained from nothing, a model starts better with neutral ones: matrices near 1/sqrt(hidden), norms 1,
+biases 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ossia.model.arch import Arch, alternating_layers
+from ossia.model.checkpoint import write_checkpoint
+from ossia.model.template import vocabulary_size
+from ossia.ops.mxfp4 import quantize_mxfp4
+
+HIDDEN = 128
+WEIGHT_STD = 0.08  # near 1 / sqrt(HIDDEN)
+
+
+def demo_arch(vocab_size: int) -> Arch:
+    """gpt-oss at 6.6 million parameters besides the embeddings: 4 layers, 32 experts of which a token uses 4."""
+    return Arch(
+        hidden_size=HIDDEN,
+        intermediate_size=128,
+        num_layers=4,
+        num_heads=4,
+        num_kv_heads=2,
+        head_dim=32,
+        num_experts=32,
+        experts_per_token=4,
+        sliding_window=128,
+        vocab_size=vocab_size,
+        layer_types=alternating_layers(4),
+    )
+
+
+def write_untrained(path: Path, tokenizer: Path, *, seed: int) -> Arch:
+    """Write the checkpoint into the new folder `path`, its vocabulary that of the file `tokenizer`.
+
+    Raises CheckpointError as `write_checkpoint`.
+    """
+    arch = demo_arch(vocabulary_size(tokenizer))
+    write_checkpoint(path, arch, _tensors(arch, seed), "mxfp4", tokenizer_from=tokenizer)
+    return arch
+
+
+def _tensors(arch: Arch, seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the MXFP4 layout; experts are drawn, then rounded to the format."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).mul_(WEIGHT_STD)
+
+    for name, spec in arch.tensor_specs("mxfp4").items():
+        if name.endswith("_blocks"):
+            experts, rows, blocks, half = spec.shape
+            packed, scales = quantize_mxfp4(draw(experts, rows, blocks * half * 2))
+            yield name, packed
+            yield name.removesuffix("_blocks") + "_scales", scales
+        elif name.endswith("norm.weight"):
+            yield name, torch.ones(spec.shape, dtype=torch.bfloat16)
+        elif name.endswith("bias"):
+            yield name, torch.zeros(spec.shape, dtype=torch.bfloat16)
+        elif not name.endswith("_scales"):
+            yield name, draw(*spec.shape).bfloat16()

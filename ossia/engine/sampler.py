@@ -1,0 +1,128 @@
+"""Next tokens from logits, every request by its own rules and its own random numbers.
+
+A request draws one uniform number a token from a generator of its own, and takes the token where the cumulative
+probability passes it: what it gets depends on its seed and its logits, never on its batch mates.
+Own code because of that, and because without top-k and top-p (the default) nothing has to be sorted.
+Letters: B sequences, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ossia.errors import UserError
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How a request's tokens are drawn; the defaults are OpenAI's.
+
+    temperature  divides the logits; 0 always takes the likeliest token (of equals the lowest id)
+    top_k        keep the k likeliest tokens; 0 keeps all
+    top_p        of those, keep the fewest likeliest whose probabilities add up to at least this share
+    min_p        of those, keep tokens at least this fraction as likely as the likeliest
+    seed         of the request's own generator; None: drawn from the system, another result each time
+
+    Raises  UserError for a value out of range
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+
+    def __post_init__(self) -> None:
+        rules = (
+            ("temperature", self.temperature, 0 <= self.temperature < float("inf"), "a number >= 0"),
+            ("top_p", self.top_p, 0 <= self.top_p <= 1, "a share from 0 to 1"),
+            ("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or a positive number"),
+            ("min_p", self.min_p, 0 <= self.min_p <= 1, "a share from 0 to 1"),
+        )
+        for name, found, holds, allowed in rules:
+            if not holds:
+                raise UserError(f"{name}: is {found}; allowed: {allowed}")
+
+    def generator(self) -> random.Random:
+        """The request's random numbers, from their beginning."""
+        return random.Random(self.seed)
+
+
+class BatchSampler:
+    """The rules of a batch as columns. Make a new one when the batch changes; the generators live on."""
+
+    def __init__(
+        self, samplings: Sequence[Sampling], generators: Sequence[random.Random], device: torch.device
+    ) -> None:
+        def column(values: Sequence[float]) -> Tensor:
+            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+
+        self._device = device
+        self._drawing = [
+            (row, generator)
+            for row, (rules, generator) in enumerate(zip(samplings, generators, strict=True))
+            if rules.temperature > 0
+        ]
+        self._greedy = not self._drawing
+        self._greedy_B = torch.tensor([rules.temperature == 0 for rules in samplings], device=device)
+        self._temperature_B1 = column([rules.temperature or 1.0 for rules in samplings])
+        self._plain = all(rules.temperature in (0, 1) for rules in samplings)
+        self._uniforms = [0.0] * len(samplings)
+        all_tokens = torch.iinfo(torch.int32).max
+        top_ks = [rules.top_k or all_tokens for rules in samplings]
+        self._most = max(top_ks) if max(top_ks) < all_tokens else None
+        self._sorted = any(rules.top_k or rules.top_p < 1 for rules in samplings)
+        self._top_k_B1 = torch.tensor(top_ks, device=device)[:, None]
+        self._top_p_B1 = column([rules.top_p for rules in samplings])
+        self._min_p_B1 = column([rules.min_p for rules in samplings])
+        self._has_min_p = any(rules.min_p for rules in samplings)
+
+    def draw(self, logits_BV: Tensor) -> Tensor:
+        """One token a sequence.
+
+        logits_BV  (B, V) float32
+        Returns    (B,) int64
+        """
+        if self._greedy:
+            return logits_BV.argmax(-1)
+        for row, generator in self._drawing:
+            self._uniforms[row] = generator.random()
+        uniform_B1 = torch.tensor(self._uniforms, dtype=torch.float64, device=self._device)[:, None]
+        probs_BV, order_BV = self.kept(logits_BV)
+        mass_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+        # u < 1, so u * total < total, and the first place whose sum is greater has a probability above zero
+        chosen_B1 = torch.searchsorted(mass_BV, uniform_B1 * mass_BV[:, -1:], right=True)
+        if order_BV is not None:
+            chosen_B1 = order_BV.gather(-1, chosen_B1)
+        chosen_B = chosen_B1[:, 0]
+        if len(self._drawing) < len(self._uniforms):
+            chosen_B = torch.where(self._greedy_B, logits_BV.argmax(-1), chosen_B)
+        return chosen_B
+
+    def kept(self, logits_BV: Tensor) -> tuple[Tensor, Tensor | None]:
+        """What is drawn from: probabilities, zero for what the rules leave out (they need not add up to 1).
+
+        Returns  (B, C) float32, and (B, C) int64 the token of each column, likeliest first; None: column is token
+        """
+        probs_BC = (logits_BV if self._plain else logits_BV / self._temperature_B1).softmax(-1)
+        if not self._sorted:
+            if self._has_min_p:
+                probs_BC = probs_BC.masked_fill(probs_BC < self._min_p_B1 * probs_BC.amax(-1, keepdim=True), 0.0)
+            return probs_BC, None
+        if self._most is not None and self._most < probs_BC.shape[-1]:
+            probs_BC, order_BC = probs_BC.topk(self._most, dim=-1)
+        else:
+            probs_BC, order_BC = probs_BC.sort(dim=-1, descending=True, stable=True)
+        rank_C = torch.arange(probs_BC.shape[-1], device=self._device)
+        probs_BC = probs_BC.masked_fill(rank_C >= self._top_k_B1, 0.0)
+        mass_BC = probs_BC.cumsum(-1, dtype=torch.float64)
+        enough_B1 = self._top_p_B1 * mass_BC[:, -1:]
+        # a token is left out where those before it are enough already; the likeliest always stays
+        out_BC = (mass_BC - probs_BC >= enough_B1) & (rank_C > 0) & (self._top_p_B1 < 1)
+        out_BC |= probs_BC < self._min_p_B1 * probs_BC[:, :1]
+        return probs_BC.masked_fill(out_BC, 0.0), order_BC

@@ -1,0 +1,171 @@
+"""A model's weights as a checkpoint holds them: what training changed is merged in, everything else stays bit for bit.
+
+Merged in float32 (the base expanded from its bytes, plus scale * B A) and rounded once. It goes tensor by tensor and
+expert by expert, each tensor mapped from its file for as long as it is needed, so memory doesn't grow with the model.
+Letters: E experts, O out, D in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ossia.errors import CheckpointError
+from ossia.model.arch import Layout
+from ossia.model.checkpoint import Checkpoint, write_checkpoint
+from ossia.model.lora import Lora
+from ossia.model.transformer import Transformer
+from ossia.model.weights import EXPERT_WEIGHTS, interleave_gate_up
+from ossia.ops.mxfp4 import dequantize_mxfp4
+
+_PIECE = 1 << 24  # weights of a matrix merged at a time
+
+Progress = Callable[[int, int], None]
+"""(bytes written, bytes in all)"""
+
+
+@dataclass(frozen=True, slots=True)
+class Changes:
+    """What training changed: an adapter, or tensors that take a weight's place (float32, in the computation's layout,
+    by name; the mapping may read them from a file one by one). Neither: nothing.
+    """
+
+    lora: Lora | None = None
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, model: Transformer) -> Changes:
+        """What differs in a model from its checkpoint."""
+        return cls(model.lora) if model.lora is not None else cls(None, model.trainable.tensors)
+
+    def touch(self, module: str) -> bool:
+        """Whether a tensor, by its name less `.weight`, is another than in the base."""
+        adapted = self.lora is not None and module in self.lora.sites
+        return adapted or module in self.tensors or f"{module}.weight" in self.tensors
+
+
+def write_model(
+    path: Path,
+    model: Transformer,
+    *,
+    tokenizer_from: Path,
+    layout: Layout = "bf16",
+    progress: Progress | None = None,
+) -> None:
+    """Write a model as it is now, adapter merged in, as a checkpoint folder; all of it or nothing.
+
+    tokenizer_from  as in `write_checkpoint`
+    layout          mxfp4 only from an MXFP4 checkpoint whose experts are as they were: their bytes are copied
+    Raises          CheckpointError as `write_checkpoint`, for a layout that the experts don't have, and for a weight
+                    that is not finite
+    """
+    write_merged(path, model.weights.checkpoint, Changes.of(model), tokenizer_from, layout, progress)
+
+
+def write_merged(
+    path: Path,
+    base: Checkpoint,
+    changes: Changes,
+    tokenizer_from: Path,
+    layout: Layout,
+    progress: Progress | None = None,
+) -> None:
+    """`write_model` without a model in memory: a checkpoint on disk, and what changed."""
+    if layout == "mxfp4":
+        _require_packed_experts(base, changes)
+    tensors = merged_tensors(base, changes, layout)
+    write_checkpoint(path, base.arch, tensors, layout, tokenizer_from=tokenizer_from, progress=progress)
+
+
+def _require_packed_experts(base: Checkpoint, changes: Changes) -> None:
+    names = [
+        f"model.layers.{layer}.mlp.experts.{name}" for layer in range(base.arch.num_layers) for name in EXPERT_WEIGHTS
+    ]
+    if base.layout != "mxfp4":
+        raise CheckpointError(f"{base.path}: its experts are in bf16, so there are no MXFP4 bytes to keep; write bf16")
+    if changed := [name for name in names if changes.touch(name)]:
+        raise CheckpointError(
+            f"{base.path}: {changed[0]} and {len(changed) - 1} more expert weights were trained, so their MXFP4 bytes "
+            "are no longer theirs; write bf16"
+        )
+
+
+def merged_tensors(base: Checkpoint, changes: Changes, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the merged checkpoint, in the pieces that `write_checkpoint` takes: slices of the first axis."""
+    for name in base.arch.tensor_specs(layout):
+        leaf = name.rpartition(".")[2]
+        changed = changes.touch(name.removesuffix(".weight"))
+        if ".mlp.experts." in name and leaf in EXPERT_WEIGHTS:
+            pieces = _experts(base, changes, name)
+        elif name in changes.tensors:
+            tensor = changes.tensors[name]
+            pieces = _rounded(interleave_gate_up(tensor) if leaf == "gate_up_proj_bias" else tensor)
+        elif changed and name.endswith(".weight"):
+            pieces = _linear(base, changes, name)
+        else:
+            pieces, changed = iter((_mapped(base, name),)), False
+        for piece in pieces:
+            if changed and not piece.isfinite().all():
+                raise CheckpointError(f"`{name}` would hold inf or nan: the run diverged; export an earlier checkpoint")
+            yield name, piece
+
+
+def _mapped(base: Checkpoint, name: str) -> Tensor:
+    """A tensor on a mapping of its own: the file's pages leave memory with it, and don't add up over a model."""
+    with safe_open(base.file_of(name), framework="pt", device="cpu") as file:
+        return file.get_tensor(name)
+
+
+def _rounded(tensor: Tensor) -> Iterator[Tensor]:
+    rows = max(1, _PIECE * len(tensor) // max(1, tensor.numel()))
+    for part in tensor.split(rows):
+        yield part.to(torch.bfloat16)
+
+
+def _linear(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
+    """Rows of a matrix (O, D) with its adapter's delta."""
+    assert changes.lora is not None
+    module, weight_OD = name.removesuffix(".weight"), _mapped(base, name)
+    a_rD, b_Or, scale = _factors(changes.lora, module)
+    rows = max(1, _PIECE // weight_OD.shape[1])
+    for weight, b in zip(weight_OD.split(rows), b_Or.split(rows), strict=True):
+        yield torch.addmm(weight.float(), b, a_rD, alpha=scale).bfloat16()
+
+
+def _experts(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
+    """A projection's experts one by one, (1, D, O): gate and up in turn, as the checkpoint has them."""
+    changed_EOD = changes.tensors.get(name)
+    factors = _factors(changes.lora, name) if changes.lora is not None and name in changes.lora.sites else None
+    parts = (name,) if base.layout == "bf16" else (f"{name}_blocks", f"{name}_scales")
+    held = [_mapped(base, part) for part in parts] if changed_EOD is None else []
+    in_turn = interleave_gate_up if name.endswith("gate_up_proj") else lambda x: x
+    for expert in range(base.arch.num_experts):
+        one = slice(expert, expert + 1)
+        if changed_EOD is not None:
+            yield in_turn(changed_EOD[one]).transpose(1, 2).bfloat16()
+            continue
+        if factors is None:
+            yield _expert(held, one, torch.bfloat16).transpose(1, 2)
+            continue
+        a_ErD, b_EOr, scale = factors
+        weight_1OD = _expert(held, one, torch.float32)
+        yield torch.baddbmm(weight_1OD, in_turn(b_EOr[one]), a_ErD[one], alpha=scale).transpose(1, 2).bfloat16()
+
+
+def _expert(held: list[Tensor], one: slice, dtype: torch.dtype) -> Tensor:
+    """(1, O, D) of the base: exact in either type."""
+    if len(held) == 1:
+        return held[0][one].transpose(1, 2).to(dtype)
+    blocks, scales = held
+    return dequantize_mxfp4(blocks[one], scales[one], dtype)
+
+
+def _factors(lora: Lora, module: str) -> tuple[Tensor, Tensor, float]:
+    """A, B and their scale; float32 on the CPU."""
+    a, b = (lora.trainable.tensors[f"{module}.lora_{side}"].detach().cpu() for side in "AB")
+    return a, b, lora.spec.scale(lora.sites[module].target)

@@ -1,0 +1,113 @@
+"""What is exported: a run or a model by its name, as a base checkpoint and what training changed of it.
+
+Nothing here is loaded but an adapter: weights stay in their files.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ossia.config import Recipe, load_recipe
+from ossia.errors import CheckpointError, RunError, UserError
+from ossia.export.merge import Changes
+from ossia.model.arch import Arch
+from ossia.model.checkpoint import CONFIG, Checkpoint
+from ossia.model.open import RECIPE_IN_RUN, model_folder
+from ossia.model.peft import ADAPTER_IN_RUN, find_adapter, load_adapter
+from ossia.model.weights import EXPERT_WEIGHTS
+from ossia.train.state import TRAINABLE, checkpoint_paths, verify
+
+MODEL_IN_RUN = "model"  # where a run that trained all weights leaves them
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A base, what training changed of it, and the recipe of the run, where it was one."""
+
+    base: Checkpoint
+    changes: Changes
+    recipe: Recipe | None = None
+
+
+def open_source(name: str, adapter: str | None, say: Callable[[str], None]) -> Source:
+    """What a name means: a run folder (its final adapter or model, else its newest whole checkpoint), or a model.
+
+    name     a run folder, a checkpoint's folder, or owner/name on the hub
+    adapter  put on a model: a run folder or an adapter's folder
+    Raises   UserError (CheckpointError, AdapterError, RunError, ...) if something is missing or doesn't fit
+    """
+    folder = Path(name).expanduser()
+    if (folder / CONFIG).is_file() or not (folder / RECIPE_IN_RUN).is_file():
+        base = Checkpoint.open(model_folder(name))
+        return Source(base, Changes() if adapter is None else _adapted(base, find_adapter(adapter), say))
+    if adapter is not None:
+        raise UserError(f"{name} is a run folder and brings what it trained; leave --adapter out, or name a model")
+    recipe = load_recipe(folder / RECIPE_IN_RUN)
+    if recipe.adapter is None and (folder / MODEL_IN_RUN).is_dir():
+        return Source(Checkpoint.open(folder / MODEL_IN_RUN), Changes(), recipe)
+    base = Checkpoint.open(model_folder(recipe.model))
+    if recipe.adapter is not None and (folder / ADAPTER_IN_RUN).is_dir():
+        return Source(base, _adapted(base, folder / ADAPTER_IN_RUN, say), recipe)
+    newest = _newest_whole(folder, say)
+    if recipe.adapter is not None:
+        return Source(base, _adapted(base, newest, say), recipe)
+    return Source(base, Changes(tensors=TensorsInFile.open(newest / TRAINABLE, base.arch)), recipe)
+
+
+def _adapted(base: Checkpoint, folder: Path, say: Callable[[str], None]) -> Changes:
+    say(f"adapter: {folder}")
+    return Changes(load_adapter(folder, base.arch, torch.device("cpu"), base=base))
+
+
+def _newest_whole(run: Path, say: Callable[[str], None]) -> Path:
+    """The run's newest checkpoint whose every byte is right; the run may still be going on, so nothing is moved."""
+    for path in reversed(checkpoint_paths(run)):
+        problem = verify(path)
+        if problem is None:
+            say(f"{run} isn't finished; exporting {path.name}")
+            return path
+        say(f"{path}: {problem}; trying the checkpoint before it")
+    raise RunError(f"{run}: the run has saved no whole checkpoint yet; let it go on with `ossia train ... --resume`")
+
+
+@dataclass(frozen=True, slots=True)
+class TensorsInFile(Mapping[str, Tensor]):
+    """The tensors of a run that trains all weights, each mapped from the file when it is asked for."""
+
+    file: Path
+    names: frozenset[str]
+
+    @classmethod
+    def open(cls, file: Path, arch: Arch) -> TensorsInFile:
+        """Raises CheckpointError unless it holds every weight of such a model, in the computation's layout."""
+        wanted = {}
+        for name, spec in arch.tensor_specs("bf16").items():
+            transposed = name.rpartition(".")[2] in EXPERT_WEIGHTS
+            wanted[name] = (spec.shape[0], spec.shape[2], spec.shape[1]) if transposed else spec.shape
+        with safe_open(file, framework="pt", device="cpu") as handle:
+            found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
+        if differing := sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name)):
+            name = differing[0]
+            raise CheckpointError(
+                f"{file}: `{name}` is {found.get(name, 'missing')} there, {wanted.get(name, 'not there')} in the model "
+                f"that the run's recipe names ({len(differing)} tensors differ); was that model replaced since?"
+            )
+        return cls(file, frozenset(wanted))
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.names:
+            raise KeyError(name)
+        with safe_open(self.file, framework="pt", device="cpu") as handle:
+            return handle.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)

@@ -1,0 +1,172 @@
+"""A model ready to use, from what a person typed: a folder or a hub name, an adapter or none, and a machine.
+
+Training, evaluation, chat, generation and export all open models here, so `auto` means the same everywhere.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+
+from ossia.config import is_hub_name
+from ossia.errors import AdapterError, CheckpointError, MissingExtraError, UserError
+from ossia.harmony.vocab import Vocabulary
+from ossia.model.arch import Arch
+from ossia.model.checkpoint import CONFIG, Checkpoint
+from ossia.model.transformer import Transformer
+from ossia.model.weights import Placement, Weights
+
+WeightsChoice = Literal["auto", "resident", "mmap", "bf16"]
+DeviceChoice = Literal["auto", "cpu", "cuda"]
+DtypeName = Literal["bfloat16", "float32", "float16"]
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_IN_RUN = "adapter"  # a run folder keeps its newest adapter there, in PEFT's format
+RECIPE_IN_RUN = "recipe.yaml"
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
+_HUB_FOLDERS = ("original/*", "metal/*")  # the same weights once more, in other formats
+
+
+def open_model(
+    model: str,
+    *,
+    adapter: str | Path | None = None,
+    dtype: torch.dtype | DtypeName = "bfloat16",
+    weights: WeightsChoice = "auto",
+    device: DeviceChoice = "auto",
+) -> tuple[Transformer, Vocabulary]:
+    """Open a checkpoint and its tokenizer, with an adapter on it if one is named.
+
+    model    a checkpoint's folder, or owner/name on the Hugging Face hub (extra `hub`; downloaded once, then cached)
+    adapter  a run folder, or a folder in PEFT's format
+    dtype    of the activations
+    weights  where the weights are, see `choose_placement` for `auto`
+    device   auto: a CUDA device if there is one
+    Raises   CheckpointError, TokenizerError, AdapterError, MissingExtraError; UserError for a device that isn't there
+    """
+    _one_of("weights", weights, get_args(WeightsChoice))
+    activations = DTYPES[_one_of("dtype", dtype, tuple(DTYPES))] if isinstance(dtype, str) else dtype
+    place = _device(device)
+    folder = model_folder(model)
+    adapter_path = None if adapter is None else adapter_folder(adapter)
+    checkpoint, vocabulary = Checkpoint.open(folder), Vocabulary.from_file(folder)
+    if vocabulary.size > checkpoint.arch.vocab_size:
+        raise CheckpointError(
+            f"{folder}: its tokenizer.json knows {vocabulary.size:,} tokens, the model has rows for "
+            f"{checkpoint.arch.vocab_size:,}; put the tokenizer that belongs to this model there"
+        )
+    lora = None
+    if adapter_path is not None:
+        from ossia.model.peft import load_adapter
+
+        lora = load_adapter(adapter_path, checkpoint.arch, place)
+    placement = choose_placement(checkpoint, activations, place) if weights == "auto" else weights
+    return Transformer(Weights(checkpoint, placement, activations, place), lora=lora), vocabulary
+
+
+def model_folder(model: str) -> Path:
+    """The folder of a model's files on this machine; a hub model is downloaded if it isn't there yet.
+
+    Raises  CheckpointError if there is no such folder or hub model, MissingExtraError without huggingface_hub
+    """
+    if is_hub_name(model):
+        return _download(model)
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{model}: no such folder (the current one is {Path.cwd()})\n"
+            "  allowed: a checkpoint's folder, or owner/name on the Hugging Face hub, like openai/gpt-oss-20b"
+        )
+    if (folder / RECIPE_IN_RUN).is_file() and not (folder / CONFIG).is_file():
+        raise CheckpointError(
+            f"{model}: this is a run folder, not a model\n"
+            f"  next: name the model that was trained, with --adapter {model}; or merge both with `ossia export`"
+        )
+    return folder
+
+
+def adapter_folder(adapter: str | Path) -> Path:
+    """The folder in PEFT's format that an adapter's name stands for: itself, or that of a run.
+
+    Raises  AdapterError if there is none
+    """
+    path = Path(adapter).expanduser()
+    for folder in (path, path / ADAPTER_IN_RUN):
+        if (folder / ADAPTER_CONFIG).is_file():
+            return folder
+    found = "no such folder" if not path.is_dir() else f"no {ADAPTER_CONFIG} in it or in its folder {ADAPTER_IN_RUN}"
+    if (path / RECIPE_IN_RUN).is_file():
+        found += "; the run has saved no adapter yet, or it trained all weights"
+    raise AdapterError(f"{path}: {found}\n  allowed: a run folder of `ossia train`, or a folder in PEFT's format")
+
+
+def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Placement:
+    """What `weights: auto` stands for.
+
+    CPU   bf16 where the expanded experts take less than a quarter of the machine's memory, else mmap
+    CUDA  bf16 where all weights, experts expanded, fit into half of the device's free memory (activations, gradients
+          and adapters need the rest); resident where the packed ones take less than nine tenths; else mmap
+    """
+    arch = checkpoint.arch
+    experts_bytes = expanded_expert_bytes(arch, dtype)
+    if device.type == "cpu":
+        return "bf16" if experts_bytes < machine_memory()[0] / 4 else "mmap"
+    free, _ = torch.cuda.mem_get_info(device)
+    others = sum(spec.num_bytes for name, spec in checkpoint.specs.items() if ".mlp.experts." not in name)
+    if experts_bytes + others < free / 2:
+        return "bf16"
+    return "resident" if checkpoint.num_bytes < 0.9 * free else "mmap"
+
+
+def expanded_expert_bytes(arch: Arch, dtype: torch.dtype) -> int:
+    """Bytes of all expert matrices in `dtype`."""
+    per_expert = 3 * arch.hidden_size * arch.intermediate_size
+    return arch.num_layers * arch.num_experts * per_expert * dtype.itemsize
+
+
+def machine_memory() -> tuple[int, int]:
+    """Memory of the machine in bytes, all and free; that of the control group where the process is held to one."""
+    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    meminfo = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
+    total, free = meminfo["MemTotal"], meminfo["MemAvailable"]
+    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit.is_file() and (text := limit.read_text().strip()) != "max":
+        total = min(total, int(text))
+        free = min(free, total - int(used.read_text()))
+    return total, max(free, 0)
+
+
+def _device(choice: str) -> torch.device:
+    _one_of("device", choice, get_args(DeviceChoice))
+    if choice == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device: cuda, but torch finds no CUDA device here\n  next: use auto or cpu; see `ossia doctor`"
+        )
+    return torch.device("cuda" if choice != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _one_of(option: str, value: str, allowed: tuple[str, ...]) -> str:
+    if value not in allowed:
+        raise UserError(f"{option}: {value!r}; allowed: {', '.join(allowed)}")
+    return value
+
+
+def _download(name: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError
+    except ImportError:
+        raise MissingExtraError(
+            f"{name}: no such folder; to download it from the Hugging Face hub: pip install 'ossia[hub]'"
+        ) from None
+    try:
+        folder = Path(snapshot_download(name, allow_patterns=list(_HUB_FILES), ignore_patterns=list(_HUB_FOLDERS)))
+    except (HfHubHTTPError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{name}: neither a folder here nor a model on the hub that can be downloaded: {reason}\n"
+            "  next: check the name and the connection; for a private model run `hf auth login`"
+        ) from error
+    return folder

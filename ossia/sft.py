@@ -1,0 +1,225 @@
+"""Supervised fine-tuning, top to bottom: model, adapter, data, step, loop, and what is left in the run folder.
+
+```text
+train.jsonl -> conversations -> Harmony ids and a weight per token -> packs -> layer-major step -> adapter or weights
+```
+The run folder holds recipe.yaml (resolved), env.json, events.jsonl, samples.jsonl, checkpoints/, and at the end
+report.html and either adapter/ (PEFT's format) or model/ (a checkpoint).
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ossia.config import Recipe
+from ossia.data.dataset import Datasets, in_order, open_datasets
+from ossia.data.pack import Pack, PackedStream, pack_samples
+from ossia.errors import RunError
+from ossia.model.lora import Lora, LoraSpec
+from ossia.model.open import open_model
+from ossia.model.peft import find_adapter, load_adapter, save_adapter
+from ossia.model.save import write_model
+from ossia.model.transformer import Transformer
+from ossia.train.events import EventLog, Sink, environment, peak_bytes, write_env
+from ossia.train.loop import Job, find_start, run_loop
+from ossia.train.optim import AdamW, lr_at
+from ossia.train.report import write_report
+from ossia.train.sinks import TerminalSink, open_sinks
+from ossia.train.state import seed_generators
+from ossia.train.step import evaluate_loss, keeps_activations, train_step
+
+ADAPTER, MODEL = "adapter", "model"
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run: its folder, its last step, and where the trained adapter or model is."""
+
+    folder: Path
+    step: int
+    trained: Path
+
+
+def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> RunResult:
+    """Train as the recipe says.
+
+    resume  go on from the newest whole checkpoint of `recipe.output`
+    sink    hears every event instead of the terminal
+    Raises  UserError for what the user has to change; Interrupted, saved, after Ctrl-C
+    """
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    seed_generators(recipe.train.seed)
+    say: Callable[[str], None] = partial(print, file=sys.stderr)
+    model, vocab = open_model(
+        recipe.model, adapter=None, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device
+    )
+    make_trainable(model, recipe)
+    show_trainable(model)
+    datasets = open_datasets(recipe, vocab)
+    for note in datasets.notes:
+        say(note)
+    stream = open_stream(recipe, datasets)
+    steps = recipe.train.steps or stream.count_steps()
+    folder = recipe.output
+    with EventLog(folder) as log:
+        saved = find_start(folder, resume=resume, say=say)
+        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        start = saved.step if saved else 0
+        write_env(
+            folder,
+            environment(model.device),
+            now=datetime.now().astimezone(),
+            resumed_from=saved.step if saved else None,
+        )
+        log.add(sink or TerminalSink(steps, step=start))
+        log.add(*open_sinks(recipe.log.sinks, folder, recipe.model_dump(mode="json"), step=start))
+        result = run_loop(make_job(recipe, model, stream, held_out_packs(recipe, datasets), steps), log, saved)
+    for warning in stream.statistics.warnings():
+        say(warning)
+    trained = save_result(recipe, model)
+    say(f"report: {write_report(folder)}")
+    return RunResult(folder, result.step, trained)
+
+
+def make_trainable(model: Transformer, recipe: Recipe) -> None:
+    """Put the recipe's adapter on the model, or make all weights trainable.
+
+    Raises  AdapterError for a target that matches nothing, or an adapter to start from that doesn't fit
+    """
+    adapter = recipe.adapter
+    if adapter is None:
+        if model.weights.checkpoint.layout == "mxfp4":
+            print(
+                f"{recipe.model}: MXFP4 experts are expanded to be trained: 4.25 bits a weight become 16 bytes in "
+                "training and 2 bytes in the trained checkpoint",
+                file=sys.stderr,
+            )
+        model.train_all_weights()
+        return
+    targets = {name: (shape.rank, shape.alpha) for name, shape in adapter.by_target().items()}
+    spec = LoraSpec(targets, adapter.dropout, adapter.rslora)
+    if adapter.init_from is None:
+        model.use_adapter(Lora.fresh(model.arch, spec, seed=recipe.train.seed, device=model.device))
+    else:
+        model.use_adapter(load_adapter(find_adapter(adapter.init_from), model.arch, model.device).with_spec(spec))
+
+
+def show_trainable(model: Transformer) -> None:
+    """The table of what will change, on stderr."""
+    table = Table("trained", "rank", "matrices", "parameters", title="What is trained", title_justify="left")
+    if model.lora is None:
+        table.add_row("all weights", "-", str(len(model.trainable.tensors)), f"{model.trainable.num_parameters:,}")
+    else:
+        for target, rank, matrices, parameters in model.lora.table():
+            table.add_row(target, str(rank), f"{matrices:,}", f"{parameters:,}")
+        table.add_row("in all", "", "", f"{model.trainable.num_parameters:,}", style="bold")
+    Console(stderr=True).print(table)
+
+
+def open_stream(recipe: Recipe, datasets: Datasets) -> PackedStream:
+    """The training samples, packed, in the seed's order."""
+    train = recipe.train
+    return PackedStream(
+        datasets.train,
+        tokens_per_step=train.tokens_per_step,
+        tokens_per_pack=train.tokens_per_pack,
+        seed=train.seed,
+        epochs=train.epochs,
+    )
+
+
+def held_out_packs(recipe: Recipe, datasets: Datasets) -> list[Pack]:
+    """The held-out samples, packed once."""
+    samples = in_order(datasets.held_out)
+    if recipe.eval.max_samples is not None:
+        samples = (sample for sample, _ in zip(samples, range(recipe.eval.max_samples), strict=False))
+    return pack_samples(samples, recipe.train.tokens_per_pack)
+
+
+def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out: Sequence[Pack], steps: int) -> Job:
+    """The loop's job: AdamW over what is trainable, `train_step` on each step's packs."""
+    train = recipe.train
+    params = model.trainable.tensors
+    optimizer = AdamW(params, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
+    memory_bytes = environment(model.device)["memory_bytes"]
+    keep = keeps_activations(model, train.recompute, train.tokens_per_step, memory_bytes)
+    dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
+
+    def step(packs: list[Pack], lr: float) -> Mapping[str, float]:
+        seed = train.seed * 1_000_003 + optimizer.num_updates if dropout else None
+        result = train_step(model, optimizer, packs, lr=lr, clip=train.clip, recompute=not keep, dropout_seed=seed)
+        return asdict(result)
+
+    def evaluate() -> Mapping[str, float]:
+        result = evaluate_loss(model, held_out)
+        return {"eval_loss": result.loss, "eval_tokens": result.tokens, "eval_trained": result.trained}
+
+    def counts() -> Mapping[str, int]:
+        seen = stream.statistics
+        return {
+            "rows": seen.rows,
+            "skipped": seen.skipped,
+            "dropped": seen.dropped,
+            "truncated": seen.truncated,
+            "untrained": seen.untrained,
+        }
+
+    return Job(
+        run=recipe.output,
+        steps=steps,
+        data=stream,
+        params=params,
+        optimizer=optimizer,
+        lr_at=lambda number: lr_at(
+            number,
+            steps=steps,
+            peak=train.learning_rate,
+            schedule=train.schedule,
+            warmup=train.warmup,
+            min_lr_ratio=train.min_lr_ratio,
+        ),
+        step=step,
+        evaluate=evaluate if held_out else None,
+        eval_every=recipe.eval.every,
+        save_every=train.save_every,
+        keep=train.keep,
+        counts=counts,
+        about=about(model),
+        resume_with=f"ossia train {recipe.output / 'recipe.yaml'} --resume",
+        clock=time.perf_counter,
+        memory=lambda: peak_bytes(model.device),
+    )
+
+
+def about(model: Transformer) -> dict[str, Any]:
+    """What the run's first event says of the model."""
+    return {
+        "parameters_trained": model.trainable.num_parameters,
+        "placement": model.weights.placement,
+        "attention_backend": model.backend,
+    }
+
+
+def save_result(recipe: Recipe, model: Transformer) -> Path:
+    """Write RUN/adapter in PEFT's format, or RUN/model as a checkpoint; returns which."""
+    checkpoint = model.weights.checkpoint.path
+    if model.lora is not None:
+        save_adapter(recipe.output / ADAPTER, model.lora, base_model=recipe.model)
+        return recipe.output / ADAPTER
+    path = recipe.output / MODEL
+    if path.exists():
+        raise RunError(f"{path} exists already; move it away and run `ossia train ... --resume` once more to write it")
+    write_model(path, model, tokenizer_from=checkpoint)
+    return path

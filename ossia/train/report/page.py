@@ -1,0 +1,271 @@
+"""RUN/report.html from what lies in a run folder: curves, samples before and after, counts, recipe, environment.
+
+Read are events.jsonl and, where they exist, samples.jsonl, recipe.yaml, env.json and checkpoints/; the same folder
+gives the same page, byte for byte, also while the run is still going on. A line of samples.jsonl is one of
+`ossia generate` with the step it was made after:
+
+```text
+{"step": 0, "messages": [...], "completions": [{"messages": [...]} or {"text": "..."}], "expected": "..."}
+```
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from itertools import groupby
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from ossia.errors import RunError
+from ossia.train.events import ENV, EVENTS, read_events
+from ossia.train.report.chart import Series, chart_html
+from ossia.train.sinks import human_time
+from ossia.train.state import checkpoint_paths, human_bytes, step_of, storage_error
+
+REPORT, SAMPLES, RECIPE = "report.html", "samples.jsonl", "recipe.yaml"
+_MOST_SAMPLES = 20
+_STEP_KEYS = {
+    *("event", "step", "loss", "tokens", "trained", "weight", "grad_norm"),
+    *("tokens_per_s", "step_s", "lr", "peak_bytes"),
+}
+_COUNTS = {
+    "rows": "rows read",
+    "skipped": "bad rows skipped",
+    "dropped": "samples dropped as too long",
+    "truncated": "samples truncated",
+    "untrained": "samples without a trained token",
+}
+_REASONING = ("thinking", "reasoning", "reasoning_content")
+Event = Mapping[str, Any]
+
+
+def write_report(run: Path) -> Path:
+    """Write RUN/report.html, replacing an older one at once when all is written; its path.
+
+    Raises RunError if the folder holds no run or a file of it can't be read or written
+    """
+    if not (run / EVENTS).is_file():
+        raise RunError(f"{run}: no {EVENTS} here, so this is not the folder of a run; give the `output` of a recipe")
+    path = run / REPORT
+    page = report_html(run).encode()
+    partial = path.with_name(f".{REPORT}")
+    try:
+        partial.write_bytes(page)
+        os.replace(partial, path)
+    except OSError as error:
+        raise storage_error(error, saving=str(path), need=len(page), safe=checkpoint_paths(run)) from error
+    return path
+
+
+def report_html(run: Path) -> str:
+    """The page as text. Raises RunError for a line of events.jsonl or samples.jsonl that can't be read."""
+    events = read_events(run / EVENTS)
+    start = next((e for e in events if e["event"] == "start"), {})
+    steps = [e for e in events if e["event"] == "step"]
+    evals = [e for e in events if e["event"] == "eval"]
+    name = escape(run.resolve().name)
+    sections = (
+        _section("Curves", _curves(steps, evals)),
+        _section("Samples", _samples(_read_samples(run / SAMPLES))),
+        '<div class="columns">\n',
+        _section("Data", _counts(steps)),
+        _section("Checkpoints", _checkpoints(run)),
+        _section("Model", _facts({k: v for k, v in start.items() if k not in ("event", "step", "steps")})),
+        _section("Environment", _environment(run / ENV)),
+        "</div>\n",
+        _section("Recipe", _recipe(run / RECIPE)),
+    )
+    style = (resources.files(__package__) / "style.css").read_text()
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        # Nothing is fetched or run, whatever text a sample brings.
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'\">\n"
+        f"<title>{name} · Ossia run</title>\n<style>\n{style}</style>\n</head>\n<body>\n"
+        f'<header><h1>{name}</h1><p class="soft">{_status(start, steps)}</p></header>\n<main>\n'
+        f"{_tiles(steps, evals)}{''.join(sections)}</main>\n</body>\n</html>\n"
+    )
+
+
+def _section(title: str, content: str) -> str:
+    return f"<section><h2>{title}</h2>\n{content}</section>\n" if content else ""
+
+
+def _status(start: Event, steps: Sequence[Event]) -> str:
+    done, planned = (steps[-1]["step"] if steps else 0), start.get("steps")
+    if planned is None:
+        return f"{done:,} steps"
+    if done == planned:
+        return f"Finished: {done:,} steps"
+    return f"Step {done:,} of {planned:,}"
+
+
+def _tiles(steps: Sequence[Event], evals: Sequence[Event]) -> str:
+    """The run in a few numbers."""
+    tiles: list[tuple[str, str, str]] = []
+    if evals:
+        first, last = evals[0], evals[-1]
+        after = f"{first['eval_loss']:.4f} {_when(first['step'])}" if len(evals) > 1 else ""
+        tiles.append(("Held-out loss", f"{last['eval_loss']:.4f}", after))
+    if steps:
+        last, trained = steps[-1], sum(e["trained"] for e in steps)
+        tokens, seconds = sum(e["tokens"] for e in steps), sum(e["step_s"] for e in steps)
+        tiles += [
+            ("Training loss", f"{last['loss']:.4f}", f"{steps[0]['loss']:.4f} in step {steps[0]['step']:,}"),
+            ("Trained tokens", f"{trained:,}", f"of {tokens:,} tokens read"),
+            ("Speed", f"{median(e['tokens_per_s'] for e in steps):,.0f}", "trained tokens/s, median step"),
+            ("Peak memory", human_bytes(max(e["peak_bytes"] for e in steps)), ""),
+            ("Time in steps", human_time(seconds), f"{human_time(sum(e['eval_s'] for e in evals))} in evaluations"),
+        ]
+    cells = "".join(f"<div><dt>{t}</dt><dd>{v}{f'<small>{n}</small>' if n else ''}</dd></div>\n" for t, v, n in tiles)
+    return f'<dl class="tiles">\n{cells}</dl>\n' if tiles else "<p>No step has been taken yet.</p>\n"
+
+
+def _curves(steps: Sequence[Event], evals: Sequence[Event]) -> str:
+    """Loss, learning rate, gradient norm, speed and memory over the steps."""
+
+    def points(key: str, events: Sequence[Event], scale: float = 1.0) -> list[tuple[int, float]]:
+        return [(e["step"], e[key] * scale) for e in events]
+
+    if not steps:
+        return ""
+    losses = [
+        Series("training loss", points("loss", steps)),
+        Series("held-out loss", points("eval_loss", evals), sparse=True),
+    ]
+    exponent, power = _power_of_ten(max(e["lr"] for e in steps))
+    rate, norm = points("lr", steps, 10.0**-exponent), points("grad_norm", steps)
+    speed, memory = points("tokens_per_s", steps), points("peak_bytes", steps, 2.0**-30)
+    charts = [
+        chart_html("Loss", "nats per trained token, weighted", losses, from_zero=False),
+        chart_html("Learning rate", power, [Series("learning rate", rate)], from_zero=True),
+        chart_html("Gradient norm", "L2, before clipping", [Series("gradient norm", norm)], from_zero=True),
+        chart_html("Speed", "trained tokens/s", [Series("tokens/s", speed)], from_zero=True),
+        chart_html("Peak memory", "GiB", [Series("GiB", memory)], from_zero=True),
+    ]
+    size = -(-len(steps) // 200)
+    note = f'<p class="soft">A line shows the mean of every {size} steps, the band behind it their range.</p>\n'
+    return f'{note if size > 1 else ""}<div class="charts">\n{"".join(charts)}</div>\n'
+
+
+def _power_of_ten(most: float) -> tuple[int, str]:
+    """The exponent to take out of small numbers, and the words for it: (-4, "× 10⁻⁴"); (0, "per update") for none."""
+    exponent = int(f"{most:e}".split("e")[1])
+    if most == 0 or -3 < exponent < 3:
+        return 0, "per update"
+    return exponent, "× 10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+
+
+def _counts(steps: Sequence[Event]) -> str:
+    """The running counts of the data, as they were after the last step."""
+    counts = {k: v for k, v in (steps[-1].items() if steps else ()) if k not in _STEP_KEYS and isinstance(v, int)}
+    return _facts({_COUNTS.get(key, key): value for key, value in counts.items()})
+
+
+def _checkpoints(run: Path) -> str:
+    rows = [(f"step {step_of(p):,}", human_bytes(_folder_bytes(p)), p.name) for p in checkpoint_paths(run)]
+    aside = sorted((run / "checkpoints").glob("step-*.corrupt"))
+    rows += [("set aside as corrupt", human_bytes(_folder_bytes(path)), path.name) for path in aside]
+    body = "".join(f'<tr><td>{w}</td><td class="num">{s}</td><td>checkpoints/{n}</td></tr>' for w, s, n in rows)
+    return f'<div class="card scroll"><table><tbody>{body}</tbody></table></div>\n' if rows else ""
+
+
+def _folder_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+
+
+def _recipe(path: Path) -> str:
+    return f'<div class="card"><pre>{escape(path.read_text().rstrip())}</pre></div>\n' if path.is_file() else ""
+
+
+def _environment(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    env = json.loads(path.read_text())
+    resumed = env.pop("resumed", [])
+    if "memory_bytes" in env:
+        env["memory"] = human_bytes(env.pop("memory_bytes"))
+    for number, entry in enumerate(resumed, 1):
+        changed = ", ".join(f"{k} {v}" for k, v in entry.items() if k not in ("step", "at"))
+        env[f"resumed ({number})"] = f"from step {entry['step']:,}, {entry['at']}{f'; {changed}' if changed else ''}"
+    return _facts({key: value for key, value in env.items() if value is not None})
+
+
+def _facts(facts: Mapping[str, Any]) -> str:
+    """A table of names and values."""
+    told = {name.replace("_", " "): f"{value:,}" if type(value) is int else str(value) for name, value in facts.items()}
+    rows = "".join(f"<tr><th scope=row>{escape(n)}</th><td>{escape(text)}</td></tr>" for n, text in told.items())
+    return f'<div class="card scroll"><table><tbody>{rows}</tbody></table></div>\n' if rows else ""
+
+
+def _read_samples(path: Path) -> list[dict[str, Any]]:
+    """The lines of samples.jsonl; a torn last one is left out. RunError names file:line of any other bad one."""
+    found = []
+    for number, line in enumerate(path.read_text().splitlines(keepends=True) if path.is_file() else (), 1):
+        if not line.endswith("\n"):
+            break
+        try:
+            sample = json.loads(line)
+            found.append({key: sample[key] for key in ("step", "messages", "completions")} | sample)
+        except (ValueError, KeyError, TypeError) as error:
+            raise RunError(
+                f"{path}:{number}: not a sample ({type(error).__name__}: {error}); it needs step, messages, completions"
+            ) from error
+    return found
+
+
+def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
+    """Each prompt once, with its first and its last answer."""
+
+    def prompt(sample: Mapping[str, Any]) -> str:
+        return json.dumps(sample["messages"])
+
+    order = {key: place for place, key in reversed(list(enumerate(map(prompt, samples))))}
+    by_prompt = [list(group) for _, group in groupby(sorted(samples, key=lambda s: order[prompt(s)]), key=prompt)]
+    cards = []
+    for group in by_prompt[:_MOST_SAMPLES]:
+        group.sort(key=lambda sample: sample["step"])
+        shown = group[:1] if len(group) == 1 else [group[0], group[-1]]
+        ask = "".join(f"<h4>{escape(m['role'])}</h4>{_message(m)}" for m in group[0]["messages"])
+        answers = "".join(f"<div><h4>{_when(s['step'])}</h4>{_answers(s['completions'])}</div>" for s in shown)
+        wanted = group[-1].get("expected")
+        expected = f'<p class="text expected">Expected: {escape(str(wanted))}</p>' if wanted is not None else ""
+        cards.append(
+            f'<article class="card sample"><div class="ask">{ask}</div>'
+            f'<div class="answers">{answers}</div>{expected}</article>\n'
+        )
+    left = len(by_prompt) - _MOST_SAMPLES
+    return "".join(cards) + (f'<p class="soft">{left:,} more in {SAMPLES}.</p>\n' if left > 0 else "")
+
+
+def _when(step: int) -> str:
+    return f"after step {step:,}" if step else "before training"
+
+
+def _answers(completions: Sequence[Mapping[str, Any]]) -> str:
+    """What was sampled: parsed messages where there are some, else the text."""
+    parts = []
+    for completion in completions:
+        messages = completion.get("messages") or [{"content": completion.get("text", "")}]
+        parts += map(_message, messages)
+    return "".join(parts)
+
+
+def _message(message: Mapping[str, Any]) -> str:
+    """Thinking, text and tool calls of one message in OpenAI's form."""
+    thinking = next((message[key] for key in _REASONING if message.get(key)), None)
+    parts = [f'<p class="text thinking"><b>thinking</b> {escape(str(thinking))}</p>'] if thinking else []
+    content = message.get("content")
+    if content:
+        parts.append(f'<p class="text">{escape(content if isinstance(content, str) else json.dumps(content))}</p>')
+    for call in message.get("tool_calls") or ():
+        function = call["function"]
+        arguments = function["arguments"]
+        shown = arguments if isinstance(arguments, str) else json.dumps(arguments)
+        parts.append(f'<p class="text call"><b>call</b> {escape(function["name"])}({escape(shown)})</p>')
+    return "".join(parts) or '<p class="text soft">(nothing)</p>'

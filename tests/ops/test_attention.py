@@ -1,0 +1,104 @@
+"""Sink attention: the block and per-document paths against the dense definition, gradients included."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
+
+STARTS = ([0, 50], [0, 300], [0, 1, 130, 259, 700], [0, 128, 256], [0, 127, 128, 129, 258])
+
+
+def inputs(num_tokens: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(num_tokens, heads, 64) for heads in (8, 2, 2))
+    return [x.to(dtype).requires_grad_() for x in (q, k, v, torch.randn(8) * 2)]
+
+
+def run(backend: Backend, starts: list[int], window: int | None, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """The output and the gradients of q, k, v and sinks for a fixed random gradient."""
+    segments, tensors = Segments(torch.tensor(starts)), inputs(starts[-1], dtype)
+    out = sink_attention(*tensors, segments, window=window, scale=0.125, backend=backend)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+
+
+def errors(found: list[Tensor], expected: list[Tensor]) -> list[float]:
+    return [float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(found, expected, strict=True)]
+
+
+@pytest.mark.parametrize("window", [None, 128, 16])
+@pytest.mark.parametrize("starts", STARTS, ids=str)
+def test_the_cpu_kernels_equal_the_dense_definition_with_all_gradients(starts: list[int], window: int | None) -> None:
+    assert max(errors(run("cpu", starts, window), run("reference", starts, window))) <= 1e-6
+
+
+@pytest.mark.parametrize("window", [None, 128])
+def test_bf16_kernels_stay_close_to_float32(window: int | None) -> None:
+    starts = [0, 200, 500]
+    exact = run("reference", starts, window)
+    assert max(errors(run("cpu", starts, window, torch.bfloat16), exact)) <= 2e-2
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("window", [None, 128, 16])
+def test_changing_one_document_changes_no_other(backend: Backend, window: int | None) -> None:
+    segments = Segments(torch.tensor([0, 100, 240, 300]))
+    q, k, v, sinks = (x.detach() for x in inputs(300))
+    before = sink_attention(q, k, v, sinks, segments, window=window, scale=0.125, backend=backend)
+    for x in (q, k, v):
+        x[100:240] += 1.0
+    after = sink_attention(q, k, v, sinks, segments, window=window, scale=0.125, backend=backend)
+    assert torch.equal(before[:100], after[:100])
+    assert torch.equal(before[240:], after[240:])
+    assert not torch.equal(before[100:240], after[100:240])
+
+
+def test_a_window_of_128_sees_the_last_128_keys_including_its_own() -> None:
+    segments = Segments(torch.tensor([0, 400]))
+    q, k, v, sinks = (x.detach() for x in inputs(400))
+    before = sink_attention(q, k, v, sinks, segments, window=128, scale=0.125, backend="cpu")
+    v[100] += 1.0
+    changed = (sink_attention(q, k, v, sinks, segments, window=128, scale=0.125, backend="cpu") != before).flatten(1)
+    assert changed.any(1).nonzero()[:, 0].tolist() == list(range(100, 228))
+
+
+def test_rescaling_outside_and_dropping_the_gradient_of_the_log_sum_exp_is_wrong() -> None:
+    """The negative control: what looks like a shortcut has the right output and the wrong gradient."""
+    q, k, v, sinks = inputs(200)
+    causal = torch.ones(200, 200, dtype=torch.bool).tril()
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(4, 1)) * 0.125
+    lse = scores.masked_fill(~causal, -torch.inf).logsumexp(-1)
+    plain = torch.einsum("hqk,khd->qhd", (scores - lse[..., None]).masked_fill(~causal, -torch.inf).exp(),
+                         v.repeat_interleave(4, 1))  # fmt: skip
+    shortcut = plain * (lse.detach() - sinks[:, None]).sigmoid().T[..., None]
+    exact = run("cpu", [0, 200], None)
+    assert max(errors([shortcut.detach()], exact[:1])) <= 1e-6
+    grad = torch.randn(shortcut.shape, generator=torch.Generator().manual_seed(1))
+    dq, dk, _ = torch.autograd.grad(shortcut, (q, k, v), grad)
+    assert min(errors([dq, dk], exact[1:3])) >= 1e-2
+
+
+def test_the_backend_is_picked_by_device_and_dtype() -> None:
+    assert pick_backend(torch.device("cpu"), torch.bfloat16) == "cpu"
+    assert pick_backend(torch.device("cpu"), torch.float16) == "reference"
+    assert pick_backend(torch.device("cuda"), torch.float32) == "reference"
+    assert pick_backend(torch.device("cuda"), torch.float16) == "cuda"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 128])
+@pytest.mark.parametrize("starts", STARTS, ids=str)
+def test_the_cuda_kernel_stays_close_to_float32_with_all_gradients(starts: list[int], window: int | None) -> None:
+    exact = run("reference", starts, window)
+    device = torch.device("cuda")
+    tensors = [x.detach().to(device).requires_grad_() for x in inputs(starts[-1], torch.bfloat16)]
+    out = sink_attention(
+        *tensors, Segments(torch.tensor(starts), device), window=window, scale=0.125, backend="cuda"
+    )
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
+    found = [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+    assert max(errors([x.cpu() for x in found], exact)) <= 2e-2

@@ -1,0 +1,109 @@
+"""Routing and experts against one-token-at-a-time arithmetic."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ossia.ops.moe import Expert, clamped_swiglu, combine, project, route
+
+T, D, I, E, K = 9, 8, 4, 6, 2
+
+
+def experts(lora: bool) -> tuple[Expert, Expert]:
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float32)
+
+    def expert(out: int, fan_in: int) -> Expert:
+        pair = (draw(E, 3, fan_in), draw(E, out, 3)) if lora else (None, None)
+        return Expert(draw(E, out, fan_in), draw(E, out), *pair)
+
+    return expert(2 * I, D), expert(D, I)
+
+
+def one_by_one(x: Tensor, logits: Tensor, gate_up: Expert, down: Expert) -> Tensor:
+    """The definition: for each token its k experts, in float64."""
+
+    def apply(expert: Expert, number: int, v: Tensor) -> Tensor:
+        weight = expert.weight[number].double()
+        if expert.lora_a is not None:
+            weight = weight + expert.lora_b[number].double() @ expert.lora_a[number].double()
+        return weight @ v + expert.bias[number].double()
+
+    out = torch.zeros_like(x, dtype=torch.float64)
+    for t in range(len(x)):
+        values, chosen = logits[t].double().topk(K)
+        for share, number in zip(values.softmax(0), chosen.tolist(), strict=True):
+            h = apply(gate_up, number, x[t].double())
+            gate, up = h[:I].clamp(max=7.0), h[I:].clamp(-7.0, 7.0)
+            out[t] += share * apply(down, number, (up + 1) * gate * torch.sigmoid(1.702 * gate))
+    return out
+
+
+def grouped(x: Tensor, logits: Tensor, gate_up: Expert, down: Expert) -> Tensor:
+    routing = route(logits, K)
+    hidden = clamped_swiglu(project(x[routing.token_N], gate_up, routing.ends_E), 7.0, 1.702)
+    return combine(project(hidden, down, routing.ends_E), routing)
+
+
+def test_grouped_experts_equal_the_definition_with_and_without_adapters() -> None:
+    x, logits = torch.randn(T, D), torch.randn(T, E)
+    for lora in (False, True):
+        gate_up, down = experts(lora)
+        torch.testing.assert_close(
+            grouped(x, logits, gate_up, down).double(), one_by_one(x, logits, gate_up, down), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_experts_that_nobody_chose_change_nothing_and_no_token_at_all_gives_nothing() -> None:
+    x, logits = torch.randn(T, D), torch.randn(T, E)
+    logits[:, 3] = -100.0
+    gate_up, down = experts(True)
+    before = grouped(x, logits, gate_up, down)
+    gate_up.weight[3] = torch.nan
+    assert torch.equal(grouped(x, logits, gate_up, down), before)
+    assert grouped(x[:0], logits[:0], gate_up, down).shape == (0, D)
+
+
+def test_only_routed_rows_are_computed() -> None:
+    routing = route(torch.randn(T, E), K)
+    assert len(routing.token_N) == T * K == int(routing.ends_E[-1])
+    assert torch.equal(routing.token_N.sort().values, torch.arange(T).repeat_interleave(K))
+
+
+def test_replayed_experts_are_used_instead_of_the_top_k() -> None:
+    logits = torch.randn(T, E)
+    replay = torch.stack([torch.randperm(E)[:K] for _ in range(T)])
+    routing = route(logits, K, replay)
+    assert torch.equal(routing.experts_TK, replay)
+    torch.testing.assert_close(routing.weights_TK, logits.gather(1, replay).softmax(-1))
+
+
+def test_the_swiglu_gradient_equals_autograd_and_is_zero_where_a_clamp_holds() -> None:
+    h = (torch.randn(40, 2 * I, dtype=torch.float64) * 6).requires_grad_()
+    grad = torch.randn(40, I, dtype=torch.float64)
+    found = torch.autograd.grad(clamped_swiglu(h, 7.0, 1.702), h, grad)[0]
+    gate, up = h.chunk(2, -1)
+    clamped_gate, clamped_up = gate.clamp(max=7.0), up.clamp(-7.0, 7.0)
+    plain = (clamped_up + 1) * clamped_gate * torch.sigmoid(1.702 * clamped_gate)
+    torch.testing.assert_close(found, torch.autograd.grad(plain, h, grad)[0])
+    assert (found[:, :I][gate > 7] == 0).all()
+    assert (gate > 7).any()
+    assert (found[:, I:][up.abs() > 7] == 0).all()
+    assert (up.abs() > 7).any()
+
+
+def test_gradients_reach_router_weights_inputs_and_adapters() -> None:
+    x, logits = torch.randn(T, D, requires_grad=True), torch.randn(T, E, requires_grad=True)
+    gate_up, down = experts(True)
+    for expert in (gate_up, down):
+        for tensor in (expert.lora_a, expert.lora_b):
+            tensor.requires_grad_()
+    target = torch.randn(T, D)
+    tensors = [x, logits, gate_up.lora_a, gate_up.lora_b, down.lora_a, down.lora_b]
+    found = torch.autograd.grad((grouped(x, logits, gate_up, down) * target).sum(), tensors)
+    true = torch.autograd.grad((one_by_one(x, logits, gate_up, down) * target).sum(), tensors)
+    for mine, expected in zip(found, true, strict=True):
+        torch.testing.assert_close(mine, expected.float(), rtol=1e-4, atol=1e-4)

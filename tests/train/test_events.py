@@ -1,0 +1,177 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import re
+import socket
+import subprocess
+from datetime import UTC, datetime
+from getpass import getuser
+from pathlib import Path
+
+import pytest
+import torch
+
+from ossia.errors import RunError
+from ossia.train.events import EventLog, environment, peak_bytes, read_events, write_env
+
+CPU = torch.device("cpu")
+NOON = datetime(2025, 1, 2, 12, 0, 0, tzinfo=UTC)
+
+
+def step_event(step: int) -> dict[str, float | str]:
+    return {"event": "step", "step": step, "loss": 1.0 / step}
+
+
+class Memory:
+    """A sink that keeps what it hears."""
+
+    def __init__(self) -> None:
+        self.heard: list[dict] = []
+        self.closed = False
+
+    def write(self, event: dict) -> None:
+        self.heard.append(dict(event))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_events_are_in_the_file_and_in_every_sink_as_soon_as_they_are_written(tmp_path: Path) -> None:
+    sink = Memory()
+    with EventLog(tmp_path / "run") as log:
+        log.add(sink)
+        for step in (1, 2):
+            log.write(step_event(step))
+            assert read_events(tmp_path / "run" / "events.jsonl") == sink.heard
+    assert [event["step"] for event in sink.heard] == [1, 2]
+    assert sink.closed
+
+
+def test_a_torn_last_line_is_not_an_event_and_any_other_bad_line_is_an_error(tmp_path: Path) -> None:
+    path = tmp_path / "events.jsonl"
+    whole = "".join(json.dumps(step_event(step)) + "\n" for step in (1, 2))
+    path.write_text(whole + '{"event": "step", "st')
+    assert [event["step"] for event in read_events(path)] == [1, 2]
+    path.write_text(whole + '{"event": "step", "st\n' + whole)
+    with pytest.raises(RunError, match=rf"{re.escape(str(path))}:3: not JSON"):
+        read_events(path)
+    path.write_text(whole + "[1]\n")
+    with pytest.raises(RunError, match=r"events\.jsonl:3: not an event"):
+        read_events(path)
+
+
+def test_cutting_goes_back_to_a_synced_length_and_writing_goes_on_there(tmp_path: Path) -> None:
+    with EventLog(tmp_path) as log:
+        log.write(step_event(1))
+        length = log.sync()
+        log.write(step_event(2))
+    with (tmp_path / "events.jsonl").open("a") as file:
+        file.write('{"torn')
+    with EventLog(tmp_path) as log:
+        log.cut(length)
+        log.write(step_event(3))
+    assert [event["step"] for event in read_events(tmp_path / "events.jsonl")] == [1, 3]
+
+
+def test_cutting_a_file_that_was_edited_never_leaves_half_a_line(tmp_path: Path) -> None:
+    with EventLog(tmp_path) as log:
+        for step in (1, 2, 3):
+            log.write(step_event(step))
+        length = log.sync()
+        log.cut(length - 5)
+        assert [event["step"] for event in read_events(tmp_path / "events.jsonl")] == [1, 2]
+        log.cut(10 * length)
+        assert [event["step"] for event in read_events(tmp_path / "events.jsonl")] == [1, 2]
+        log.cut(0)
+        assert read_events(tmp_path / "events.jsonl") == []
+
+
+def hold_the_log(
+    run: Path, ready: multiprocessing.synchronize.Event, enough: multiprocessing.synchronize.Event
+) -> None:
+    with EventLog(run):
+        ready.set()
+        enough.wait(60)
+
+
+def test_two_processes_cannot_train_into_one_folder_and_a_killed_one_holds_nothing(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("forkserver")
+    ready, enough = context.Event(), context.Event()
+    other = context.Process(target=hold_the_log, args=(tmp_path, ready, enough))
+    other.start()
+    assert ready.wait(60)
+    with pytest.raises(RunError, match="another process is training into this folder"):
+        EventLog(tmp_path)
+    other.kill()
+    other.join()
+    EventLog(tmp_path).close()
+
+
+def test_a_full_disk_while_writing_an_event_is_an_error_that_says_so(tmp_path: Path) -> None:
+    (tmp_path / "events.jsonl").symlink_to("/dev/full")
+    log = EventLog(tmp_path)
+    with pytest.raises(RunError, match=r"(?s)can't save .*events.jsonl: No space left on device.*needed: \d+ B"):
+        log.write(step_event(1))
+    log.close()
+
+
+def test_numbers_that_json_cannot_hold_never_reach_the_file(tmp_path: Path) -> None:
+    with EventLog(tmp_path) as log, pytest.raises(ValueError, match="not JSON compliant"):
+        log.write({"event": "step", "step": 1, "loss": float("nan")})
+    assert read_events(tmp_path / "events.jsonl") == []
+
+
+def test_peak_memory_grows_by_what_a_tensor_takes() -> None:
+    before = peak_bytes(CPU)
+    ballast = torch.ones(before // 4 + 2**24)
+    assert peak_bytes(CPU) >= min(before + ballast.numel(), 4 * ballast.numel())
+
+
+def test_the_environment_names_versions_and_machine_but_no_host_user_or_folder() -> None:
+    env = environment(CPU)
+    assert env["torch"] == torch.__version__
+    assert env["device"] == "cpu"
+    assert env["threads"] == torch.get_num_threads()
+    assert 1 <= env["cores"] <= 4096
+    assert env["memory_bytes"] > 2**28
+    text = json.dumps(env)
+    assert socket.gethostname() not in text
+    assert str(Path.home()) not in text
+    assert str(Path(__file__).parent) not in text
+    assert getuser() not in [value for value in env.values() if isinstance(value, str)]
+
+
+def test_the_environment_holds_the_commit_only_of_a_checkout_that_tracks_the_code(tmp_path: Path) -> None:
+    """In a copy of the module inside some other project's checkout there is no commit to tell."""
+    from ossia.train import events
+
+    def git(*args: str) -> str:
+        who = ["-c", "user.name=t", "-c", "user.email=t@example.org"]
+        return subprocess.run(["git", *who, *args], cwd=tmp_path, check=True, capture_output=True, text=True).stdout
+
+    package = tmp_path / "ossia"
+    package.mkdir()
+    (package / "events.py").write_text("1\n")
+    git("init", "-q")
+    git("commit", "-q", "--allow-empty", "-m", "another project")
+    assert events._commit(package) == {}
+    git("add", "-A")
+    git("commit", "-q", "-m", "ours")
+    commit = git("rev-parse", "HEAD").strip()
+    assert events._commit(package) == {"commit": commit, "modified": False}
+    (package / "events.py").write_text("2\n")
+    assert events._commit(package) == {"commit": commit, "modified": True}
+    assert events._commit(Path("/")) == {}
+
+
+def test_env_json_keeps_how_a_run_began_and_adds_what_differed_when_it_was_resumed(tmp_path: Path) -> None:
+    first = {"torch": "2.13.0", "threads": 2}
+    write_env(tmp_path, first, now=NOON)
+    write_env(tmp_path, first | {"threads": 1}, now=NOON, resumed_from=100)
+    assert json.loads((tmp_path / "env.json").read_text()) == {
+        "torch": "2.13.0",
+        "threads": 2,
+        "started": "2025-01-02T12:00:00+00:00",
+        "resumed": [{"step": 100, "at": "2025-01-02T12:00:00+00:00", "threads": 1}],
+    }

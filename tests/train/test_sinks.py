@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import builtins
+import io
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ossia.errors import MissingExtraError
+from ossia.train.sinks import TerminalSink, human_time, open_sinks, scalars
+
+GIB = 2**30
+
+
+def step_event(step: int, *, step_s: float = 2.0, trained: int = 1000, tokens: int = 4000) -> dict[str, Any]:
+    return {
+        "event": "step",
+        "step": step,
+        "loss": 2.0 / step,
+        "tokens": tokens,
+        "trained": trained,
+        "tokens_per_s": trained / step_s,
+        "step_s": step_s,
+        "lr": 1e-4,
+        "grad_norm": 0.5,
+        "peak_bytes": 2 * GIB,
+    }
+
+
+def eval_event(step: int, loss: float) -> dict[str, Any]:
+    return {"event": "eval", "step": step, "eval_loss": loss, "eval_s": 1.0}
+
+
+class Screen(io.StringIO):
+    """A file that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_tensorboard_holds_every_number_and_hides_steps_that_were_taken_again(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for start, steps in ((0, (1, 2, 3)), (2, (3, 4))):  # killed after step 3, resumed from the checkpoint of step 2
+        (sink,) = open_sinks(["tensorboard"], tmp_path, {}, step=start)
+        for step in steps:
+            sink.write(step_event(step))
+        sink.write(eval_event(steps[-1], 0.25))
+        sink.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert {"train/loss", "train/lr", "train/tokens_per_s", "train/peak_bytes", "eval/loss"} <= set(
+        board.Tags()["scalars"]
+    )
+    losses = {point.step: point.value for point in board.Scalars("train/loss")}
+    assert losses == pytest.approx({step: 2.0 / step for step in (1, 2, 3, 4)})
+    assert [point.step for point in board.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_scalars_are_grouped_and_the_step_and_words_are_not_among_them() -> None:
+    assert scalars(eval_event(3, 0.5)) == {"eval/loss": 0.5, "eval/s": 1.0}
+    assert scalars({"event": "step", "step": 3, "loss": 0.5, "note": "x"}) == {"train/loss": 0.5}
+    assert scalars({"event": "start", "step": 0, "steps": 5}) == {}
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "wandb", "trackio"])
+def test_a_sink_whose_package_is_missing_says_how_to_install_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in [m for m in sys.modules if m.partition(".")[0] == name]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, name, None)  # how Python marks a module that can't be imported
+    with pytest.raises(MissingExtraError, match=rf"(?s)log.sinks: {name} needs .*pip install 'ossia\[{name}\]'"):
+        open_sinks([name], tmp_path, {})
+
+
+def test_outside_a_terminal_there_are_plain_lines_now_and_then_and_the_last_step_always() -> None:
+    out = io.StringIO()
+    sink = TerminalSink(40, file=out)
+    sink.write({"event": "start", "step": 0, "steps": 40})
+    for step in range(1, 41):
+        sink.write(step_event(step))
+        if step == 20:
+            sink.write(eval_event(step, 0.75))
+    sink.close()
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "step 1/40  loss 2.0000  500 tok/s  2.0 GiB  1m 18s left"
+    assert lines[-1] == "step 40/40  loss 0.0500 (held-out 0.7500)  500 tok/s  2.0 GiB  0s left"
+    assert "step 20/40  held-out loss 0.7500" in lines
+    shown = [int(re.match(r"step (\d+)", line)[1]) for line in lines if "held-out loss" not in line]
+    assert shown == [1, 6, 11, 16, 21, 26, 31, 36, 40]  # every 10 s of steps of 2 s
+    assert "\x1b" not in out.getvalue()
+
+
+def test_the_rate_counts_trained_tokens_of_the_last_steps_only() -> None:
+    out = io.StringIO()
+    sink = TerminalSink(50, file=out)
+    for step in range(1, 51):
+        sink.write(step_event(step, step_s=1.0, trained=100 if step <= 30 else 300, tokens=10**6))
+    assert " 300 tok/s" in out.getvalue().splitlines()[-1]
+
+
+def test_a_terminal_of_80_columns_shows_step_bar_loss_speed_memory_and_time_left_on_one_line() -> None:
+    screen = Screen()
+    sink = TerminalSink(500, file=screen, width=80)
+    sink.write(step_event(120))
+    sink.write(eval_event(120, 1.2345))
+    sink.write(step_event(121))
+    sink.say("a message [with brackets]")
+    sink.close()
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", screen.getvalue())
+    assert "a message [with brackets]" in text
+    last = re.split(r"[\r\n]+", text.strip())[-1]
+    assert re.match(r"step 121/500 \S+ +loss 0.0165 \(held-out 1.2345\)  500 tok/s  2.0 GiB  12m 38s left", last), last
+    assert len(last) <= 80
+
+
+def test_a_resumed_run_starts_its_bar_where_it_goes_on() -> None:
+    screen = Screen()
+    sink = TerminalSink(500, step=100, file=screen, width=80)
+    sink.close()
+    assert "step 100/500" in screen.getvalue()
+
+
+def test_printing_results_to_standard_output_is_left_alone_by_the_bar(capsys: pytest.CaptureFixture[str]) -> None:
+    sink = TerminalSink(5, file=Screen(), width=80)
+    builtins.print("a result")
+    sink.close()
+    assert capsys.readouterr().out == "a result\n"
+
+
+def test_durations_are_told_in_two_units() -> None:
+    assert [human_time(s) for s in (0.2, 59.6, 192, 18_420)] == ["0s", "1m 00s", "3m 12s", "5h 07m"]

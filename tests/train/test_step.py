@@ -1,0 +1,192 @@
+"""The layer-major step: equal to plain autograd, whatever the micro-batches, and one denominator for all."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from ossia.data.pack import Pack, pack_samples
+from ossia.data.sample import Sample
+from ossia.errors import RunError
+from ossia.model.arch import SHAPES
+from ossia.model.checkpoint import Checkpoint
+from ossia.model.lora import TARGETS, Lora, LoraSpec
+from ossia.model.transformer import Transformer
+from ossia.model.weights import Placement, Weights
+from ossia.ops.loss import weighted_nll
+from ossia.train.optim import AdamW
+from ossia.train.schedule import Micro, forward_backward, logprobs
+from ossia.train.step import evaluate_loss, train_step
+from tests.conftest import MakeTiny
+
+SHAPE = dataclasses.replace(
+    SHAPES["demo"], hidden_size=64, intermediate_size=32, num_experts=8, head_dim=32, num_heads=4, num_kv_heads=2
+)
+ALL_TARGETS = LoraSpec({name: (4, 8.0) for name in TARGETS})
+
+
+def samples(lengths: tuple[int, ...], seed: int = 0) -> list[Sample]:
+    rng = np.random.default_rng(seed)
+    found = []
+    for index, length in enumerate(lengths):
+        weights = (rng.random(length) < 0.6) * rng.choice([0.5, 1.0, 3.0], length)
+        weights[0] = 0
+        ids, targets = (rng.integers(0, 300, length).astype(np.int32) for _ in range(2))
+        found.append(Sample(ids, weights.astype(np.float32), targets, f"random:{index}", ()))
+    return found
+
+
+def model_of(
+    tiny: MakeTiny,
+    spec: LoraSpec | None = ALL_TARGETS,
+    placement: Placement = "mmap",
+    dtype: torch.dtype = torch.float32,
+) -> Transformer:
+    """Seeded model; its adapter's B is not zero, so that every gradient has something to say."""
+    model = Transformer(Weights(Checkpoint.open(tiny(SHAPE)), placement, dtype, torch.device("cpu")))
+    if spec is None:
+        model.train_all_weights()
+        return model
+    lora = Lora.fresh(model.arch, spec, seed=0, device=torch.device("cpu"))
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in lora.trainable.tensors.items():
+        if name.endswith("lora_B"):
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.02)
+    model.use_adapter(lora)
+    return model
+
+
+def gradients(
+    model: Transformer, packs: list[Pack], *, recompute: bool = True, dropout_seed: int | None = None
+) -> tuple[float, dict[str, Tensor]]:
+    total = float(sum(pack.weights.sum() for pack in packs))
+    model.trainable.zero_grad()
+    loss = forward_backward(
+        model,
+        packs,
+        lambda logp, m, rows: weighted_nll(logp, packs[m].weights[rows], total),
+        recompute=recompute,
+        dropout_seed=dropout_seed,
+    )
+    return loss, {name: tensor.grad.clone() for name, tensor in model.trainable.tensors.items()}
+
+
+def plain_autograd(model: Transformer, packs: list[Pack]) -> tuple[float, dict[str, Tensor]]:
+    """All layers of one micro-batch in one graph, one backward for the whole step."""
+    total = float(sum(pack.weights.sum() for pack in packs))
+    model.trainable.zero_grad()
+    loss = torch.zeros(())
+    for pack in packs:
+        micro = Micro.of(model, pack)
+        x = model.embed(pack.ids)
+        for index in range(model.arch.num_layers):
+            x = model.layer_forward(model.fetch(index), x, micro.context)
+        logp = logprobs(model, micro, x[micro.rows_R], model.head())
+        loss = loss + weighted_nll(logp, pack.weights[micro.rows_R], total)
+    loss.backward()
+    return float(loss.detach()), {name: tensor.grad.clone() for name, tensor in model.trainable.tensors.items()}
+
+
+def assert_close(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]], bound: float) -> None:
+    assert found[0] == pytest.approx(expected[0], rel=bound)
+    for name, grad in expected[1].items():
+        error = float((found[1][name] - grad).norm() / grad.norm())
+        assert error <= bound, (name, error)
+
+
+@pytest.mark.parametrize("spec", [ALL_TARGETS, None], ids=["adapter", "all weights"])
+@pytest.mark.parametrize("recompute", [True, False])
+def test_the_layer_major_gradient_equals_plain_autograd(tiny: MakeTiny, spec: LoraSpec | None, recompute: bool) -> None:
+    packs = pack_samples(samples((100, 30, 141, 7, 60)), 150)
+    assert len(packs) == 3
+    expected = plain_autograd(model_of(tiny, spec), packs)
+    assert_close(gradients(model_of(tiny, spec), packs, recompute=recompute), expected, 1e-5)
+
+
+def test_one_pack_of_many_documents_equals_many_packs_of_one(tiny: MakeTiny) -> None:
+    found = samples((40, 90, 3, 77, 30, 60, 12, 140))
+    together = gradients(model_of(tiny), [Pack.from_samples(found)])
+    apart = gradients(model_of(tiny), [Pack.from_samples([sample]) for sample in found])
+    assert_close(apart, together, 1e-5)
+
+
+@pytest.mark.parametrize("spec", [ALL_TARGETS, None], ids=["adapter", "all weights"])
+def test_recomputing_or_keeping_activations_gives_the_same_bits(tiny: MakeTiny, spec: LoraSpec | None) -> None:
+    packs = pack_samples(samples((100, 30, 141)), 150)
+    for dtype in (torch.float32, torch.bfloat16):
+        kept = gradients(model_of(tiny, spec, dtype=dtype), packs, recompute=False)
+        again = gradients(model_of(tiny, spec, dtype=dtype), packs, recompute=True)
+        assert kept[0] == again[0]
+        for name, grad in kept[1].items():
+            assert torch.equal(grad, again[1][name]), name
+
+
+def test_every_placement_gives_the_same_gradient(tiny: MakeTiny) -> None:
+    packs = pack_samples(samples((60, 61)), 70)
+    expected = gradients(model_of(tiny), packs)
+    placements: tuple[Placement, ...] = ("resident", "bf16")
+    for placement in placements:
+        found = gradients(model_of(tiny, placement=placement), packs)
+        assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+
+
+def test_the_loss_counts_weights_over_one_denominator_and_targets_that_differ_from_ids(tiny: MakeTiny) -> None:
+    found = samples((50, 20))
+    model = model_of(tiny)
+    total, weight = 0.0, 0.0
+    for sample in found:
+        logits = model.logits(Pack.from_samples([sample])).double().log_softmax(-1)
+        for position in range(1, len(sample)):
+            total -= float(sample.weights[position]) * float(logits[position - 1, sample.targets[position]])
+            weight += float(sample.weights[position])
+    packs = [Pack.from_samples([sample]) for sample in found]
+    assert gradients(model, packs)[0] == pytest.approx(total / weight, rel=1e-5)
+    evaluated = evaluate_loss(model, packs)
+    assert evaluated.loss == pytest.approx(total / weight, rel=1e-5)
+    assert evaluated.weight == pytest.approx(weight)
+    assert evaluated.tokens == 70
+
+
+def test_dropout_is_repeated_by_the_recomputation_and_changes_with_the_step(tiny: MakeTiny) -> None:
+    spec = LoraSpec({name: (4, 8.0) for name in ("q_proj", "o_proj", "gate_up_proj", "down_proj")}, dropout=0.3)
+    packs = pack_samples(samples((60, 61)), 70)
+    kept = gradients(model_of(tiny, spec), packs, recompute=False, dropout_seed=5)
+    again = gradients(model_of(tiny, spec), packs, recompute=True, dropout_seed=5)
+    assert kept[0] == again[0]
+    assert all(torch.equal(grad, again[1][name]) for name, grad in kept[1].items())
+    assert gradients(model_of(tiny, spec), packs, dropout_seed=6)[0] != kept[0]
+    assert gradients(model_of(tiny, spec), packs, dropout_seed=None)[0] != kept[0]
+
+
+def test_a_step_lowers_the_loss_on_its_own_batch_and_counts_its_tokens(tiny: MakeTiny) -> None:
+    model = model_of(tiny)
+    packs = pack_samples(samples((60, 61)), 70)
+    optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    results = [train_step(model, optimizer, packs, lr=3e-3, clip=1.0, recompute=True) for _ in range(12)]
+    assert results[0].tokens == 121
+    assert results[0].trained == sum(pack.num_trained for pack in packs)
+    assert results[0].weight == pytest.approx(float(sum(pack.weights.sum() for pack in packs)))
+    assert results[-1].loss < results[0].loss - 0.2
+
+
+def test_a_target_that_gets_no_gradient_stops_the_first_step(tiny: MakeTiny) -> None:
+    model = model_of(tiny)
+    model.trainable.tensors["model.layers.9.nowhere.lora_A"] = torch.zeros(2, 2)
+    optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    with pytest.raises(RunError, match=r"step 1: `model\.layers\.9\.nowhere\.lora_A` .* no gradient"):
+        train_step(model, optimizer, pack_samples(samples((60,)), 70), lr=1e-3, clip=1.0, recompute=True)
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(tiny: MakeTiny) -> None:
+    model = model_of(tiny)
+    before = {name: tensor.clone() for name, tensor in model.trainable.tensors.items()}
+    model.trainable.tensors["lm_head.lora_B"].fill_(torch.inf)
+    before["lm_head.lora_B"].fill_(torch.inf)
+    optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    with pytest.raises(RunError, match="step 1: the loss is nan"):
+        train_step(model, optimizer, pack_samples(samples((60,)), 70), lr=1e-3, clip=1.0, recompute=True)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.trainable.tensors.items())
