@@ -1,7 +1,7 @@
 """What every benchmark shares: the record of where it ran, and workers that take turns.
 
-A side-by-side comparison runs each side in a process of its own, loaded and warmed up; the parent then asks them for one
-repeat each in turn (A B A B ...), so drift of the machine falls on both, and each process's peak memory is its own.
+A side-by-side comparison runs each side in a process of its own, loaded and warmed up; the parent then asks them for
+one repeat each in turn (A B A B ...), so drift of the machine falls on both, and each process's peak memory is its own.
 """
 
 from __future__ import annotations

@@ -64,7 +64,7 @@ def samples_of(case: Case, folder: Path) -> list[Any]:
 
     # chats of several questions, answered without thinking, as in data where about half of the tokens is trained
     rows = [row for row in chat_rows(2000, random.Random(0)) if "tools" not in row]
-    rows.sort(key=lambda row: -sum(len(m["content"]) * (1 if m["role"] == "assistant" else -1) for m in row["messages"]))
+    rows.sort(key=_surplus, reverse=True)
     renderer, found, room = Renderer(Vocabulary.from_file(folder)), [], case.tokens
     for first in range(0, len(rows) - TURNS, TURNS):
         messages = [
@@ -81,6 +81,11 @@ def samples_of(case: Case, folder: Path) -> list[Any]:
     return found
 
 
+def _surplus(row: dict[str, Any]) -> int:
+    """By how many characters the assistant says more than all others."""
+    return sum(len(m["content"]) * (1 if m["role"] == "assistant" else -1) for m in row["messages"])
+
+
 def ossia_worker(case: Case, folder: Path) -> None:
     """Ossia's side."""
     import torch
@@ -95,7 +100,7 @@ def ossia_worker(case: Case, folder: Path) -> None:
 
     pack = Pack.from_samples(samples_of(case, folder))
     model = Transformer(Weights(Checkpoint.open(folder), "bf16", torch.bfloat16, torch.device("cpu")))
-    targets = {name: (RANK, ALPHA) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    targets = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (RANK, ALPHA))
     model.use_adapter(Lora.fresh(model.arch, LoraSpec(targets), seed=0, device=model.device))
     optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

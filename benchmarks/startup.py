@@ -10,19 +10,13 @@ The goals: `import ossia` under 0.3 s, `ossia --help` under 0.5 s.
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import platform
-import re
 import statistics
 import subprocess
 import sys
 import time
-from importlib import metadata
-from pathlib import Path
 
-ROOT = Path(__file__).parents[1]
-RESULT = Path(__file__).parent / "results" / "startup.json"
+from benchmarks.common import ROOT, where, write_result
+
 CASES = {
     "python -c pass": ("-c", "pass"),
     "import ossia": ("-c", "import ossia"),
@@ -43,15 +37,6 @@ def measure(repeats: int) -> dict[str, list[float]]:
     return {name: times[1:] for name, times in times_s.items()}
 
 
-def commit() -> str | None:
-    """The commit that was measured, with "+changes" if the tree differs from it; None outside a repository."""
-    asked = [["git", "rev-parse", "HEAD"], ["git", "status", "--porcelain"]]
-    head, changes = (subprocess.run(line, cwd=ROOT, capture_output=True, text=True) for line in asked)
-    if head.returncode:
-        return None
-    return head.stdout.strip() + ("+changes" if changes.stdout.strip() else "")
-
-
 def main() -> None:
     """Measures, writes benchmarks/results/startup.json, prints a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -62,15 +47,11 @@ def main() -> None:
     result = {
         "question": (__doc__ or "").splitlines()[0],
         "config": {"repeats": repeats, "cases": CASES},
-        "device": re.findall(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[0],
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in PACKAGES},
-        "commit": commit(),
+        **where(PACKAGES),
         "median_s": medians_s,
         "raw_s": times_s,
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_result("startup", result)
     for name, median_s in medians_s.items():
         print(f"{name:<22}{median_s:7.3f} s   ({min(times_s[name]):.3f} to {max(times_s[name]):.3f})")
 

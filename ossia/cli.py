@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
@@ -352,8 +353,21 @@ def tiny(
         "sliding_window": window,
     }
     arch = _arch(shape, {name: size for name, size in sizes.items() if size is not None})
-    make_tiny(folder, arch, seed=seed, weights=weights.value, tokenizer=tokenizer)
+    with _bar(f"writing {folder}") as progress:
+        make_tiny(folder, arch, seed=seed, weights=weights.value, tokenizer=tokenizer, progress=progress)
     print(folder)
+
+
+@contextmanager
+def _bar(words: str) -> Iterator[Callable[[int, int], None]]:
+    """A progress bar over bytes on stderr, where that is a terminal; yields what to call with (done, in all)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn(words), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task(words, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def _arch(shape: str, sizes: dict[str, int]) -> Arch:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import platform
 import shutil
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-
-import ossia
 
 _REQUIRED = ("torch", "numpy", "safetensors", "tokenizers", "pydantic", "pyyaml", "typer", "rich")
 _EXTRAS = {
@@ -25,11 +21,13 @@ _EXTRAS = {
 def examine() -> dict[str, Any]:
     """This machine as plain values, the form of `ossia doctor --json`.
 
-    Returns  ossia, python, system: text; cores: int; memory_bytes, memory_free_bytes, disk_free_bytes: int, the disk
-             being the current folder's; devices: name, memory_bytes and free_bytes of each GPU; packages: version or
-             None by distribution; extras: True where all of an extra's packages are there
+    Returns  what env.json of a run holds (versions, cpu, cores, ...); memory_bytes, memory_free_bytes, disk_free_bytes:
+             int, the disk being the current folder's; devices: name, memory_bytes and free_bytes of each GPU; packages:
+             version or None by distribution; extras: True where all of an extra's packages are there
     """
     import torch
+
+    from ossia.train.events import environment
 
     gpus = []
     for index in range(torch.cuda.device_count()):
@@ -38,10 +36,7 @@ def examine() -> dict[str, Any]:
     names = dict.fromkeys((*_REQUIRED, *(name for extra in _EXTRAS.values() for name in extra)))
     packages = {name: _version(name) for name in names}
     return {
-        "ossia": ossia.__version__,
-        "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.machine()}",
-        "cores": len(os.sched_getaffinity(0)),
+        **environment(torch.device("cpu")),
         **_memory(),
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "devices": gpus,
@@ -61,7 +56,7 @@ def as_text(found: dict[str, Any]) -> str:
     memory = f"{found['memory_bytes'] / gib:.1f} GiB ({found['memory_free_bytes'] / gib:.1f} free)"
     rows = [
         ("ossia", f"{found['ossia']}, Python {found['python']}, {found['system']}"),
-        ("cpu", f"{found['cores']} cores, {found['cpu_capability']}"),
+        ("cpu", f"{found['cpu']}, {found['cores']} cores, {found['cpu_capability']}"),
         ("memory", memory),
         ("disk", f"{found['disk_free_bytes'] / gib:.1f} GiB free here"),
         ("gpu", "; ".join(gpus) or "none that torch can use"),

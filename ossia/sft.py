@@ -23,14 +23,15 @@ from rich.console import Console
 from rich.table import Table
 
 from ossia.config import Recipe
-from ossia.data.dataset import Datasets, in_order, open_datasets
+from ossia.data.dataset import Datasets, in_order, open_datasets, scan
 from ossia.data.pack import Pack, PackedStream, pack_samples
-from ossia.errors import RunError
+from ossia.data.sample import Sample
+from ossia.export.merge import write_model
 from ossia.model.lora import Lora, LoraSpec
 from ossia.model.open import open_model
 from ossia.model.peft import find_adapter, load_adapter, save_adapter
-from ossia.model.save import write_model
 from ossia.model.transformer import Transformer
+from ossia.samples import questions_of, record_samples
 from ossia.train.events import EventLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, find_start, run_loop
 from ossia.train.optim import AdamW, lr_at
@@ -40,6 +41,7 @@ from ossia.train.state import seed_generators
 from ossia.train.step import evaluate_loss, keeps_activations, train_step
 
 ADAPTER, MODEL = "adapter", "model"
+ROWS_TO_CHECK = 50_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,35 +64,54 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
         torch.set_num_threads(recipe.train.threads)
     seed_generators(recipe.train.seed)
     say: Callable[[str], None] = partial(print, file=sys.stderr)
-    model, vocab = open_model(
-        recipe.model, adapter=None, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device
-    )
+    model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device)
     make_trainable(model, recipe)
     show_trainable(model)
     datasets = open_datasets(recipe, vocab)
     for note in datasets.notes:
         say(note)
-    stream = open_stream(recipe, datasets)
+    check_rows(datasets, say)
+    stream, held_out = open_stream(recipe, datasets), held_out_samples(recipe, datasets)
     steps = recipe.train.steps or stream.count_steps()
     folder = recipe.output
     with EventLog(folder) as log:
         saved = find_start(folder, resume=resume, say=say)
         (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         start = saved.step if saved else 0
-        write_env(
-            folder,
-            environment(model.device),
-            now=datetime.now().astimezone(),
-            resumed_from=saved.step if saved else None,
-        )
+        now = datetime.now().astimezone()
+        write_env(folder, environment(model.device), now=now, resumed_from=saved.step if saved else None)
         log.add(sink or TerminalSink(steps, step=start))
         log.add(*open_sinks(recipe.log.sinks, folder, recipe.model_dump(mode="json"), step=start))
-        result = run_loop(make_job(recipe, model, stream, held_out_packs(recipe, datasets), steps), log, saved)
-    for warning in stream.statistics.warnings():
-        say(warning)
+        answer = partial(
+            record_samples,
+            folder / "samples.jsonl",
+            model,
+            vocab,
+            questions_of(held_out, recipe.eval.answers),
+            max_tokens=recipe.eval.answer_tokens,
+        )
+        if saved is None:
+            answer(step=0)
+        packs = pack_samples(held_out, recipe.train.tokens_per_pack)
+        result = run_loop(make_job(recipe, model, stream, packs, steps), log, saved)
+        answer(step=result.step)
     trained = save_result(recipe, model)
     say(f"report: {write_report(folder)}")
     return RunResult(folder, result.step, trained)
+
+
+def check_rows(datasets: Datasets, say: Callable[[str], None]) -> None:
+    """Read and render every row once, so that a bad one ends the run before step 1 and not in the middle.
+
+    Sources with more rows than that takes seconds for are only checked as they are read.
+    Raises  DataError with the first bad rows and their number
+    """
+    num_rows = sum(map(len, datasets.whole))
+    if num_rows > ROWS_TO_CHECK:
+        say(f"{num_rows:,} rows: checked as they are read; `ossia data RECIPE` checks them all beforehand")
+        return
+    for warning in scan(datasets.whole).warnings():
+        say(warning)
 
 
 def make_trainable(model: Transformer, recipe: Recipe) -> None:
@@ -140,12 +161,12 @@ def open_stream(recipe: Recipe, datasets: Datasets) -> PackedStream:
     )
 
 
-def held_out_packs(recipe: Recipe, datasets: Datasets) -> list[Pack]:
-    """The held-out samples, packed once."""
+def held_out_samples(recipe: Recipe, datasets: Datasets) -> list[Sample]:
+    """What is held out, at most `eval.max_samples`."""
     samples = in_order(datasets.held_out)
-    if recipe.eval.max_samples is not None:
-        samples = (sample for sample, _ in zip(samples, range(recipe.eval.max_samples), strict=False))
-    return pack_samples(samples, recipe.train.tokens_per_pack)
+    if recipe.eval.max_samples is None:
+        return list(samples)
+    return [sample for _, sample in zip(range(recipe.eval.max_samples), samples, strict=False)]
 
 
 def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out: Sequence[Pack], steps: int) -> Job:
@@ -219,7 +240,6 @@ def save_result(recipe: Recipe, model: Transformer) -> Path:
         save_adapter(recipe.output / ADAPTER, model.lora, base_model=recipe.model)
         return recipe.output / ADAPTER
     path = recipe.output / MODEL
-    if path.exists():
-        raise RunError(f"{path} exists already; move it away and run `ossia train ... --resume` once more to write it")
-    write_model(path, model, tokenizer_from=checkpoint)
+    if not path.exists():  # it appears whole, at the end of a run: a finished run that is resumed has it already
+        write_model(path, model, tokenizer_from=checkpoint)
     return path

@@ -142,7 +142,7 @@ class DataSourceConfig(_Section):
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text", "tokens"] = "auto"
     """How rows are laid out; `auto` recognises it from the first rows and says what it found."""
     weight: float = Field(1.0, gt=0)
-    """How often rows of this source are drawn, relative to the other sources."""
+    """How often each row of this source is read per epoch, on average: 0.5 takes every other row, 2 each row twice."""
     split: str = "train"
     """Split of a Hugging Face dataset; files have none."""
     columns: dict[str, str] = Field({}, json_schema_extra=_words("none"))
@@ -158,7 +158,9 @@ class DataSourceConfig(_Section):
 
 
 def _one_or_more(value: Any) -> Any:
-    return [value] if isinstance(value, (dict, DataSourceConfig)) else value
+    """A source alone is a list of one, and a text is a source's path."""
+    sources = [value] if isinstance(value, (str, dict, DataSourceConfig)) else value
+    return [{"path": one} if isinstance(one, str) else one for one in sources] if isinstance(sources, list) else sources
 
 
 DataSources = Annotated[tuple[DataSourceConfig, ...], Field(strict=False, min_length=1), BeforeValidator(_one_or_more)]
@@ -190,6 +192,10 @@ class EvalConfig(_Section):
     """Steps between evaluations; 0 evaluates once, at the end."""
     max_samples: int | None = Field(None, ge=1, json_schema_extra=_words("all held-out samples"))
     """At most this many samples per evaluation."""
+    answers: int = Field(4, ge=0)
+    """Held-out prompts that are answered before and after training, for the report; 0: none."""
+    answer_tokens: int = Field(128, ge=1)
+    """Longest of these answers, in tokens."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -274,10 +274,8 @@ class PackedStream:
         """Read on until the window is full; into the next epoch only when this one is used up."""
         while not self._window or self._cursor < self._limit():
             if self._cursor < self._limit():
-                if (
-                    len(self._window) >= _WINDOW_SAMPLES
-                    or self._window.num_tokens >= _WINDOW_PACKS * self.tokens_per_pack
-                ):
+                full = self._window.num_tokens >= _WINDOW_PACKS * self.tokens_per_pack
+                if full or len(self._window) >= _WINDOW_SAMPLES:
                     return
                 self._read_row()
             elif self.epochs is not None and self._epoch + 1 >= self.epochs:

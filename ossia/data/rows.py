@@ -109,9 +109,9 @@ class FileRows:
         """(num_rows,) uint64 of the rows' own bytes."""
         digests = bytearray()
         with self._open(_CHUNK_BYTES) as handle:
-            for start, size in zip(self.starts.tolist(), self.sizes.tolist(), strict=True):
-                handle.seek(start)
-                digests += row_hash(handle.read(size), seed)
+            for start, size in zip(self.starts, self.sizes, strict=True):  # as lists they'd be ten times the index
+                handle.seek(int(start))
+                digests += row_hash(handle.read(int(size)), seed)
         return np.frombuffer(digests, np.uint64)
 
     def _open(self, buffer_bytes: int = 0) -> IO[bytes]:

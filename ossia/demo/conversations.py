@@ -4,8 +4,8 @@
     heldout.jsonl    other rows of the same kinds, for the held-out loss
     questions.jsonl  held-out sorting questions with the exact `answer`, for the exact-match score
 
-A sorting problem is held out with every other that has its answer, and no question is in another file; chats are held out
-as whole conversations. The same seed writes the same bytes. Pure Python: no torch.
+A sorting problem is held out with every other that has its answer, and no question is in another file; chats are held
+out as whole conversations. The same seed writes the same bytes. Pure Python: no torch.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from ossia.demo.rows.sorting import Digits, Row
 class Sizes:
     """How many rows of each kind the files hold."""
 
-    train_sorting: int = 8000
-    train_chats: int = 600
+    train_sorting: int = 9000
+    train_chats: int = 900
     heldout_sorting: int = 60
     heldout_chats: int = 60
     questions: int = 100

@@ -1,4 +1,4 @@
-"""A small trained model for tests: a random mixture of experts changes its routing under rounding, a trained one doesn't.
+"""A small trained model for tests: rounding changes the routing of random experts, but not of trained ones.
 
 Trained as the demo is, on less, once per content: the folder's name is a hash of the code, the plan and the seed.
 """

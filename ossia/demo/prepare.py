@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ossia.demo.conversations import DemoFiles, Sizes, make_data, write
@@ -13,9 +13,8 @@ from ossia.demo.vocabulary import write_vocabulary
 DATA, START, RECIPE = "data", "start", "demo.yaml"
 
 _RECIPE_TEXT = """\
-# What `ossia demo` trains; `ossia train` takes the same file. For a real model change `model`, `data` and `output`,
-# train an adapter (adapter: {{rank: 16}}), and leave learning_rate and the rest to their defaults: this model begins with
-# random weights, so all of them are trained, fast.
+# What `ossia demo` trains. This model begins with random weights, so all of them are trained, at a high rate.
+# For a real one change `model`, `data` and `output`, add `adapter: {{rank: 16}}`, and leave out dtype, weights, train.
 method: sft
 model: {model}
 dtype: float32
@@ -27,7 +26,7 @@ train:
   steps: {steps}
   tokens_per_step: {tokens_per_step}
   learning_rate: {learning_rate}
-  warmup: 20
+  warmup: 0.05
   seed: {seed}
   save_every: {every}
 output: {output}
@@ -38,9 +37,9 @@ output: {output}
 class Plan:
     """How long to train on how much; the defaults are what the demo was measured with."""
 
-    sizes: Sizes = Sizes()
-    steps: int = 600
-    tokens_per_step: int = 1024
+    sizes: Sizes = field(default_factory=Sizes)
+    steps: int = 700
+    tokens_per_step: int = 2048
     learning_rate: float = 3e-3
     evaluations: int = 4
 

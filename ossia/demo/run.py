@@ -1,11 +1,11 @@
 """The `ossia demo` story: an untrained checkpoint in the released format, data, a recipe, training, and what it learnt.
 
-It takes the way that a user's own run takes: files on disk, a recipe in YAML, `sft.run`, batch generation. Every figure it
-prints was measured in the run it prints it of. The folder afterwards:
+It takes the way that a user's own run takes: files on disk, a recipe in YAML, `sft.run`, batch generation. Every
+figure it prints was measured in the run it prints it of. The folder afterwards:
 
-    start/        the untrained checkpoint (MXFP4 experts)          data/      train, heldout and questions .jsonl
-    demo.yaml     the recipe                                        answers/   what the model answered, before and after
-    events.jsonl, report.html, checkpoints/, model/ ...             the run folder that every `ossia train` leaves
+    data/       train, heldout and questions .jsonl       start/     the untrained checkpoint, MXFP4 experts
+    demo.yaml   the recipe                                answers/   what the model answered, before and after
+    and what every `ossia train` leaves: events.jsonl, checkpoints/, model/, report.html
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from typing import Any
 from ossia import sft
 from ossia.batch import generate_file
 from ossia.config import check_recipe, load_recipe
-from ossia.demo.prepare import RECIPE, START, Plan, prepare
+from ossia.demo.prepare import DATA, RECIPE, START, Plan, prepare
 from ossia.errors import UserError
 from ossia.model.checkpoint import Checkpoint
 from ossia.train.events import EVENTS, Sink, read_events
 
-MAX_ANSWER_TOKENS = 64  # the longest right answer has 44
+ANSWERS = "answers"
+MAX_ANSWER_TOKENS = 80  # a right answer has 54
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,36 +53,33 @@ def run_demo(folder: Path, *, seed: int = 0, plan: Plan | None = None, sink: Sin
     sink    hears the training's events instead of the terminal
     Raises  UserError if `folder` holds something else than an earlier demo; what `sft.run` raises
     """
-    plan = plan or Plan()
     started = time.monotonic()
     _make_room(folder)
     print(f"1. Data and an untrained gpt-oss model, from seed {seed}")
-    files, recipe_file = prepare(folder, seed=seed, plan=plan)
-    arch_line = _describe(folder / START)
-    print(f"   {folder / 'data'}: {_num_lines(files.train):,} conversations to train on, "
-          f"{_num_lines(files.heldout):,} held out, {_num_lines(files.questions):,} questions")  # fmt: skip
-    print(f"   {folder / 'start'}: {arch_line}\n")
+    files, recipe_file = prepare(folder, seed=seed, plan=plan or Plan())
+    trained_on, held_out, asked = map(_num_lines, (files.train, files.heldout, files.questions))
+    print(f"   {folder / DATA}: {trained_on:,} conversations to train on, {held_out:,} held out, {asked:,} questions")
+    print(f"   {folder / START}: {_describe(folder / START)}")
 
-    print("2. Before training")
-    answers = folder / "answers"
-    answers.mkdir()
-    before = _answer(folder / START, files.questions, answers / "before.jsonl")
+    print("\n2. Before training")
+    (folder / ANSWERS).mkdir()
+    before = _answer(folder / START, files.questions, folder / ANSWERS / "before.jsonl")
     _show_turn(before[0])
 
+    print(f"\n3. Fine-tuning: ossia train {recipe_file}", flush=True)
     recipe = load_recipe(recipe_file)
     check_recipe(recipe)
-    print(f"\n3. Fine-tuning: ossia train {recipe_file}", flush=True)
-    result = sft.run(recipe, sink=sink)
+    trained = sft.run(recipe, sink=sink).trained
     losses = [event["eval_loss"] for event in read_events(folder / EVENTS) if event["event"] == "eval"]
 
     print("\n4. After training, the same question")
-    after = _answer(result.trained, files.questions, answers / "after.jsonl")
+    after = _answer(trained, files.questions, folder / ANSWERS / "after.jsonl")
     _show_turn(after[0])
     scores = Score(losses[0], exact_match(before)), Score(losses[-1], exact_match(after))
-    _show_scores(*scores, num_questions=len(after))
-    print(f"\nreport to look at: {folder / 'report.html'}\ntalk to it:        ossia chat {result.trained}"
-          f"\nthis took {time.monotonic() - started:.0f} s")  # fmt: skip
-    return DemoResult(folder, result.trained, *scores)
+    _show_scores(*scores, num_questions=asked)
+    print(f"\nThe report: {folder / 'report.html'}\nTalk to it: ossia chat {trained}")
+    print(f"All of this took {time.monotonic() - started:.0f} s.")
+    return DemoResult(folder, trained, *scores)
 
 
 def exact_match(answered: list[dict[str, Any]]) -> float:
@@ -127,11 +125,10 @@ def _answer(model: Path, questions: Path, target: Path) -> list[dict[str, Any]]:
 def _describe(model: Path) -> str:
     """The untrained checkpoint in words, read back from its files."""
     checkpoint = Checkpoint.open(model)
-    arch = checkpoint.arch
-    return (
-        f"{arch.num_parameters() / 1e6:.1f} million random weights, {arch.num_layers} layers, {arch.num_experts} experts "
-        f"({arch.experts_per_token} a token), {checkpoint.layout} layout, {checkpoint.num_bytes / 1e6:.1f} MB"
-    )
+    arch, size = checkpoint.arch, f"{checkpoint.num_bytes / 1e6:.1f} MB"
+    experts = f"{arch.num_experts} experts, {arch.experts_per_token} a token"
+    weights = f"{arch.num_parameters() / 1e6:.1f} million random weights"
+    return f"{weights}, {arch.num_layers} layers, {experts}, {checkpoint.layout} layout, {size}"
 
 
 def _show_turn(row: dict[str, Any]) -> None:

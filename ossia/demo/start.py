@@ -23,10 +23,10 @@ WEIGHT_STD = 0.08  # near 1 / sqrt(HIDDEN)
 
 
 def demo_arch(vocab_size: int) -> Arch:
-    """gpt-oss at 6.6 million parameters besides the embeddings: 4 layers, 32 experts of which a token uses 4."""
+    """gpt-oss at 3.4 million parameters besides the embeddings: 4 layers, 32 experts of which a token uses 4."""
     return Arch(
         hidden_size=HIDDEN,
-        intermediate_size=128,
+        intermediate_size=64,
         num_layers=4,
         num_heads=4,
         num_kv_heads=2,

@@ -1,8 +1,8 @@
-"""The demo's vocabulary: Harmony's special tokens and the o200k tokens that its rows use, in an ordinary tokenizer.json.
+"""The demo's vocabulary: Harmony's special tokens and the o200k tokens that its rows use, as a tokenizer.json.
 
-The released head has 201,088 rows; at the demo's size it would take nearly all the time. The rows are rendered once with the
-full vocabulary and the texts between the special tokens say what to keep, so a row has the same tokens under both.
-No torch.
+The released head has 201,088 rows; at the demo's size it would take nearly all the time. The rows are rendered once
+with the full vocabulary and the texts between the special tokens say what to keep, so a row has the same tokens under
+both. No torch.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ All layers of a kind share their slots: where a token's keys go, and which slots
 once a step. A token's slot is a number, `row * capacity + place`, and layers read and write by slots alone; pages would
 change how a number comes about and nothing else.
 Sequences fill rows 0 .. B - 1 without gaps: the last row moves into the place of one that finishes.
-Letters: R rows, B sequences in use, C slots of a row, H query heads, K key-value heads, G = H / K, d head size, T tokens.
+Letters: R rows, B sequences in use, C slots of a row, N tokens, H query heads, K key-value heads, G = H / K,
+d head size, X = 2 K: keys, then values.
 """
 
 from __future__ import annotations
@@ -31,16 +32,16 @@ class Lane:
     ) -> None:
         self.window, self.num_rows, self.capacity = window, 0, window or _FIRST_SLOTS
         self._shape = (2 * arch.num_kv_heads, arch.head_dim)
-        self._kv = {
-            layer: torch.empty(0, self.capacity, *self._shape, dtype=dtype, device=device) for layer in layers
-        }
+        self._kv = {layer: torch.empty(0, self.capacity, *self._shape, dtype=dtype, device=device) for layer in layers}
         self._unseen = torch.empty(0, self.capacity, dtype=dtype, device=device)  # 0 where a token is, else -inf
         self._base_R = torch.empty(0, dtype=torch.int64, device=device)
 
     def make_room(self, num_rows: int, length: int) -> None:
         """Room for `num_rows` sequences of `length` tokens; a ring has any length."""
         num_rows = max(num_rows, self.num_rows)
-        capacity = self.capacity if self.window is not None or length <= self.capacity else max(length, 2 * self.capacity)
+        capacity = (
+            self.capacity if self.window is not None or length <= self.capacity else max(length, 2 * self.capacity)
+        )
         if (num_rows, capacity) == (self.num_rows, self.capacity):
             return
         old = slice(self.num_rows), slice(self.capacity)
@@ -54,15 +55,13 @@ class Lane:
         self._unseen, self.num_rows, self.capacity = unseen, num_rows, capacity
         self._base_R = torch.arange(num_rows, device=unseen.device) * capacity
 
-    def slots(self, row_N: Tensor, position_N: Tensor) -> Tensor:
-        """The slot of each token, from its sequence's row and its position; (N,) int64 each."""
-        place_N = position_N if self.window is None else position_N % self.window
-        return self._base_R[row_N] + place_N
+    def slots(self, row: int, position_N: Tensor) -> Tensor:
+        """The slots of tokens of one sequence, from its row and their positions; (N,) int64."""
+        return row * self.capacity + self._place(position_N)
 
     def step_slots(self, position_B: Tensor) -> Tensor:
-        """The slots of the tokens at `position_B` of rows 0 .. B - 1, from now on seen."""
-        place_B = position_B if self.window is None else position_B % self.window
-        slot_B = self._base_R[: len(position_B)] + place_B
+        """The slots of the tokens at `position_B` of rows 0 .. B - 1, from now on seen; (B,) int64."""
+        slot_B = self._base_R[: len(position_B)] + self._place(position_B)
         self._unseen.view(-1).index_fill_(0, slot_B, 0.0)
         return slot_B
 
@@ -91,6 +90,9 @@ class Lane:
         """What to add to the scores of `read`'s slots, (B, 1, 1, C); None where every row has filled all of them."""
         used = self._used(longest)
         return None if shortest >= used else self._unseen[:num_rows, None, None, :used]
+
+    def _place(self, position_N: Tensor) -> Tensor:
+        return position_N if self.window is None else position_N % self.window
 
     def _used(self, longest: int) -> int:
         return min(longest, self.capacity)

@@ -21,7 +21,7 @@ from ossia.engine.cache import Lane, attend_cached
 from ossia.model.transformer import Layer, Transformer
 from ossia.model.weights import Weights
 from ossia.ops.linear import Linear, linear
-from ossia.ops.moe import Expert, clamped_swiglu, combine, project, route
+from ossia.ops.moe import Expert, clamped_swiglu_only, combine, project, route
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +43,8 @@ class StepContext:
 class DecodeLayer:
     """A fetched layer, arranged for decoding.
 
-    Where experts are packed (placements `mmap` and `resident`), the layer's expanded copy is not kept: each step expands
-    the experts that its tokens chose, one at a time, so a step needs the memory of one expert.
+    Where experts are packed (placements `mmap` and `resident`), the layer's expanded copy is not kept: each step
+    expands the experts that its tokens chose, one at a time, so it needs the memory of one expert and no more.
     """
 
     def __init__(self, model: Transformer, layer: Layer, lane: Lane) -> None:
@@ -55,10 +55,9 @@ class DecodeLayer:
         expanded = keeps_experts(model)
         if expanded:  # a copy of 5% of a released model's weights; where experts are packed, memory comes first
             self._qkv = (_side_by_side(self._qkv),)
-        if model.device.type != "cpu":
-            self._gate_up: _ExpertViews | Expert = layer.gate_up
-            self._down: _ExpertViews | Expert = layer.down
-        else:
+        self._gate_up: _ExpertViews | Expert = layer.gate_up
+        self._down: _ExpertViews | Expert = layer.down
+        if model.device.type == "cpu" or not expanded:  # a GPU would wait for the list of chosen experts
             weights = None if expanded else model.weights
             self._gate_up = _ExpertViews(layer.gate_up, weights, layer.index, "gate_up_proj")
             self._down = _ExpertViews(layer.down, weights, layer.index, "down_proj")
@@ -66,8 +65,8 @@ class DecodeLayer:
     def forward(self, x_BD: Tensor, step: StepContext) -> Tensor:
         """The layer's output (B, D); the new tokens' keys and values are in the cache afterwards."""
         a, lane = self._model.arch, self.lane
-        num_rows = len(x_BD)
-        normed = _rms_norm(x_BD, self._input_norm_D, a.rms_eps)
+        num_rows = x_BD.shape[0]
+        normed = step_norm(x_BD, self._input_norm_D, a.rms_eps)
         parts = [linear(normed, part) for part in self._qkv]
         qkv = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(num_rows, -1, a.head_dim)
         _rotate(qkv[:, : a.num_heads + a.num_kv_heads], step.cos_B1d, step.sin_B1d)
@@ -77,21 +76,21 @@ class DecodeLayer:
             qkv[:, : a.num_heads], keys, values, self._sinks_H, step.masks[lane], self._model.backend
         )
         x_BD = x_BD + linear(attended.view(num_rows, -1), self._o)
-        normed = _rms_norm(x_BD, self._post_norm_D, a.rms_eps)
+        normed = step_norm(x_BD, self._post_norm_D, a.rms_eps)
         return x_BD + self._experts(normed, linear(normed, self._router))
 
     def _experts(self, x_BD: Tensor, logits_BE: Tensor) -> Tensor:
-        a = self._model.arch
+        a, num_rows = self._model.arch, x_BD.shape[0]
         if isinstance(self._gate_up, Expert):
             assert isinstance(self._down, Expert)
             routing = route(logits_BE, a.experts_per_token)
             hidden = project(x_BD[routing.token_N], self._gate_up, routing.ends_E)
-            hidden = clamped_swiglu(hidden, a.swiglu_limit, a.swiglu_alpha)
+            hidden = clamped_swiglu_only(hidden, a.swiglu_limit, a.swiglu_alpha)
             return combine(project(hidden, self._down, routing.ends_E), routing)
         assert isinstance(self._down, _ExpertViews)
         chosen_Bk, experts_Bk = logits_BE.topk(a.experts_per_token, dim=-1)
         shares_Bk = chosen_Bk.softmax(-1)
-        if len(x_BD) == 1:
+        if num_rows == 1:
             chosen, counts = experts_Bk[0].tolist(), [1] * a.experts_per_token
             x_ND = x_BD.expand(a.experts_per_token, -1)
         else:
@@ -99,9 +98,9 @@ class DecodeLayer:
             runs = [(expert, len(list(run))) for expert, run in groupby(experts_N.tolist())]
             chosen, counts = (list(column) for column in zip(*runs, strict=True))
             x_ND = x_BD.index_select(0, order_N // a.experts_per_token)
-        hidden_NI = clamped_swiglu(self._gate_up.project(x_ND, chosen, counts), a.swiglu_limit, a.swiglu_alpha)
+        hidden_NI = clamped_swiglu_only(self._gate_up.project(x_ND, chosen, counts), a.swiglu_limit, a.swiglu_alpha)
         y_ND = self._down.project(hidden_NI, chosen, counts)
-        if len(x_BD) == 1:
+        if num_rows == 1:
             return shares_Bk @ y_ND
         y_BkD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(*experts_Bk.shape, -1)
         return torch.bmm(shares_Bk.unsqueeze(1), y_BkD).squeeze(1)
@@ -118,7 +117,7 @@ class _ExpertViews:
     def __init__(self, expert: Expert, packed: Weights | None, layer: int, name: str) -> None:
         self._packed, self._layer, self._name = packed, layer, name
         self._weights = None if packed is not None else [weight_OI.t() for weight_OI in expert.weight.unbind()]
-        self._biases = expert.bias.unbind()
+        self._biases, self._fan_out = expert.bias.unbind(), expert.bias.shape[1]
         self._adapters = None
         if expert.lora_a is not None and expert.lora_b is not None:
             turned = (factor.transpose(1, 2).unbind() for factor in (expert.lora_a, expert.lora_b))
@@ -126,8 +125,9 @@ class _ExpertViews:
 
     def project(self, x_ND: Tensor, chosen: list[int], counts: list[int]) -> Tensor:
         """Rows, counts[i] of them in a row for expert chosen[i], through weight, bias and adapter. Returns (N, out)."""
-        y_NO = x_ND.new_empty(len(x_ND), len(self._biases[0]))
-        for expert, x, y in zip(chosen, x_ND.split(counts), y_NO.split(counts), strict=True):
+        y_NO = x_ND.new_empty(x_ND.shape[0], self._fan_out)
+        rows = torch.split_with_sizes(x_ND, counts), torch.split_with_sizes(y_NO, counts)
+        for expert, x, y in zip(chosen, *rows, strict=True):
             if self._weights is not None:
                 weight_IO = self._weights[expert]
             else:
@@ -151,7 +151,7 @@ def rotary_rows(cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat((cos_TF, cos_TF), -1).unsqueeze(1), torch.cat((-sin_TF, sin_TF), -1).unsqueeze(1)
 
 
-def _rms_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+def step_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`ops.linear.rms_norm` without its gradient, in one operation."""
     if x_BD.dtype == torch.float32:
         return F.rms_norm(x_BD, weight_D.shape, weight_D, eps)

@@ -73,9 +73,8 @@ class BatchSampler:
         self._temperature_B1 = column([rules.temperature or 1.0 for rules in samplings])
         self._plain = all(rules.temperature in (0, 1) for rules in samplings)
         self._uniforms = [0.0] * len(samplings)
-        all_tokens = torch.iinfo(torch.int32).max
-        top_ks = [rules.top_k or all_tokens for rules in samplings]
-        self._most = max(top_ks) if max(top_ks) < all_tokens else None
+        top_ks = [rules.top_k or torch.iinfo(torch.int32).max for rules in samplings]
+        self._most = max(top_ks, default=0)
         self._sorted = any(rules.top_k or rules.top_p < 1 for rules in samplings)
         self._top_k_B1 = torch.tensor(top_ks, device=device)[:, None]
         self._top_p_B1 = column([rules.top_p for rules in samplings])
@@ -114,7 +113,7 @@ class BatchSampler:
             if self._has_min_p:
                 probs_BC = probs_BC.masked_fill(probs_BC < self._min_p_B1 * probs_BC.amax(-1, keepdim=True), 0.0)
             return probs_BC, None
-        if self._most is not None and self._most < probs_BC.shape[-1]:
+        if self._most < probs_BC.shape[-1]:
             probs_BC, order_BC = probs_BC.topk(self._most, dim=-1)
         else:
             probs_BC, order_BC = probs_BC.sort(dim=-1, descending=True, stable=True)

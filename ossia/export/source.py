@@ -70,7 +70,7 @@ def _newest_whole(run: Path, say: Callable[[str], None]) -> Path:
     for path in reversed(checkpoint_paths(run)):
         problem = verify(path)
         if problem is None:
-            say(f"{run} isn't finished; exporting {path.name}")
+            say(f"{run} has no final result yet; exporting {path.name}")
             return path
         say(f"{path}: {problem}; trying the checkpoint before it")
     raise RunError(f"{run}: the run has saved no whole checkpoint yet; let it go on with `ossia train ... --resume`")

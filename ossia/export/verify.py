@@ -70,19 +70,35 @@ def changed_model(base: Checkpoint, changes: Changes | None = None) -> Transform
 
 
 @torch.no_grad()
-def compare(expected: Transformer, found: Transformer, packs: Sequence[Pack]) -> Agreement:
-    """Both models' logits at every position of the packs; never more than 64 rows of them at once."""
-    kl_T, top1_T, max_abs = [], [], 0.0
+def compare(expected: Transformer, others: Sequence[Transformer], packs: Sequence[Pack]) -> list[Agreement]:
+    """Each of the others against the expected model, at every position of the packs; 64 rows of logits at once."""
+    tallies = [_Tally() for _ in others]
     for pack in packs:
-        hidden = [model.hidden(pack).split(_ROWS) for model in (expected, found)]
-        for states in zip(*hidden, strict=True):
-            want_RV, have_RV = (_logits(model, h_RD) for model, h_RD in zip((expected, found), states, strict=True))
-            max_abs = max(max_abs, float((want_RV - have_RV).abs().max()))
-            top1_T.append(want_RV.argmax(-1) == have_RV.argmax(-1))
-            log_p, log_q = want_RV.log_softmax(-1), have_RV.log_softmax(-1)
-            kl_T.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
-    kl, top1 = torch.cat(kl_T), torch.cat(top1_T)
-    return Agreement(len(kl), max_abs, float(kl.mean()), float(kl.median()), float(top1.float().mean()))
+        want_T, *have_T = [model.hidden(pack).split(_ROWS) for model in (expected, *others)]
+        for number, h_RD in enumerate(want_T):
+            want_RV = _logits(expected, h_RD)
+            for tally, model, states in zip(tallies, others, have_T, strict=True):
+                tally.add(want_RV, _logits(model, states[number]))
+    return [tally.result() for tally in tallies]
+
+
+class _Tally:
+    """One comparison as it grows."""
+
+    def __init__(self) -> None:
+        self._kl: list[Tensor] = []
+        self._same: list[Tensor] = []
+        self._max_abs: list[Tensor] = []
+
+    def add(self, want_RV: Tensor, have_RV: Tensor) -> None:
+        self._max_abs.append((want_RV - have_RV).abs().max())
+        self._same.append(want_RV.argmax(-1) == have_RV.argmax(-1))
+        log_p, log_q = want_RV.log_softmax(-1), have_RV.log_softmax(-1)
+        self._kl.append((log_p.exp() * (log_p - log_q)).sum(-1).clamp_min(0))
+
+    def result(self) -> Agreement:
+        kl, same, max_abs = torch.cat(self._kl), torch.cat(self._same), torch.stack(self._max_abs).max()
+        return Agreement(len(kl), float(max_abs), float(kl.mean()), float(kl.median()), float(same.float().mean()))
 
 
 def _logits(model: Transformer, h_RD: Tensor) -> Tensor:

@@ -97,26 +97,19 @@ class Arch:
 
     def check(self, where: str) -> None:
         """Raise CheckpointError, naming `where`, if the sizes don't go together."""
-        rules = (
-            (
-                self.num_heads % self.num_kv_heads == 0,
-                "num_attention_heads",
-                self.num_heads,
-                "a multiple of num_key_value_heads",
-            ),
-            (self.head_dim % 2 == 0, "head_dim", self.head_dim, "an even number: RoPE turns pairs"),
-            (
-                self.experts_per_token <= self.num_experts,
-                "num_experts_per_tok",
-                self.experts_per_token,
-                "at most num_local_experts",
-            ),
-            (self.rope_factor >= 1, "rope_scaling.factor", self.rope_factor, "1 or more"),
-            (len(self.layer_types) == self.num_layers, "layer_types", self.layer_types, "one for each layer"),
-        )
-        for holds, key, found, allowed in rules:
-            if not holds:
+        rules = {
+            "num_attention_heads": (self.num_heads, self.num_kv_heads, "a multiple of num_key_value_heads"),
+            "head_dim": (self.head_dim, 2, "an even number: RoPE turns pairs"),
+        }
+        for key, (found, divisor, allowed) in rules.items():
+            if found % divisor:
                 raise _refusal(where, key, found, allowed)
+        if self.experts_per_token > self.num_experts:
+            raise _refusal(where, "num_experts_per_tok", self.experts_per_token, "at most num_local_experts")
+        if self.rope_factor < 1:
+            raise _refusal(where, "rope_scaling.factor", self.rope_factor, "1 or more")
+        if len(self.layer_types) != self.num_layers:
+            raise _refusal(where, "layer_types", self.layer_types, f"{self.num_layers}, one for each layer")
 
     def to_config(
         self, layout: Layout, *, bos_token_id: int = 199998, eos_token_id: int = 200002, pad_token_id: int = 199999

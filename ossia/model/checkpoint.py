@@ -115,27 +115,31 @@ def write_checkpoint(
         token_ids = write_companions(tokenizer_from, partial, arch.max_positions)
         config = arch.to_config(layout, **token_ids)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        _write_shards(partial, specs, tensors, shard_bytes, progress)
+        file_of = _plan_files(specs, shard_bytes)
+        if len(set(file_of.values())) > 1:
+            _write_index(partial, specs, file_of)
+        _write_weights(partial, specs, file_of, tensors, progress)
 
 
 @contextmanager
 def _whole_or_nothing(path: Path, needed: int) -> Iterator[Path]:
     """A hidden sibling folder that becomes `path` on success and disappears on any failure."""
-    partial = path.absolute().with_name(f".{path.name}.partial")
+    target = path.absolute()
+    partial = target.with_name(f".{target.name}.partial")
     done = False
     try:
         shutil.rmtree(partial, ignore_errors=True)  # what a killed writer left
         partial.mkdir(parents=True)
-        free = shutil.disk_usage(partial).free
-        if free < needed:
+        if shutil.disk_usage(partial).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield partial
         _sync(partial)
-        partial.rename(path.absolute())
-        _sync(path.absolute().parent)
+        partial.rename(target)
+        _sync(target.parent)
         done = True
     except OSError as error:
-        free = shutil.disk_usage(next(parent for parent in path.absolute().parents if parent.exists())).free
+        shutil.rmtree(partial, ignore_errors=True)
+        free = shutil.disk_usage(next(parent for parent in target.parents if parent.exists())).free
         raise CheckpointError(
             f"{path}: could not write the checkpoint: {error.strerror}. It needs {needed / 1e9:.2f} GB, "
             f"{free / 1e9:.2f} GB are free there; nothing was kept: make room or name another folder"
@@ -154,35 +158,48 @@ def _sync(folder: Path) -> None:
         os.close(handle)
 
 
-def _write_shards(
+def _plan_files(specs: Mapping[str, TensorSpec], shard_bytes: float) -> dict[str, str]:
+    """Tensor name -> file name: in order, a new file where the next tensor would go over the size."""
+    shard, size, shard_of = 0, 0, {}
+    for name, spec in specs.items():
+        if size and size + spec.num_bytes > shard_bytes:
+            shard, size = shard + 1, 0
+        shard_of[name] = shard
+        size += spec.num_bytes
+    if shard == 0:
+        return dict.fromkeys(specs, SINGLE)
+    return {name: f"model-{i + 1:05d}-of-{shard + 1:05d}.safetensors" for name, i in shard_of.items()}
+
+
+def _write_index(folder: Path, specs: Mapping[str, TensorSpec], weight_map: Mapping[str, str]) -> None:
+    total_bytes = sum(spec.num_bytes for spec in specs.values())
+    index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+
+
+def _write_weights(
     folder: Path,
-    specs: dict[str, TensorSpec],
+    specs: Mapping[str, TensorSpec],
+    file_of: Mapping[str, str],
     tensors: Iterable[tuple[str, Tensor]],
-    shard_bytes: float,
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Headers first, from the specs alone; then every tensor, or piece of one, at its place as it comes."""
-    shards = _plan_shards(specs, shard_bytes)
-    total_bytes = sum(spec.num_bytes for spec in specs.values())
-    file_names = (
-        [SINGLE]
-        if len(shards) == 1
-        else [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    )
+    total_bytes, done_bytes = sum(spec.num_bytes for spec in specs.values()), 0
+    written = dict.fromkeys(specs, 0)
     with ExitStack() as stack:
-        places: dict[str, tuple[BinaryIO, int]] = {}
-        for file_name, names in zip(file_names, shards, strict=True):
-            file = stack.enter_context((folder / file_name).open("wb"))
-            places |= _write_header(file, {name: specs[name] for name in names})
-        written, done_bytes = dict.fromkeys(specs, 0), 0
+        files = {name: stack.enter_context((folder / name).open("wb")) for name in dict.fromkeys(file_of.values())}
+        start_of: dict[str, int] = {}
+        for file_name, file in files.items():
+            start_of |= _write_header(file, {name: specs[name] for name in specs if file_of[name] == file_name})
         for name, piece in tensors:
             spec = specs[name]
             assert piece.dtype == TORCH_DTYPES[spec.dtype], f"{name}: {piece.dtype}, to be {spec.dtype}"
             assert piece.shape[1:] == spec.shape[1:], f"{name}: rows of {piece.shape}, to be {spec.shape}"
             raw = piece.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
             assert written[name] + raw.nbytes <= spec.num_bytes, f"{name}: more rows than {spec.shape}"
-            file, start = places[name]
-            file.seek(start + written[name])
+            file = files[file_of[name]]
+            file.seek(start_of[name] + written[name])
             file.write(memoryview(raw))
             written[name] += raw.nbytes
             done_bytes += raw.nbytes
@@ -190,30 +207,13 @@ def _write_shards(
                 progress(done_bytes, total_bytes)
         short = [name for name, count in written.items() if count != specs[name].num_bytes]
         assert not short, f"not written, or not to the end: {short}"
-        for file in {file for file, _ in places.values()}:
+        for file in files.values():
             file.flush()
             os.fsync(file.fileno())
-    if len(shards) > 1:
-        weight_map = {name: file_name for file_name, names in zip(file_names, shards, strict=True) for name in names}
-        index = {"metadata": {"total_size": total_bytes}, "weight_map": weight_map}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _plan_shards(specs: Mapping[str, TensorSpec], shard_bytes: float) -> list[list[str]]:
-    """Names by shard: in order, a new one where the next tensor would go over the size."""
-    shards: list[list[str]] = [[]]
-    size = 0
-    for name, spec in specs.items():
-        if shards[-1] and size + spec.num_bytes > shard_bytes:
-            shards.append([])
-            size = 0
-        shards[-1].append(name)
-        size += spec.num_bytes
-    return shards
-
-
-def _write_header(file: BinaryIO, specs: Mapping[str, TensorSpec]) -> dict[str, tuple[BinaryIO, int]]:
-    """Write a safetensors header; returns each tensor's place as (file, first byte)."""
+def _write_header(file: BinaryIO, specs: Mapping[str, TensorSpec]) -> dict[str, int]:
+    """Write a safetensors header; returns where in the file each tensor starts."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in specs.items():
@@ -223,7 +223,7 @@ def _write_header(file: BinaryIO, specs: Mapping[str, TensorSpec]) -> dict[str, 
     text += b" " * (-len(text) % 8)  # the format wants the data 8-byte aligned
     file.write(len(text).to_bytes(8, "little") + text)
     start = file.tell()
-    return {name: (file, start + header[name]["data_offsets"][0]) for name in specs}
+    return {name: start + header[name]["data_offsets"][0] for name in specs}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

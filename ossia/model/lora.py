@@ -112,7 +112,8 @@ class Lora:
         for site in sites(arch, spec):
             rank, _ = spec.targets[site.target]
             lead = () if site.num_experts is None else (site.num_experts,)
-            generator = torch.Generator().manual_seed((seed * 2**32 + zlib.crc32(site.module.encode())) % 2**63)
+            # torch's CPU generator reads the lower 32 bits of a seed and no others
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {site.module}".encode()))
             a = (torch.rand((*lead, rank, site.fan_in), generator=generator) * 2 - 1) / math.sqrt(site.fan_in)
             tensors[f"{site.module}.lora_A"] = a.to(device)
             tensors[f"{site.module}.lora_B"] = torch.zeros((*lead, site.fan_out, rank), device=device)

@@ -11,10 +11,11 @@ from typing import Literal, get_args
 import torch
 
 from ossia.config import is_hub_name
-from ossia.errors import AdapterError, CheckpointError, MissingExtraError, UserError
+from ossia.errors import CheckpointError, MissingExtraError, UserError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import CONFIG, Checkpoint
+from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
 
@@ -22,8 +23,6 @@ WeightsChoice = Literal["auto", "resident", "mmap", "bf16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTER_IN_RUN = "adapter"  # a run folder keeps its newest adapter there, in PEFT's format
 RECIPE_IN_RUN = "recipe.yaml"
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 _HUB_FOLDERS = ("original/*", "metal/*")  # the same weights once more, in other formats
@@ -50,7 +49,7 @@ def open_model(
     activations = DTYPES[_one_of("dtype", dtype, tuple(DTYPES))] if isinstance(dtype, str) else dtype
     place = _device(device)
     folder = model_folder(model)
-    adapter_path = None if adapter is None else adapter_folder(adapter)
+    adapter_path = None if adapter is None else find_adapter(adapter)
     checkpoint, vocabulary = Checkpoint.open(folder), Vocabulary.from_file(folder)
     if vocabulary.size > checkpoint.arch.vocab_size:
         raise CheckpointError(
@@ -59,9 +58,7 @@ def open_model(
         )
     lora = None
     if adapter_path is not None:
-        from ossia.model.peft import load_adapter
-
-        lora = load_adapter(adapter_path, checkpoint.arch, place)
+        lora = load_adapter(adapter_path, checkpoint.arch, place, base=checkpoint)
     placement = choose_placement(checkpoint, activations, place) if weights == "auto" else weights
     return Transformer(Weights(checkpoint, placement, activations, place), lora=lora), vocabulary
 
@@ -80,26 +77,13 @@ def model_folder(model: str) -> Path:
             "  allowed: a checkpoint's folder, or owner/name on the Hugging Face hub, like openai/gpt-oss-20b"
         )
     if (folder / RECIPE_IN_RUN).is_file() and not (folder / CONFIG).is_file():
+        merged = folder / "model"
+        todo = f"its trained model is {merged}" if (merged / CONFIG).is_file() else "name the model that was trained"
         raise CheckpointError(
             f"{model}: this is a run folder, not a model\n"
-            f"  next: name the model that was trained, with --adapter {model}; or merge both with `ossia export`"
+            f"  next: {todo}; an adapter goes on top with --adapter {model}, or into one folder with `ossia export`"
         )
     return folder
-
-
-def adapter_folder(adapter: str | Path) -> Path:
-    """The folder in PEFT's format that an adapter's name stands for: itself, or that of a run.
-
-    Raises  AdapterError if there is none
-    """
-    path = Path(adapter).expanduser()
-    for folder in (path, path / ADAPTER_IN_RUN):
-        if (folder / ADAPTER_CONFIG).is_file():
-            return folder
-    found = "no such folder" if not path.is_dir() else f"no {ADAPTER_CONFIG} in it or in its folder {ADAPTER_IN_RUN}"
-    if (path / RECIPE_IN_RUN).is_file():
-        found += "; the run has saved no adapter yet, or it trained all weights"
-    raise AdapterError(f"{path}: {found}\n  allowed: a run folder of `ossia train`, or a folder in PEFT's format")
 
 
 def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Placement:

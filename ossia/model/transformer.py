@@ -1,9 +1,9 @@
 """gpt-oss, layer by layer: embedding, attention with sinks, mixture of experts, final norm; nothing else.
 
-Functions on tensors rather than a module tree, because the step goes layer-major: `fetch` makes one layer's weights ready
-(expanded, cast, adapters beside them), `layer_forward` takes every micro-batch through it, and the layer is dropped.
+Functions on tensors rather than a module tree, because the step goes layer-major: `fetch` makes one layer's weights
+ready (expanded, cast, adapters beside them), `layer_forward` takes every micro-batch through it, then it is dropped.
 The same function serves training, evaluation and decoding, which brings its own attention over a cache.
-Oracle: transformers' `GptOssForCausalLM`. Letters: T packed tokens, D hidden, H query heads, K key-value heads, d head size.
+Oracle: transformers' `GptOssForCausalLM`. Letters: T packed tokens, D hidden, H query heads, K key-value heads, d head.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ class Transformer:
         self.lora, self.trainable = lora, lora.trainable
 
     def train_all_weights(self) -> None:
-        """Make every tensor trainable, as a float32 copy (16 bytes a parameter with its gradient and Adam's moments)."""
+        """Make every tensor trainable, as a float32 copy: 16 bytes a weight with its gradient and Adam's moments."""
         assert self.lora is None
         for name in self.arch.tensor_specs("bf16"):
             self.trainable.tensors[name] = self._master(name).to(torch.float32, copy=True)
@@ -217,9 +217,7 @@ class Transformer:
         scale = self.arch.head_dim**-0.5
 
         def attend(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, window: int | None) -> Tensor:
-            return sink_attention(
-                q, k, v, sinks_H, context.segments, window=window, scale=scale, backend=self.backend
-            )
+            return sink_attention(q, k, v, sinks_H, context.segments, window=window, scale=scale, backend=self.backend)
 
         return attend
 

@@ -1,8 +1,8 @@
 """Where a model's weights are, and in which form the computation gets them.
 
-`mmap`: in the checkpoint's file, experts as packed bytes. `resident`: the same bytes copied to the device. `bf16`: experts
-expanded once, to the activations' dtype. All three give the same numbers, since MXFP4 expands without rounding.
-Experts are computed as (experts, out, in) with gate_up's gate rows before its up rows; the checkpoint interleaves the two.
+`mmap`: in the checkpoint's file, experts as packed bytes. `resident`: the same bytes copied to the device. `bf16`:
+experts expanded once, to the activations' dtype. All three give the same numbers: MXFP4 expands without rounding.
+Experts are computed as (experts, out, in), gate_up's gate rows before its up rows; the checkpoint interleaves the two.
 Letters: E experts, I expert width, O out, D in, G groups of 32.
 """
 
@@ -112,7 +112,7 @@ class Weights:
         return split_gate_up(bias_EO) if projection == "gate_up_proj" else bias_EO
 
     def expert_weight(self, layer: int, projection: str, expert: int | None = None) -> Tensor:
-        """(E, O, D) in the computation's dtype, or (O, D) of one expert; expanded on the spot unless placed as `bf16`."""
+        """(E, O, D) in the computation's dtype, or (O, D) of one expert; expanded on the spot unless `bf16`."""
         expanded = self._expanded.get((layer, projection))
         if expert is None:
             return self._expand(layer, projection, slice(None)) if expanded is None else expanded

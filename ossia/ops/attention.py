@@ -2,10 +2,10 @@
 
 A sink is one extra logit per head that takes part in the softmax and carries no value. No kernel needs to know of it:
 with the stock output O and log-sum-exp l, the sink-inclusive ones are O' = O * sigmoid(l - s) and l' = logaddexp(l, s),
-and the stock backward fed with (O', l') is exact, because it only ever uses exp(scores - l') and the row sum of dO * O'.
+and the stock backward fed with (O', l') is exact, as it only ever uses exp(scores - l') and the row sum of dO * O'.
 (Scaling O outside and dropping the gradient through l, as is commonly done, is not: a test holds that it differs.)
 Own code because packing, window and sinks together exist in no stock op; the inner kernels are torch's own.
-Backends: `reference` (dense, plain autograd, any device), `cpu` (torch's flash kernel for CPU), `cuda` (its varlen one).
+Backends: `reference` (dense, plain autograd, any device), `cpu` (torch's flash kernel for CPU), `cuda` (varlen).
 Letters: T packed tokens, H query heads, K key-value heads, d head dimension, B blocks, L tokens of a block.
 """
 
@@ -20,6 +20,9 @@ from torch import Tensor
 Backend = Literal["reference", "cpu", "cuda"]
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(slots=True)
 class Segments:
     """Where the documents of a pack begin and end; attention never crosses from one into another.
@@ -28,7 +31,7 @@ class Segments:
     """
 
     starts: Tensor
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
     lengths: list[int] = field(init=False)
     positions_T: Tensor = field(init=False)
     doc_T: Tensor = field(init=False)
@@ -36,7 +39,8 @@ class Segments:
 
     def __post_init__(self) -> None:
         lengths = self.starts.diff()
-        assert self.starts.dim() == 1 and int(self.starts[0]) == 0 and bool((lengths > 0).all()), self.starts
+        assert int(self.starts[0]) == 0, self.starts
+        assert bool((lengths > 0).all()), self.starts
         self.lengths = lengths.tolist()
         doc_T = torch.repeat_interleave(torch.arange(len(self.lengths)), lengths)
         self.positions_T = (torch.arange(self.num_tokens) - self.starts[doc_T]).to(self.device)
@@ -172,7 +176,7 @@ class _CpuSink(torch.autograd.Function):
     """torch's flash attention for CPU with a sink; is_causal where no bias is given."""
 
     @staticmethod
-    def forward(ctx, q_BHLd, k_BKLd, v_BKLd, sinks_H, bias, scale):  # noqa: ANN001, ANN205
+    def forward(ctx, q_BHLd, k_BKLd, v_BKLd, sinks_H, bias, scale):
         out, lse_BHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q_BHLd, k_BKLd, v_BKLd, 0.0, bias is None, attn_mask=bias, scale=scale
         )
@@ -182,7 +186,7 @@ class _CpuSink(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_out):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_out):
         q, k, v, out, lse, sinks_H, bias = ctx.saved_tensors
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             grad_out, q, k, v, out, lse, 0.0, bias is None, attn_mask=bias, scale=ctx.scale
@@ -198,7 +202,7 @@ class _CudaSink(torch.autograd.Function):
     """torch's varlen flash attention for CUDA with a sink."""
 
     @staticmethod
-    def forward(ctx, q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale):  # noqa: ANN001, ANN205
+    def forward(ctx, q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale):
         cu = segments.starts.to(torch.int32).to(q_THd.device)
         bounds = {"scale": scale, "window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
         out, lse_HT, rng, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -210,7 +214,7 @@ class _CudaSink(torch.autograd.Function):
         return out
 
     @staticmethod
-    def backward(ctx, grad_out):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_out):
         q, k, v, out, lse_HT, sinks_H, cu, rng, unused = ctx.saved_tensors
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
             grad_out.contiguous(), q, k, v, out, lse_HT, cu, cu, ctx.longest, ctx.longest, 0.0, True, rng, unused,

@@ -59,14 +59,14 @@ class _RmsNorm(torch.autograd.Function):
     """Keeps x and one number a row; autograd's own would keep three float32 copies of x."""
 
     @staticmethod
-    def forward(ctx, x_TD, weight_D, eps):  # noqa: ANN001, ANN205
+    def forward(ctx, x_TD, weight_D, eps):
         x = x_TD.float()
         inverse_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x_TD, weight_D, inverse_T1)
         return (x * inverse_T1 * weight_D.float()).to(x_TD.dtype)
 
     @staticmethod
-    def backward(ctx, grad_TD):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_TD):
         x_TD, weight_D, inverse_T1 = ctx.saved_tensors
         normed_TD, grad = x_TD.float() * inverse_T1, grad_TD.float()
         dnormed_TD = grad * weight_D.float()

@@ -39,7 +39,7 @@ def weighted_nll(logp_N: Tensor, weights_N: Tensor, denominator: float) -> Tenso
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, h_ND, head_VD, targets_N):  # noqa: ANN001, ANN205
+    def forward(ctx, h_ND, head_VD, targets_N):
         logp_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
         lse_N = torch.empty_like(logp_N)
         slope_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
@@ -54,7 +54,7 @@ class _LinearLogprob(torch.autograd.Function):
         return logp_N
 
     @staticmethod
-    def backward(ctx, grad_N):  # noqa: ANN001, ANN205
+    def backward(ctx, grad_N):
         slope_ND, *rest = ctx.saved_tensors
         dh = None if slope_ND is None else (slope_ND.float() * grad_N[:, None]).to(slope_ND.dtype)
         return dh, _head_gradient(*rest, grad_N) if rest else None, None

@@ -2,7 +2,7 @@
 
 Only routed tokens are computed; nothing loops over experts. Own code because the router's softmax over the chosen, the
 clamped SwiGLU with (up + 1) and the per-expert adapters are gpt-oss's own. The grouped matmul is `F.grouped_mm`.
-Letters: T tokens, E experts, K experts per token, N = T * K routed rows sorted by expert, D hidden, I expert width, r rank.
+Letters: T tokens, E experts, K experts per token, N = T * K routed rows sorted by expert, D hidden, I width, r rank.
 """
 
 from __future__ import annotations
@@ -97,15 +97,13 @@ class _ClampedSwiglu(torch.autograd.Function):
     """Keeps its input alone and recomputes the rest in backward: two thirds less memory than autograd's own."""
 
     @staticmethod
-    def forward(ctx, h_NI, limit, alpha):  # noqa: ANN001, ANN205
+    def forward(ctx, h_NI, limit, alpha):
         ctx.save_for_backward(h_NI)
         ctx.limit, ctx.alpha = limit, alpha
-        gate, up = h_NI.chunk(2, dim=-1)
-        gate = gate.clamp(max=limit)
-        return (gate * alpha).sigmoid_().mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
+        return clamped_swiglu_only(h_NI, limit, alpha)
 
     @staticmethod
-    def backward(ctx, grad):  # noqa: ANN001, ANN205
+    def backward(ctx, grad):
         (h_NI,) = ctx.saved_tensors
         gate_raw, up_raw = h_NI.chunk(2, dim=-1)
         gate, up = gate_raw.clamp(max=ctx.limit), up_raw.clamp(-ctx.limit, ctx.limit)
@@ -127,6 +125,13 @@ def clamped_swiglu(h_NI: Tensor, limit: float, alpha: float) -> Tensor:
     Source   gpt-oss model card; constants from config.json
     """
     return _ClampedSwiglu.apply(h_NI, limit, alpha)
+
+
+def clamped_swiglu_only(h_NI: Tensor, limit: float, alpha: float) -> Tensor:
+    """`clamped_swiglu` without a gradient: the call of an autograd function costs a decode step more than the maths."""
+    gate, up = h_NI.chunk(2, dim=-1)
+    gate = gate.clamp(max=limit)
+    return (gate * alpha).sigmoid_().mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
 
 
 def combine(y_ND: Tensor, routing: Route) -> Tensor:

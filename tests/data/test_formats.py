@@ -183,6 +183,8 @@ def test_ids_are_used_as_they_are(read: Read) -> None:
     assert sample.weights.tolist() == [0, 0.5, 1]
     assert sample.targets is not None
     assert sample.targets.tolist() == [5, 6, 8]
+    (strange,) = read({"ids": [5, 6], "weights": [0, 1], "roles": [1, 2], "channels": ["final", "final"]})
+    assert [run.label for run in runs(strange)] == ["tokens", "tokens"]  # roles that are no words are not shown
 
 
 def test_what_the_preview_writes_reads_back_as_the_same_samples(read: Read) -> None:

@@ -135,6 +135,8 @@ def test_the_page_stands_alone_and_shows_the_data_as_text(
     assert "url(" not in text
     assert "@import" not in text
     assert "<script>alert(1)</script>" in page.text  # escaped, so it is text
+    assert ">&lt;</span>" in text
+    assert "><</span>" not in text
     assert "\x1b" not in text
     assert "prefers-color-scheme: dark" in text
     assert "text-decoration: underline" in text

@@ -169,7 +169,7 @@ def test_a_file_that_changes_while_it_is_read_is_an_error(tmp_path: Path) -> Non
 def test_hashes_are_the_rows_own_and_depend_on_the_seed(tmp_path: Path) -> None:
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     one.write_text(as_text(ROWS))
-    two.write_text(as_text(ROWS[::-1]) + "\n")
+    two.write_text("\ufeff" + as_text(ROWS[::-1]).replace("\n", " \r\n") + "\n")
     hashes = open_rows(str(one)).hashes(7)
     assert np.array_equal(hashes, open_rows(str(two)).hashes(7)[::-1])
     assert len(set(hashes.tolist())) == len(ROWS)
@@ -209,8 +209,9 @@ def test_300_mb_of_rows_grow_the_process_by_less_than_60_mb(tmp_path: Path) -> N
         [sys.executable, "-c", MEASURE, str(tmp_path), str(tmp_path / "big.jsonl")],
         capture_output=True,
         text=True,
-        check=True,
+        check=False,
     )
+    assert found.returncode == 0, found.stderr
     rows, tokens, growth_bytes = map(int, found.stdout.split())
     (tmp_path / "big.jsonl").unlink()
     assert rows == num_rows

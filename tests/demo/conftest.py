@@ -5,22 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 
-from ossia.demo.conversations import Sizes
-from ossia.demo.prepare import Plan, prepare
-
-SMALL = Plan(
-    sizes=Sizes(train_sorting=60, train_chats=120, heldout_sorting=4, heldout_chats=4, questions=4),
-    steps=4,
-    tokens_per_step=512,
-    evaluations=2,
-)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
+from ossia.demo.prepare import prepare
+from tests.demo.support import SMALL
 
 
 @pytest.fixture(scope="session")

@@ -142,3 +142,20 @@ def test_every_kind_of_chat_is_in_the_training_rows(data):
     assert len(KINDS) == 11
     openings = {row["messages"][0]["content"].split(" ")[0] for row in data.train if _is_chat(row)}
     assert len(openings) >= 15, "the conversations all begin alike"
+
+
+def test_no_two_cities_are_equally_warm_so_one_is_always_the_warmer():
+    degrees = [celsius for celsius, _ in tools.WEATHER.values()]
+    assert len(set(degrees)) == len(degrees)
+    assert tools.WEATHER.keys() == tools.UTC_OFFSET_H.keys()
+
+
+@pytest.mark.parametrize(("expression", "result"), [("12 * 7", 84), ("11 - 14", -3), ("8 + 30", 38)])
+def test_the_calculator_is_right(expression, result):
+    assert json.loads(tools.run_tool("calculator", expression)) == {"result": result}
+
+
+def test_clocks_go_over_midnight_and_unknown_terms_are_an_error():
+    assert tools.get_time("Sydney") == {"time": "23:00"}
+    assert tools.get_time("Denver") == {"time": "05:00"}
+    assert tools.lookup("guitar") == {"error": "no entry"}

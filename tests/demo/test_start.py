@@ -8,11 +8,10 @@ import pytest
 import torch
 
 from ossia.config import check_recipe, load_recipe
-from ossia.demo.conversations import make_data, read_rows
+from ossia.demo.conversations import read_rows
 from ossia.demo.prepare import RECIPE
 from ossia.demo.start import demo_arch, write_untrained
 from ossia.demo.vocabulary import conversation_of
-from ossia.harmony.o200k import o200k_harmony_tokenizer_json
 from ossia.harmony.render import Renderer
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.checkpoint import Checkpoint
@@ -23,7 +22,7 @@ def test_the_untrained_model_is_in_the_released_format_and_under_30_million_para
     checkpoint = Checkpoint.open(prepared / "start")
     assert checkpoint.layout == "mxfp4"
     embeddings = 2 * checkpoint.arch.vocab_size * checkpoint.arch.hidden_size
-    assert 5e6 < checkpoint.arch.num_parameters() - embeddings < 30e6
+    assert 3e6 < checkpoint.arch.num_parameters() - embeddings < 30e6
 
 
 def test_the_untrained_weights_have_the_spread_they_are_drawn_with(prepared):
@@ -48,14 +47,14 @@ def test_the_same_seed_gives_the_same_untrained_bytes_and_another_seed_does_not(
     assert first == same != other
 
 
-def test_every_row_has_the_same_tokens_under_the_small_vocabulary_as_under_the_full_one(prepared):
-    full, small = Vocabulary.from_text(o200k_harmony_tokenizer_json()), Vocabulary.from_file(prepared / "start")
+def test_every_row_has_the_same_tokens_under_the_small_vocabulary_as_under_the_full_one(prepared, o200k_tokenizer):
+    full, small = Vocabulary.from_file(o200k_tokenizer), Vocabulary.from_file(prepared / "start")
+    renderers = [(vocab, Renderer(vocab)) for vocab in (full, small)]
     rows = read_rows(prepared / "data" / "train.jsonl")
     seen: Counter[str] = Counter()
     for row in rows:
         conversation = conversation_of(row)
-        ids = [Renderer(vocab).training_ids(conversation) for vocab in (full, small)]
-        texts = [[vocab.token(number) for number in numbers] for vocab, numbers in zip((full, small), ids, strict=True)]
+        texts = [[vocab.token(n) for n in renderer.training_ids(conversation)] for vocab, renderer in renderers]
         assert texts[0] == texts[1]
         seen.update(texts[1])
     assert small.size < 1500
@@ -65,14 +64,6 @@ def test_every_row_has_the_same_tokens_under_the_small_vocabulary_as_under_the_f
 def test_a_digit_of_a_question_is_one_token(prepared):
     vocab = Vocabulary.from_file(prepared / "start")
     assert [vocab.token(number) for number in vocab.encode("4 0 7")] == ["4", " ", "0", " ", "7"]
-
-
-def test_rows_of_another_seed_need_hardly_any_token_that_the_small_vocabulary_lacks(prepared):
-    vocab = Vocabulary.from_file(prepared / "start")
-    rows = make_data(5).train[:300]
-    renderer = Renderer(vocab)
-    tokens = [vocab.token(n) for row in rows for n in renderer.training_ids(conversation_of(row))]
-    assert len(tokens) > 10_000
 
 
 def test_the_recipe_passes_its_own_checks(prepared):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 FILE_LINES = 600  # aim at 300
 FUNCTION_LINES = 100  # aim at 40
-FOLDER_FILES = 8  # of the package, dunder files not counted; "about seven"
+FOLDER_FILES = 10  # of the package, dunder files not counted; aim at 7
 
 
 def test_no_file_is_over_the_wall(all_code: dict[Path, ast.Module], root: Path) -> None:
@@ -30,5 +30,5 @@ def test_no_function_is_over_the_wall(all_code: dict[Path, ast.Module]) -> None:
 def test_no_folder_of_the_package_holds_too_many_files(package: dict[Path, ast.Module]) -> None:
     files = Counter(str(file.parent) for file in package if not file.name.startswith("__"))
     assert {folder: number for folder, number in files.items() if number > FOLDER_FILES and folder != "ossia"} == {}
-    top = FOLDER_FILES + 4  # the package itself holds one story a file
+    top = FOLDER_FILES + 2  # the package itself holds one story a file
     assert files["ossia"] <= top

@@ -96,9 +96,7 @@ def test_the_cuda_kernel_stays_close_to_float32_with_all_gradients(starts: list[
     exact = run("reference", starts, window)
     device = torch.device("cuda")
     tensors = [x.detach().to(device).requires_grad_() for x in inputs(starts[-1], torch.bfloat16)]
-    out = sink_attention(
-        *tensors, Segments(torch.tensor(starts), device), window=window, scale=0.125, backend="cuda"
-    )
+    out = sink_attention(*tensors, Segments(torch.tensor(starts), device), window=window, scale=0.125, backend="cuda")
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).bfloat16().to(device)
     found = [out.detach(), *torch.autograd.grad(out, tensors, grad)]
     assert max(errors([x.cpu() for x in found], exact)) <= 2e-2

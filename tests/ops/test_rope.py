@@ -46,9 +46,7 @@ def test_a_rotation_keeps_norms_and_depends_on_distance_alone() -> None:
     q, k = torch.randn(1, 1, 64), torch.randn(1, 1, 64)
 
     def score(i: int, j: int) -> float:
-        turned = [
-            apply_rope(x, *rope_tables(plain, torch.tensor([p]), torch.float32)) for x, p in ((q, i), (k, j))
-        ]
+        turned = [apply_rope(x, *rope_tables(plain, torch.tensor([p]), torch.float32)) for x, p in ((q, i), (k, j))]
         assert float(turned[0].norm()) == pytest.approx(float(q.norm()), rel=1e-5)
         return float((turned[0] * turned[1]).sum())
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import openai_harmony as harmony
 import pytest
+from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from ossia.harmony.chat import conversation_from_messages
@@ -115,6 +116,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
     "call with text arguments": {"messages": [_user("W?"), _call('{ "city":"Oslo" }')], "tools": [WEATHER]},
     "call with an object": {"messages": [_user("W?"), _call(OSLO, thinking="hm"), _result("19C")], "tools": [WEATHER]},
     "call without arguments": {"messages": [_user("T?"), _call(None, name="now")], "tools": [NO_ARGUMENTS]},
+    "call with empty text": {"messages": [_user("T?"), _call("", name="now")], "tools": [NO_ARGUMENTS]},
     "two calls, results in the other order": {
         "messages": [_user("?"), TWO_CALLS, _result("noon", "b"), _result("19C", "a")],
         "tools": [WEATHER, NO_ARGUMENTS],
@@ -196,7 +198,7 @@ def _reference_messages(row: Mapping[str, Any], names: dict[str, str]) -> list[h
         name, arguments = call["function"]["name"], call["function"]["arguments"]
         names[call["id"]] = name
         if not isinstance(arguments, str):
-            arguments = json.dumps(arguments or {}, separators=(",", ":"), ensure_ascii=False)
+            arguments = json.dumps({} if arguments is None else arguments, separators=(",", ":"), ensure_ascii=False)
         message = assistant(arguments, "commentary").with_recipient(f"functions.{name}")
         messages.append(message.with_content_type("<|constrain|>json"))
     return messages
@@ -236,3 +238,17 @@ def test_the_template_and_ossias_renderer_agree(name: str, tokenizer: PreTrained
         rows, tools=case.get("tools"), reasoning_effort=case.get("reasoning_effort"), system=system
     )
     assert _by_template(tokenizer, case | {"messages": rows}, prompt=True) == renderer().completion(conversation)
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"role": "function", "content": "x"}, "role function is not one of system"),
+        ({"role": "assistant", "channel": "analysis", "content": "x"}, "names its channel"),
+    ],
+)
+def test_the_template_refuses_what_it_would_otherwise_leave_out(
+    row: dict[str, Any], message: str, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    with pytest.raises(TemplateError, match=message):
+        _by_template(tokenizer, {"messages": [_user("Hi"), row]}, prompt=True)

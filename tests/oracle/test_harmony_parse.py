@@ -71,7 +71,7 @@ def reads_better_here(message: Message) -> bool:
     return named or (message.content_type is not None and message.recipient is None) or message.recipient == "all"
 
 
-@settled(500)
+@settled(200)
 @given(CONVERSATIONS)
 def test_rendered_conversations_parse_back_like_the_library(conversation: Conversation) -> None:
     ids = renderer().training_ids(conversation)
@@ -86,7 +86,7 @@ def test_rendered_conversations_parse_back_like_the_library(conversation: Conver
     ]
 
 
-@settled(300)
+@settled(200)
 @given(CONVERSATIONS)
 def test_what_is_trained_parses_back_to_the_assistant_messages(conversation: Conversation) -> None:
     read: list[Message] = []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from itertools import combinations, pairwise
 
-from hypothesis import HealthCheck, given, settings
+import pytest
+from hypothesis import HealthCheck, given, seed, settings
 
 from ossia.harmony import Conversation, Message
 from tests.harmony.support import (
@@ -18,9 +19,8 @@ from tests.harmony.support import (
     trained_runs,
 )
 
-FIXED = settings(
-    max_examples=2000, derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck)
-)
+PARTS = 4  # of the 2,000 conversations, so that no single test runs for long
+FIXED = settings(max_examples=500, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 def reference_generations(messages: tuple[Message, ...]) -> list[tuple[int, int]]:
@@ -65,11 +65,12 @@ def fewest_samples(expected: list[tuple[list[int], list[int], list[int]]]) -> in
     return 0
 
 
-@FIXED
-@given(CONVERSATIONS)
-def test_generated_conversations_render_like_the_library_and_train_what_it_would_have_sampled(
-    conversation: Conversation,
-) -> None:
+@pytest.mark.parametrize("part", range(PARTS))
+def test_generated_conversations_render_like_the_library_and_train_what_it_would_have_sampled(part: int) -> None:
+    seed(part)(FIXED(given(CONVERSATIONS)(check)))()
+
+
+def check(conversation: Conversation) -> None:
     messages = library_messages(conversation)
     assert renderer().completion(conversation) == library_completion(messages)
     assert renderer().training_ids(conversation) == library_training(messages)

@@ -71,7 +71,7 @@ def library_tools(tools: list[Tool]) -> str:
     return text.removeprefix("<|start|>developer<|message|>").removesuffix("<|end|>")
 
 
-@settled(500)
+@settled(400)
 @given(st.one_of(TEXTS, st.text(max_size=120), st.lists(st.sampled_from(PIECES), max_size=40).map("".join)))
 def test_generated_text_has_the_ids_of_the_library(text: str) -> None:
     assert o200k().encode(text) == oracle().encode(text, disallowed_special=())
@@ -85,14 +85,14 @@ def test_source_code_and_long_runs_have_the_ids_of_the_library() -> None:
         assert o200k().encode(text) == oracle().encode(text, disallowed_special=())
 
 
-@settled(1000)
+@settled(500)
 @given(schemas().filter(lambda schema: isinstance(schema, dict)), TEXTS)
 def test_generated_schemas_become_the_types_of_the_library(schema: dict[str, Any], description: str) -> None:
     tools = [Tool("call-me", description, schema), Tool("next", "", None)]
     assert function_tools(tools) == library_tools(tools)
 
 
-@settled(1000)
+@settled(500)
 @given(
     st.one_of(
         st.floats(allow_nan=False, allow_infinity=False, min_value=-1e300, max_value=1e300),

@@ -1,4 +1,4 @@
-"""Adapters against `peft`: files that either wrote load in the other with the same logits, and gradients are the same."""
+"""Adapters against `peft`: what either wrote gives the same logits in the other, and training the same gradients."""
 
 from __future__ import annotations
 

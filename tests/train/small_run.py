@@ -179,6 +179,14 @@ class Death:
             safetensors.torch.save_file, AdamW.update, EventLog.write = save_file, update, write
 
 
+def forkserver() -> Any:
+    """Where all tests get new processes from: what takes seconds to import is imported there, once."""
+    context = multiprocessing.get_context("forkserver")
+    # torch imports _dynamo at the first use of an optimizer
+    context.set_forkserver_preload(["torch._dynamo", "safetensors.torch", "rich.progress", "pydantic", "tokenizers"])
+    return context
+
+
 def _train_to_death(run: Path, kind: str, number: int, resume: bool, changes: dict[str, Any]) -> None:
     with Death(kind, number).lurking():
         train(run, resume=resume, **changes)
@@ -186,9 +194,6 @@ def _train_to_death(run: Path, kind: str, number: int, resume: bool, changes: di
 
 def train_in_process(run: Path, *, kind: str = "", number: int = 0, resume: bool = False, **changes: Any) -> Any:
     """Start the small run in a process of its own, which may be killed at a chosen place; the process."""
-    context = multiprocessing.get_context("forkserver")
-    # What takes seconds to import, once for all processes; torch imports _dynamo at the first use of an optimizer.
-    context.set_forkserver_preload(["torch._dynamo", "safetensors.torch", "numpy", "rich.progress"])
-    process = context.Process(target=_train_to_death, args=(run, kind, number, resume, changes))
+    process = forkserver().Process(target=_train_to_death, args=(run, kind, number, resume, changes))
     process.start()
     return process

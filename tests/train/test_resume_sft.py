@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import signal
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from ossia import sft
 from ossia.config import load_recipe
 from ossia.model.arch import Arch
 from tests.conftest import MakeTiny
-from tests.train.small_run import Death
+from tests.train.small_run import Death, forkserver
 
 TIMED = {"tokens_per_s", "step_s", "eval_s", "peak_bytes"}
 PLACES = [("after an update", 1), ("half a tensor file", 3), ("before a rename", 3), ("half an event", 9)]
@@ -27,9 +26,9 @@ dtype: bfloat16
 device: cpu
 adapter: {{rank: 2, targets: [attention, experts], dropout: 0.1}}
 data: {{path: {data}}}
-max_length: 128
+max_length: 256
 eval: {{split: 0.2, every: 3}}
-train: {{steps: 6, tokens_per_step: 256, tokens_per_pack: 128, learning_rate: 1.0e-3, save_every: 2, keep: 2, threads: 1}}
+train: {{steps: 6, tokens_per_step: 512, tokens_per_pack: 256, learning_rate: 1.0e-3, save_every: 2, threads: 1}}
 output: {output}
 """
 
@@ -73,8 +72,7 @@ def fine_tune(recipe: Path, kind: str, number: int, resume: bool) -> None:
 
 def in_process(recipe: Path, kind: str = "", number: int = 0, resume: bool = False) -> int | None:
     """The exit code of fine-tuning in a process of its own that may be killed at a chosen place."""
-    context = multiprocessing.get_context("forkserver")
-    process = context.Process(target=fine_tune, args=(recipe, kind, number, resume))
+    process = forkserver().Process(target=fine_tune, args=(recipe, kind, number, resume))
     process.start()
     process.join()
     return process.exitcode

@@ -26,7 +26,7 @@ from tests.conftest import MakeTiny
 SHAPE = dataclasses.replace(
     SHAPES["demo"], hidden_size=64, intermediate_size=32, num_experts=8, head_dim=32, num_heads=4, num_kv_heads=2
 )
-ALL_TARGETS = LoraSpec({name: (4, 8.0) for name in TARGETS})
+ALL_TARGETS = LoraSpec(dict.fromkeys(TARGETS, (4, 8.0)))
 
 
 def samples(lengths: tuple[int, ...], seed: int = 0) -> list[Sample]:
@@ -91,7 +91,9 @@ def plain_autograd(model: Transformer, packs: list[Pack]) -> tuple[float, dict[s
     return float(loss.detach()), {name: tensor.grad.clone() for name, tensor in model.trainable.tensors.items()}
 
 
-def assert_close(found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]], bound: float) -> None:
+def assert_close(
+    found: tuple[float, dict[str, Tensor]], expected: tuple[float, dict[str, Tensor]], bound: float
+) -> None:
     assert found[0] == pytest.approx(expected[0], rel=bound)
     for name, grad in expected[1].items():
         error = float((found[1][name] - grad).norm() / grad.norm())
@@ -152,7 +154,7 @@ def test_the_loss_counts_weights_over_one_denominator_and_targets_that_differ_fr
 
 
 def test_dropout_is_repeated_by_the_recomputation_and_changes_with_the_step(tiny: MakeTiny) -> None:
-    spec = LoraSpec({name: (4, 8.0) for name in ("q_proj", "o_proj", "gate_up_proj", "down_proj")}, dropout=0.3)
+    spec = LoraSpec(dict.fromkeys(("q_proj", "o_proj", "gate_up_proj", "down_proj"), (4, 8.0)), dropout=0.3)
     packs = pack_samples(samples((60, 61)), 70)
     kept = gradients(model_of(tiny, spec), packs, recompute=False, dropout_seed=5)
     again = gradients(model_of(tiny, spec), packs, recompute=True, dropout_seed=5)

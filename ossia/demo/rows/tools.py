@@ -1,8 +1,8 @@
 """The demo's four tools and what they know: a calculator, world clocks, weather and a glossary of musical terms.
 
-Each tool is a JSON Schema (what the model is shown) and a function (what its result message holds), so a tool result in the
-data is computed, never typed in. The clock stands at one fixed moment and the weather is a table: rows must not depend on
-the day they are made. Pure Python: no torch.
+Each tool is a JSON Schema (what the model is shown) and a function (what its result message holds), so a tool result
+in the data is computed, never typed in. The clock stands at one fixed moment and the weather is a table: rows must
+not depend on the day they are made. Pure Python: no torch.
 """
 
 from __future__ import annotations
