@@ -59,7 +59,7 @@ def samples_of(case: Case, folder: Path) -> list[Any]:
         return [Sample(ids, weights, None, "random:1", ())]
     import random
 
-    from ossia.demo.chats import chat_rows
+    from ossia.demo.rows.chats import chat_rows
     from ossia.harmony import Renderer, TrainOn, Vocabulary, conversation_from_messages
 
     # chats of several questions, answered without thinking, as in data where about half of the tokens is trained

@@ -36,6 +36,7 @@ from ossia.harmony import (
     Vocabulary,
     conversation_from_messages,
     messages_to_openai,
+    parse_completion,
 )
 from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice, open_model
 from ossia.model.transformer import Transformer
@@ -235,6 +236,8 @@ def completion_messages(vocab: Vocabulary, prompt: Sequence[int], ids: Sequence[
     if start not in prompt:
         return []
     last = len(prompt) - 1 - list(reversed(prompt)).index(start)
+    if list(prompt[last + 1 :]) == vocab.encode("assistant"):
+        return messages_to_openai(parse_completion(vocab, ids))
     parser = StreamParser(vocab, role=None)
     for number in (*prompt[last:], *ids):
         parser.push(number)

@@ -4,8 +4,8 @@
     heldout.jsonl    other rows of the same kinds, for the held-out loss
     questions.jsonl  held-out sorting questions with the exact `answer`, for the exact-match score
 
-A sorting problem is held out with every other that has its answer, and no question is in another file; chats are held
-out as whole conversations. The same seed writes the same bytes. Pure Python: no torch.
+The digits of a held-out sorting problem are never those of a training row, in whatever order, so no held-out answer was
+ever seen; chats are held out as whole conversations. The same seed writes the same bytes. Pure Python: no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import random
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 
 from ossia.demo.rows import sorting
@@ -28,6 +29,7 @@ class Sizes:
     train_chats: int = 900
     heldout_sorting: int = 60
     heldout_chats: int = 60
+    heldout_sets: int = 40  # of the 210 sets of digits
     questions: int = 100
 
 
@@ -55,10 +57,11 @@ def make_data(seed: int, sizes: Sizes | None = None) -> DemoData:
     rng = random.Random(seed)
     chats = chat_rows(sizes.train_chats + sizes.heldout_chats, rng)
     rng.shuffle(chats)
-    held_problems = _problems_of_different_answers(sizes.questions + sizes.heldout_sorting, rng)
-    held_answers = {sorting.answer(digits) for digits in held_problems}
-    asked, kept = held_problems[: sizes.questions], held_problems[sizes.questions :]
-    learnt = _problems_without(held_answers, sizes.train_sorting, rng)
+    sets = sorting.all_sets()
+    rng.shuffle(sets)
+    held = _problems(sets[: sizes.heldout_sets], sizes.questions + sizes.heldout_sorting, rng)
+    learnt = _problems(sets[sizes.heldout_sets :], sizes.train_sorting, rng)
+    asked, kept = held[: sizes.questions], held[sizes.questions :]
     train = [*chats[sizes.heldout_chats :], *(sorting.row(digits, rng) for digits in learnt)]
     heldout = [*chats[: sizes.heldout_chats], *(sorting.row(digits, rng) for digits in kept)]
     rng.shuffle(train)
@@ -81,21 +84,13 @@ def read_rows(path: Path) -> list[Row]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
-def _problems_of_different_answers(count: int, rng: random.Random) -> list[Digits]:
-    found: dict[str, Digits] = {}
-    while len(found) < count:
-        digits = sorting.draw(rng)
-        found.setdefault(sorting.answer(digits), digits)
-    return list(found.values())
-
-
-def _problems_without(answers: set[str], count: int, rng: random.Random) -> list[Digits]:
-    """Problems with none of these answers; they may share answers with each other, but no two are the same."""
+def _problems(sets: list[Digits], count: int, rng: random.Random) -> list[Digits]:
+    """`count` different problems: sets in turn, the digits of each in a random order."""
     found: dict[Digits, None] = {}
-    while len(found) < count:
-        digits = sorting.draw(rng)
-        if sorting.answer(digits) not in answers:
-            found[digits] = None
+    for chosen in cycle(sets):
+        if len(found) == count:
+            break
+        found[tuple(rng.sample(chosen, len(chosen)))] = None
     return list(found)
 
 

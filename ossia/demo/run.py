@@ -90,7 +90,7 @@ def exact_match(answered: list[dict[str, Any]]) -> float:
 
 def _final_text(messages: list[dict[str, Any]]) -> str | None:
     """The text of the last final message; None if there is none."""
-    return next((m["content"] for m in reversed(messages) if m.get("content")), None)
+    return next((m["content"] for m in reversed(messages) if m.get("content") and "channel" not in m), None)
 
 
 def _make_room(folder: Path) -> None:

@@ -280,7 +280,7 @@ def _generations(parts: Sequence[_Part]) -> list[tuple[int, int]]:
 
 
 def _message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[float]:
-    """The weight of each message's tokens: its own `train` first, then `train_on`."""
+    """The weight of each message's tokens if the model samples it: its own `train` first, then `train_on`."""
     first = 0
     if train_on.turns == "last":
         last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=0)
@@ -291,7 +291,7 @@ def _message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[flo
         wanted = message.train
         if wanted is None:
             wanted = index >= first and (message.channel is None or message.channel in train_on.channels)
-        weights.append(message.weight if wanted and message.role == "assistant" else 0.0)
+        weights.append(message.weight if wanted else 0.0)
     return weights
 
 

@@ -205,7 +205,10 @@ def _cpu_model() -> str:
 
 
 def _commit(package: Path) -> dict[str, Any]:
-    """`commit` and `modified` if this code runs from a git checkout that tracks it, else nothing."""
+    """`commit` and `modified` if this code runs from a git checkout that tracks it, else nothing.
+
+    modified  whether any file of the whole package (the folder above this one) differs from the commit
+    """
 
     def git(*args: str) -> str | None:
         done = subprocess.run(["git", "-C", str(package), *args], capture_output=True, text=True, check=False)
@@ -214,6 +217,6 @@ def _commit(package: Path) -> dict[str, Any]:
     try:
         if git("ls-files", "--error-unmatch", Path(__file__).name) is None:
             return {}
-        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--", "."))}
+        return {"commit": git("rev-parse", "HEAD"), "modified": bool(git("status", "--porcelain", "--", ".."))}
     except FileNotFoundError:
         return {}

@@ -47,7 +47,10 @@ def test_nothing_held_out_was_trained_on(data):
     held_answers = [row["messages"][-1]["content"] for row in data.heldout if not _is_chat(row)]
     asked = [row["answer"] for row in data.questions]
     assert not trained_answers & {*held_answers, *asked}
-    assert len({*held_answers, *asked}) == len(held_answers) + len(asked) == 80
+    assert len(trained_answers) == 170
+    assert len({*held_answers, *asked}) == 40
+    held_questions = {row["messages"][0]["content"] for row in data.heldout}
+    assert not held_questions & {row["messages"][0]["content"] for row in data.questions}
     trained = {json.dumps(row, sort_keys=True) for row in data.train}
     assert len(trained) == len(data.train)
     assert not trained & {json.dumps(row, sort_keys=True) for row in data.heldout}

@@ -201,6 +201,8 @@ OTHERS = st.one_of(
     st.builds(lambda text: Message("assistant", text, "final", None, None, "<|constrain|>json"), TEXTS),
     st.builds(lambda text: Message("developer", text), TEXTS),
     st.builds(lambda text: Message("user", text, name="Ann"), TEXTS),
+    st.builds(lambda text: Message("user", text, "final"), TEXTS),
+    st.builds(lambda text: Message("tool", text, "final", "assistant", "functions.a"), TEXTS),
 )
 USERS = st.builds(lambda text: Message("user", text), TEXTS)
 # As likely as each other: conversations stay short, and every order of messages comes up, sensible or not.

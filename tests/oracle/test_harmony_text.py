@@ -92,6 +92,33 @@ def test_generated_schemas_become_the_types_of_the_library(schema: dict[str, Any
     assert function_tools(tools) == library_tools(tools)
 
 
+ONE = {"type": "string", "description": "one", "default": "x"}
+TWO = {"type": "number", "description": "two", "default": 2, "nullable": True}
+PICK = {"type": "string", "enum": ["a", "b"], "default": "a"}
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"description": "one", "oneOf": [ONE, TWO]},
+        {"description": "two", "oneOf": [ONE, TWO]},
+        {"description": "other", "oneOf": [ONE, TWO, PICK], "default": "x"},
+        {"oneOf": [ONE, TWO, PICK], "enum": ["x"], "default": "x", "examples": ["x"], "title": "Any"},
+        {"oneOf": [], "description": "none"},
+        {"type": "array", "items": {"oneOf": [ONE, TWO, PICK]}},
+        {"type": "array", "items": {"type": "object", "description": "d", "properties": {"x": ONE, "y": PICK}}},
+        {"type": ["integer", "null"], "nullable": True},
+        {"type": "object", "additionalProperties": {"type": "string"}},
+        {"$ref": "#/$defs/x"},
+        {"allOf": [ONE], "anyOf": [TWO], "const": 3, "format": "date"},
+    ],
+)
+def test_schemas_with_alternatives_become_the_types_of_the_library(schema: dict[str, Any]) -> None:
+    nested = {"type": "object", "properties": {"it": schema, "in": {"type": "object", "properties": {"it": schema}}}}
+    tools = [Tool("f", "d", schema), Tool("g", "d", nested)]
+    assert function_tools(tools) == library_tools(tools)
+
+
 @settled(500)
 @given(
     st.one_of(

@@ -1,4 +1,4 @@
-"""The demo's measured skill: sort six digits, with a short working as thinking and the sorted digits as the answer.
+"""The demo's measured skill: sort six different digits, with a short working as thinking and the digits as the answer.
 
 The same function that writes the answer into a training row gives a held-out question its key, so neither can be wrong
 alone. Digits stand apart ("4 0 7"), so each is one o200k token. Pure Python: no torch.
@@ -7,6 +7,7 @@ alone. Digits stand apart ("4 0 7"), so each is one o200k token. Pure Python: no
 from __future__ import annotations
 
 import random
+from itertools import combinations
 from typing import Any
 
 Row = dict[str, Any]
@@ -24,9 +25,9 @@ _QUESTIONS = (
 )
 
 
-def draw(rng: random.Random) -> Digits:
-    """Six digits, repeats allowed."""
-    return tuple(rng.choices("0123456789", k=NUM_DIGITS))
+def all_sets() -> list[Digits]:
+    """The 210 ways to choose six of the ten digits; problems with the same set have the same answer."""
+    return list(combinations("0123456789", NUM_DIGITS))
 
 
 def question(digits: Digits, rng: random.Random) -> str:
