@@ -26,7 +26,7 @@ from ossia.train.optim import AdamW
 from ossia.train.state import TRAINABLE, save_checkpoint
 from tests.conftest import MakeTiny
 from tests.export.conftest import ARCH, EVERYTHING, MakeRun, arch_of, random_lora
-from tests.oracle.model_pairs import documents, load, pack_of, relative_error
+from tests.oracle.model_pairs import load
 
 ATTENTION = LoraSpec(dict.fromkeys(("q_proj", "v_proj"), (4, 8.0)))
 TEXT_FILES = {
@@ -271,30 +271,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny: MakeTiny, tmp_path: Path
         open_source(str(run), None, lambda text: None)
 
 
-# --- the loaded model, and memory -------------------------------------------------------------------------------------
-
-
-def test_the_exported_folder_loads_in_transformers_with_the_logits_of_base_plus_adapter(
-    tiny: MakeTiny, tmp_path: Path
-) -> None:
-    from tests.oracle.model_pairs import load_transformers
-
-    path = tiny(ARCH)
-    lora = random_lora(arch_of(path))
-    save_adapter(tmp_path / "adapter", lora, base_model=str(path))
-    out = export_model(str(path), to="hf-bf16", output=tmp_path / "out", adapter=str(tmp_path / "adapter"))
-    (sample,) = documents(arch_of(path), (200,))
-    pack = pack_of([sample])
-    with torch.no_grad():
-        found = load_transformers(out)(pack.ids[None]).logits[0]
-    assert relative_error(found, load(out).logits(pack)) <= 1e-5, "the same rounded weights, float32 in both"
-    with_adapter, without = load(path, lora=lora).logits(pack), load(path).logits(pack)
-    # Rounding a weight to bfloat16 moves it by up to 2^-8 of itself, here 0.2% of the logits. Where a random router is
-    # torn between two experts it decides otherwise, and that row is far off: so the median row.
-    off = torch.stack([(row - want).norm() / want.norm() for row, want in zip(found, with_adapter, strict=True)])
-    assert float(off.median()) <= 1e-2
-    assert relative_error(without, with_adapter) > 0.1
-
+# --- memory -------------------------------------------------------------------------------------------------------------
 
 MEMORY = """
 import sys, threading, time, torch

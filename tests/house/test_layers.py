@@ -18,7 +18,7 @@ LAYERS = (
     {"ops"},
     {"model", "data"},
     {"engine", "train"},
-    {"rl", "export"},
+    {"rl", "export", "samples"},
     {"sft", "grpo", "evaluate", "batch", "chat", "preview"},
     {"api"},
     {"demo"},
