@@ -25,11 +25,11 @@ from ossia.demo.rows.sorting import Digits, Row
 class Sizes:
     """How many rows of each kind the files hold."""
 
-    train_sorting: int = 9000
-    train_chats: int = 900
+    train_sorting: int = 6000
+    train_chats: int = 600
     heldout_sorting: int = 60
     heldout_chats: int = 60
-    heldout_sets: int = 40  # of the 210 sets of digits
+    heldout_sets: int = 40  # of the 210 sets of six digits
     questions: int = 100
 
 
@@ -57,10 +57,11 @@ def make_data(seed: int, sizes: Sizes | None = None) -> DemoData:
     rng = random.Random(seed)
     chats = chat_rows(sizes.train_chats + sizes.heldout_chats, rng)
     rng.shuffle(chats)
-    sets = sorting.all_sets()
+    held_sets = rng.sample(sorting.sets_of(sorting.ASKED_LENGTH), sizes.heldout_sets)
+    sets = [chosen for length in sorting.LENGTHS for chosen in sorting.sets_of(length) if chosen not in held_sets]
     rng.shuffle(sets)
-    held = _problems(sets[: sizes.heldout_sets], sizes.questions + sizes.heldout_sorting, rng)
-    learnt = _problems(sets[sizes.heldout_sets :], sizes.train_sorting, rng)
+    held = _problems(held_sets, sizes.questions + sizes.heldout_sorting, rng)
+    learnt = _problems(sets, sizes.train_sorting, rng)
     asked, kept = held[: sizes.questions], held[sizes.questions :]
     train = [*chats[sizes.heldout_chats :], *(sorting.row(digits, rng) for digits in learnt)]
     heldout = [*chats[: sizes.heldout_chats], *(sorting.row(digits, rng) for digits in kept)]

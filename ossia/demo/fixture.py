@@ -19,8 +19,8 @@ from ossia.demo.prepare import Plan, prepare
 from ossia.train.events import Event
 
 FIXTURE_PLAN = Plan(
-    sizes=Sizes(train_sorting=2000, train_chats=300, heldout_sorting=30, heldout_chats=30, questions=40),
-    steps=120,
+    sizes=Sizes(train_sorting=2500, train_chats=400, heldout_sorting=30, heldout_chats=30, questions=40),
+    steps=160,
     evaluations=1,
 )
 _DECIDES = (

@@ -38,7 +38,7 @@ class Plan:
     """How long to train on how much; the defaults are what the demo was measured with."""
 
     sizes: Sizes = field(default_factory=Sizes)
-    steps: int = 700
+    steps: int = 600
     tokens_per_step: int = 2048
     learning_rate: float = 3e-3
     evaluations: int = 4

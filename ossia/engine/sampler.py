@@ -3,7 +3,7 @@
 A request draws one uniform number a token from a generator of its own, and takes the token where the cumulative
 probability passes it: what it gets depends on its seed and its logits, never on its batch mates.
 Own code because of that, and because without top-k and top-p (the default) nothing has to be sorted.
-Letters: B sequences, V vocabulary.
+Letters: B sequences, V vocabulary, C candidates, likeliest first.
 """
 
 from __future__ import annotations
@@ -92,31 +92,29 @@ class BatchSampler:
         for row, generator in self._drawing:
             self._uniforms[row] = generator.random()
         uniform_B1 = torch.tensor(self._uniforms, dtype=torch.float64, device=self._device)[:, None]
-        probs_BV, order_BV = self.kept(logits_BV)
-        mass_BV = probs_BV.cumsum(-1, dtype=torch.float64)
+        mass_BV = self.kept(logits_BV).cumsum(-1, dtype=torch.float64)
         # u < 1, so u * total < total, and the first place whose sum is greater has a probability above zero
-        chosen_B1 = torch.searchsorted(mass_BV, uniform_B1 * mass_BV[:, -1:], right=True)
-        if order_BV is not None:
-            chosen_B1 = order_BV.gather(-1, chosen_B1)
-        chosen_B = chosen_B1[:, 0]
+        chosen_B = torch.searchsorted(mass_BV, uniform_B1 * mass_BV[:, -1:], right=True)[:, 0]
         if len(self._drawing) < len(self._uniforms):
             chosen_B = torch.where(self._greedy_B, logits_BV.argmax(-1), chosen_B)
         return chosen_B
 
-    def kept(self, logits_BV: Tensor) -> tuple[Tensor, Tensor | None]:
-        """What is drawn from: probabilities, zero for what the rules leave out (they need not add up to 1).
+    def kept(self, logits_BV: Tensor) -> Tensor:
+        """What is drawn from: probabilities, zero for what the rules leave out; they need not add up to 1.
 
-        Returns  (B, C) float32, and (B, C) int64 the token of each column, likeliest first; None: column is token
+        Columns are tokens, however the rules are applied: sorted columns would make what a number draws depend on
+        whether a batch mate needs them sorted.
+        Returns  (B, V) float32
         """
-        probs_BC = (logits_BV if self._plain else logits_BV / self._temperature_B1).softmax(-1)
+        probs_BV = (logits_BV if self._plain else logits_BV / self._temperature_B1).softmax(-1)
         if not self._sorted:
             if self._has_min_p:
-                probs_BC = probs_BC.masked_fill(probs_BC < self._min_p_B1 * probs_BC.amax(-1, keepdim=True), 0.0)
-            return probs_BC, None
-        if self._most < probs_BC.shape[-1]:
-            probs_BC, order_BC = probs_BC.topk(self._most, dim=-1)
+                probs_BV = probs_BV.masked_fill(probs_BV < self._min_p_B1 * probs_BV.amax(-1, keepdim=True), 0.0)
+            return probs_BV
+        if self._most < probs_BV.shape[-1]:
+            probs_BC, order_BC = probs_BV.topk(self._most, dim=-1)
         else:
-            probs_BC, order_BC = probs_BC.sort(dim=-1, descending=True, stable=True)
+            probs_BC, order_BC = probs_BV.sort(dim=-1, descending=True, stable=True)
         rank_C = torch.arange(probs_BC.shape[-1], device=self._device)
         probs_BC = probs_BC.masked_fill(rank_C >= self._top_k_B1, 0.0)
         mass_BC = probs_BC.cumsum(-1, dtype=torch.float64)
@@ -124,4 +122,4 @@ class BatchSampler:
         # a token is left out where those before it are enough already; the likeliest always stays
         out_BC = (mass_BC - probs_BC >= enough_B1) & (rank_C > 0) & (self._top_p_B1 < 1)
         out_BC |= probs_BC < self._min_p_B1 * probs_BC[:, :1]
-        return probs_BC.masked_fill(out_BC, 0.0), order_BC
+        return torch.zeros_like(probs_BV).scatter_(-1, order_BC, probs_BC.masked_fill_(out_BC, 0.0))

@@ -25,7 +25,7 @@ def _is_chat(row: dict) -> bool:
 
 def _digits(text: str) -> list[str]:
     """The digits that stand apart in a question, found without the generator's help."""
-    return re.search(r"(?<!\w)(?:\d ){5}\d(?!\w)", text).group().split(" ")
+    return re.search(r"(?<!\w)(?:\d ){4,6}\d(?!\w)", text).group().split(" ")
 
 
 def test_the_same_seed_writes_the_same_bytes_and_another_seed_does_not(tmp_path):
@@ -47,7 +47,7 @@ def test_nothing_held_out_was_trained_on(data):
     held_answers = [row["messages"][-1]["content"] for row in data.heldout if not _is_chat(row)]
     asked = [row["answer"] for row in data.questions]
     assert not trained_answers & {*held_answers, *asked}
-    assert len(trained_answers) == 170
+    assert len(trained_answers) == 252 + 170 + 120
     assert len({*held_answers, *asked}) == 40
     held_questions = {row["messages"][0]["content"] for row in data.heldout}
     assert not held_questions & {row["messages"][0]["content"] for row in data.questions}

@@ -271,7 +271,7 @@ def test_a_checkpoint_of_another_model_is_refused(tiny: MakeTiny, tmp_path: Path
         open_source(str(run), None, lambda text: None)
 
 
-# --- memory -------------------------------------------------------------------------------------------------------------
+# --- memory -----------------------------------------------------------------------------------------------------------
 
 MEMORY = """
 import sys, threading, time, torch

@@ -203,6 +203,46 @@ def test_a_wrong_effort_is_refused() -> None:
         conversation_from_messages([user("Q")], reasoning_effort="max")  # type: ignore[arg-type]
 
 
+def test_reasoning_preamble_and_calls_share_a_row_on_the_way_back() -> None:
+    calls = [call("x", "{}"), call("y", '{"a":1}', "book")]
+    rows = [user("Q"), assistant("Look:", thinking="T", tool_calls=calls), result("y", "B"), result("x", "A")]
+    rows.append(assistant("Done.", thinking="U"))
+    made = messages_to_openai(conversation_from_messages(rows).messages, "reasoning")
+    assert made[1:] == [
+        {
+            "role": "assistant",
+            "content": "Look:",
+            "reasoning": "T",
+            "tool_calls": [call("call_1", "{}"), call("call_2", '{"a":1}', "book")],
+        },
+        {"role": "tool", "tool_call_id": "call_2", "name": "book", "content": "B"},
+        {"role": "tool", "tool_call_id": "call_1", "name": "get_weather", "content": "A"},
+        {"role": "assistant", "content": "Done.", "reasoning": "U"},
+    ]
+
+
+def test_reasoning_and_a_call_without_a_preamble_share_a_row_on_the_way_back() -> None:
+    rows = [user("Q"), assistant(thinking="T", tool_calls=[call("call_1", "{}")])]
+    made = messages_to_openai(conversation_from_messages(rows).messages, "thinking")
+    assert made == rows
+
+
+def test_messages_that_one_row_cannot_say_read_back_from_several() -> None:
+    messages = (
+        Message("user", "Q"),
+        Message("assistant", "T", "analysis", train=False),
+        Message("assistant", "Look:", "commentary", train=False),
+        Message("assistant", "{}", "commentary", "functions.f", None, JSON),
+        Message("tool", "R", "commentary", "assistant", "functions.f"),
+        Message("assistant", "A note.", "commentary"),
+        Message("assistant", "T1", "analysis"),
+        Message("assistant", "T2", "analysis"),
+        Message("assistant", "A1", "final"),
+        Message("assistant", "A2", "final", weight=0.5),
+    )
+    assert conversation_from_messages(messages_to_openai(messages)).messages == messages
+
+
 @st.composite
 def rows(draw: st.DrawFn) -> list[dict[str, Any]]:
     """Conversations as data sets hold them: turns of thinking, calls with their results, and answers."""

@@ -1,5 +1,7 @@
 """The demo's measured skill: sort six different digits, with a short working as thinking and the digits as the answer.
 
+Training rows have five to seven digits: with six alone there are only 210 sets, few enough to learn some by heart.
+
 The same function that writes the answer into a training row gives a held-out question its key, so neither can be wrong
 alone. Digits stand apart ("4 0 7"), so each is one o200k token. Pure Python: no torch.
 """
@@ -13,7 +15,8 @@ from typing import Any
 Row = dict[str, Any]
 Digits = tuple[str, ...]
 
-NUM_DIGITS = 6
+LENGTHS = (5, 6, 7)
+ASKED_LENGTH = 6
 
 _QUESTIONS = (
     "Sort these digits: {digits}",
@@ -25,9 +28,9 @@ _QUESTIONS = (
 )
 
 
-def all_sets() -> list[Digits]:
-    """The 210 ways to choose six of the ten digits; problems with the same set have the same answer."""
-    return list(combinations("0123456789", NUM_DIGITS))
+def sets_of(length: int) -> list[Digits]:
+    """All ways to choose so many of the ten digits; problems with the same set have the same answer."""
+    return list(combinations("0123456789", length))
 
 
 def question(digits: Digits, rng: random.Random) -> str:
