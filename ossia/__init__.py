@@ -6,6 +6,7 @@ Nothing heavy is imported until it is used: `import ossia` doesn't import torch.
 from __future__ import annotations
 
 import sys
+from importlib import import_module
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,9 +24,7 @@ def __getattr__(name: str) -> Any:
 
         return load
     if name == "train":
-        import ossia.train
-
-        return sys.modules["ossia.train"]
+        return import_module("ossia.train")
     raise AttributeError(f"module 'ossia' has no attribute {name!r}; it has {', '.join(__all__)}")
 
 

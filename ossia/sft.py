@@ -129,12 +129,13 @@ def make_trainable(model: Transformer, recipe: Recipe) -> None:
             )
         model.train_all_weights()
         return
-    targets = {name: (shape.rank, shape.alpha) for name, shape in adapter.by_target().items()}
-    spec = LoraSpec(targets, adapter.dropout, adapter.rslora)
+    spec = LoraSpec.of(adapter)
     if adapter.init_from is None:
         model.use_adapter(Lora.fresh(model.arch, spec, seed=recipe.train.seed, device=model.device))
     else:
-        model.use_adapter(load_adapter(find_adapter(adapter.init_from), model.arch, model.device).with_spec(spec))
+        base = model.weights.checkpoint
+        found = load_adapter(find_adapter(adapter.init_from), model.arch, model.device, base=base)
+        model.use_adapter(found.with_spec(spec))
 
 
 def show_trainable(model: Transformer) -> None:

@@ -85,14 +85,6 @@ def _align_rank(a_ErD: Tensor, b_EOr: Tensor) -> tuple[Tensor, Tensor]:
     return (F.pad(a_ErD, (0, 0, 0, lacking)), F.pad(b_EOr, (0, lacking))) if lacking else (a_ErD, b_EOr)
 
 
-def _aligned(lora_a: Tensor, lora_b: Tensor) -> tuple[Tensor, Tensor]:
-    """The factors with zeros up to a rank whose rows are whole 16-byte words, which `F.grouped_mm` asks for."""
-    missing = -lora_a.shape[1] % (16 // lora_a.element_size())
-    if not missing:
-        return lora_a, lora_b
-    return F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
-
-
 class _ClampedSwiglu(torch.autograd.Function):
     """Keeps its input alone and recomputes the rest in backward: two thirds less memory than autograd's own."""
 

@@ -37,14 +37,15 @@ class Micro:
         return cls(pack, model.context(pack), pack.weights.nonzero()[:, 0])
 
 
-def logprobs(model: Transformer, micro: Micro, x_RD: Tensor, head: Linear) -> Tensor:
+def logprobs(model: Transformer, micro: Micro, x_RD: Tensor, head: Linear, dropout: Dropout | None = None) -> Tensor:
     """ln p of each counted target from the last layer's output. Returns (R,) float32."""
     hidden_RD = model.final_norm(x_RD)
     targets_R = micro.pack.targets[micro.rows_R]
     if head.lora_a is None or head.lora_b is None:
         return linear_logprob(hidden_RD, head.weight, targets_R)
     # the adapter widens the inner dimension, so head and adapter are one matrix and nothing is merged
-    wide_RD = torch.cat((hidden_RD, linear(hidden_RD, Linear(head.lora_a))), dim=-1)
+    adapted_RD = hidden_RD if dropout is None else dropout(hidden_RD, model.arch.num_layers * 8)
+    wide_RD = torch.cat((hidden_RD, linear(adapted_RD, Linear(head.lora_a))), dim=-1)
     return linear_logprob(wide_RD, torch.cat((head.weight, head.lora_b), dim=-1), targets_R)
 
 
@@ -79,7 +80,7 @@ def forward_backward(
             ]
         kept.append((inputs, outputs if graph else None))
         xs = outputs
-    loss, grads = _head_backward(model, micros, xs, loss_of)
+    loss, grads = _head_backward(model, micros, xs, loss_of, drops)
     del xs, outputs
     for index in range(last, -1, -1):
         inputs, outputs = kept.pop()
@@ -134,7 +135,11 @@ def _dropout(model: Transformer, seed: int | None, micro: int) -> Dropout | None
 
 
 def _head_backward(
-    model: Transformer, micros: Sequence[Micro], xs: Sequence[Tensor], loss_of: LossOfLogprobs
+    model: Transformer,
+    micros: Sequence[Micro],
+    xs: Sequence[Tensor],
+    loss_of: LossOfLogprobs,
+    drops: Sequence[Dropout | None],
 ) -> tuple[float, list[Tensor]]:
     """The loss, and its gradient in the last layer's outputs."""
     head = model.head()
@@ -142,7 +147,7 @@ def _head_backward(
     for m, (micro, x) in enumerate(zip(micros, xs, strict=True)):
         leaf = x.detach().requires_grad_()
         if len(micro.rows_R):
-            part = loss_of(logprobs(model, micro, leaf, head), m, micro.rows_R)
+            part = loss_of(logprobs(model, micro, leaf, head, drops[m]), m, micro.rows_R)
             part.backward()
             loss += float(part.detach())
         grads.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)

@@ -98,7 +98,7 @@ def with_train(text: str) -> str:
         ("model: m\n", 1, "`data` is missing: One or several sources of training rows."),
         ("data: {path: a}\n", 1, "`model` is missing: Folder of a gpt-oss checkpoint"),
         ("model: m\ndata: []\n", 2, "`data` is an empty list"),
-        ("model: m\ndata: [a.jsonl]\n", 2, "`data.0` is the text 'a.jsonl' / expected: a section with path, format"),
+        ("model: m\ndata: [3]\n", 2, "`data.0` is 3 / expected: a section with path, format"),
         ("model: m\ndata: {path: a}\nweights: mmap\n", 3, "`weights` is mmap, which only reads"),
         (
             "model: m\ndata: {path: a}\nweights: stream\n",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from ossia.data.pack import Pack
 from ossia.data.sample import Sample
 from ossia.errors import DataError, Interrupted, UserError
 from ossia.harmony import Renderer, conversation_from_messages
-from tests.e2e.conftest import GREETING, WEATHER, Command, Talker
+from tests.e2e.conftest import GREETING, ROOT, WEATHER, Command, Talker
 
 FLOAT32 = ("--dtype", "float32")
 
@@ -215,3 +217,11 @@ def test_a_prompt_that_ends_inside_a_message_is_parsed_from_its_start(model: oss
     ids = [*text("lo!"), special["<|return|>"]]
     assert completion_messages(vocab, prompt, ids) == [{"role": "assistant", "content": "Hello!"}]
     assert completion_messages(vocab, text("plain"), ids) == []
+
+
+@pytest.mark.parametrize("first", ["import ossia.train.step", "ossia.load", "ossia.train", "from ossia import train"])
+def test_train_can_be_called_whatever_was_imported_before(first: str) -> None:
+    """The function and the folder share a name."""
+    code = f"import ossia; {first}; import ossia.train.loop; ossia.train.loop.run_loop; ossia.train('none.yaml')"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "RecipeError: none.yaml: no such recipe" in done.stderr
