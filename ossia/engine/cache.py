@@ -68,7 +68,7 @@ class Lane:
     def see(self, row: int, length: int) -> None:
         """Row `row` holds a sequence of `length` tokens, and nothing else."""
         self._unseen[row] = -torch.inf
-        self._unseen[row, : length if self.window is None else min(length, self.window)] = 0.0
+        self._unseen[row, :length] = 0.0  # all of a ring, where the length is beyond it
 
     def write(self, layer: int, slot_N: Tensor, kv_NXd: Tensor) -> None:
         """Put keys and values (N, 2K, d), keys first, into slots (N,) int64."""

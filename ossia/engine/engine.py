@@ -171,6 +171,7 @@ class _Prompts:
 class _Stream:
     """The state of one `Engine.stream`."""
 
+    @torch.inference_mode()
     def __init__(self, engine: Engine, requests: Sequence[Request]) -> None:
         self._engine, self._model, self._requests = engine, engine.model, requests
         self._waiting = deque(range(len(requests)))
@@ -190,7 +191,7 @@ class _Stream:
         table = "model.embed_tokens.weight"
         trained = table in self._model.trainable
         self._embedding_VD = self._model.trainable.tensors[table] if trained else self._model.weights.raw(table)
-        self._final_norm_D, self._head = self._model.tensor("model.norm.weight").detach(), self._model.head()
+        self._final_norm_D, self._head = self._model.tensor("model.norm.weight"), self._model.head()
         self._tables = (torch.empty(0), torch.empty(0))
         self._ids_B = self._position_B = torch.empty(0, dtype=torch.int64)
         self._row_sampler = BatchSampler([], [], self._model.device)
@@ -241,7 +242,7 @@ class _Stream:
                 lane.see(row, state.length)
         packs = self._packs(first)
         contexts = [model.context(pack) for pack in packs]
-        xs = [F.embedding(pack.ids, self._embedding_VD).to(model.dtype) for pack in packs]
+        xs = [self._embed(pack.ids) for pack in packs]
         places = [{lane: self._kept(pack, lane) for lane in self._lanes.values()} for pack in packs]
         for index in range(model.arch.num_layers):
             layer, lane = self._fetch(index), self._lane_of[index]
@@ -254,6 +255,11 @@ class _Stream:
             for prompt, rows in enumerate(pack.copies):
                 x_BD[[row - first for row in rows]] = x[prompt]
         return x_BD
+
+    def _embed(self, ids_T: Tensor) -> Tensor:
+        """Rows of the embedding, looked up where it lies. Returns (T, D)."""
+        rows_TD = F.embedding(ids_T.to(self._embedding_VD.device), self._embedding_VD)
+        return rows_TD.to(device=self._model.device, dtype=self._model.dtype)
 
     def _fetch(self, index: int) -> Layer:
         """A layer for a prefill; the first time it is arranged for decoding too."""
@@ -335,7 +341,7 @@ class _Stream:
             {lane: lane.step_slots(self._position_B) for lane in lanes},
             {lane: lane.mask(num_rows, longest, shortest) for lane in lanes},
         )
-        x_BD = F.embedding(self._ids_B, self._embedding_VD).to(model.dtype)
+        x_BD = self._embed(self._ids_B)
         for layer in self._layers:
             x_BD = layer.forward(x_BD, step)
         self._position_B += 1

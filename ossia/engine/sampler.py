@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ossia.errors import UserError
 
+_CANDIDATES = 1024  # looked at first for top_p; all tokens where these don't add up to it
+
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
@@ -59,8 +61,8 @@ class BatchSampler:
     def __init__(
         self, samplings: Sequence[Sampling], generators: Sequence[random.Random], device: torch.device
     ) -> None:
-        def column(values: Sequence[float]) -> Tensor:
-            return torch.tensor(values, dtype=torch.float32, device=device)[:, None]
+        def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
         self._device = device
         self._drawing = [
@@ -73,10 +75,15 @@ class BatchSampler:
         self._temperature_B1 = column([rules.temperature or 1.0 for rules in samplings])
         self._plain = all(rules.temperature in (0, 1) for rules in samplings)
         self._uniforms = [0.0] * len(samplings)
-        top_ks = [rules.top_k or torch.iinfo(torch.int32).max for rules in samplings]
-        self._most = max(top_ks, default=0)
-        self._sorted = any(rules.top_k or rules.top_p < 1 for rules in samplings)
-        self._top_k_B1 = torch.tensor(top_ks, device=device)[:, None]
+        has_top = [bool(rules.top_k or rules.top_p < 1) for rules in samplings]
+        is_open = [top and not rules.top_k for top, rules in zip(has_top, samplings, strict=True)]
+        self._has_top, self._top_B1, self._open_B1 = (
+            any(has_top),
+            column(has_top, torch.bool),
+            column(is_open, torch.bool),
+        )
+        self._most = max((*(rules.top_k for rules in samplings), _CANDIDATES if any(is_open) else 1))
+        self._top_k_B1 = column([rules.top_k or torch.iinfo(torch.int32).max for rules in samplings], torch.int64)
         self._top_p_B1 = column([rules.top_p for rules in samplings])
         self._min_p_B1 = column([rules.min_p for rules in samplings])
         self._has_min_p = any(rules.min_p for rules in samplings)
@@ -107,19 +114,25 @@ class BatchSampler:
         Returns  (B, V) float32
         """
         probs_BV = (logits_BV if self._plain else logits_BV / self._temperature_B1).softmax(-1)
-        if not self._sorted:
-            if self._has_min_p:
-                probs_BV = probs_BV.masked_fill(probs_BV < self._min_p_B1 * probs_BV.amax(-1, keepdim=True), 0.0)
-            return probs_BV
-        if self._most < probs_BV.shape[-1]:
-            probs_BC, order_BC = probs_BV.topk(self._most, dim=-1)
-        else:
-            probs_BC, order_BC = probs_BV.sort(dim=-1, descending=True, stable=True)
-        rank_C = torch.arange(probs_BC.shape[-1], device=self._device)
-        probs_BC = probs_BC.masked_fill(rank_C >= self._top_k_B1, 0.0)
+        if self._has_top:
+            probs_BV = torch.where(self._top_B1, self._likeliest(probs_BV), probs_BV)
+        if self._has_min_p:
+            probs_BV = probs_BV.masked_fill(probs_BV < self._min_p_B1 * probs_BV.amax(-1, keepdim=True), 0.0)
+        return probs_BV
+
+    def _likeliest(self, probs_BV: Tensor) -> Tensor:
+        """top_k, then top_p of what is left, from as few candidates as will do: sorting a large vocabulary is slow."""
+        num_tokens = probs_BV.shape[-1]
+        num_candidates = min(self._most, num_tokens)
+        probs_BC, order_BC = probs_BV.topk(num_candidates, dim=-1)
         mass_BC = probs_BC.cumsum(-1, dtype=torch.float64)
-        enough_B1 = self._top_p_B1 * mass_BC[:, -1:]
+        if num_candidates < num_tokens and bool((self._open_B1 & (mass_BC[:, -1:] < self._top_p_B1)).any()):
+            probs_BC, order_BC = probs_BV.sort(dim=-1, descending=True)
+            mass_BC = probs_BC.cumsum(-1, dtype=torch.float64)
+        rank_C = torch.arange(probs_BC.shape[-1], device=self._device)
+        last_B1 = self._top_k_B1.clamp(max=probs_BC.shape[-1]) - 1
+        whole_B1 = torch.where(self._open_B1, 1.0, mass_BC.gather(-1, last_B1))
         # a token is left out where those before it are enough already; the likeliest always stays
-        out_BC = (mass_BC - probs_BC >= enough_B1) & (rank_C > 0) & (self._top_p_B1 < 1)
-        out_BC |= probs_BC < self._min_p_B1 * probs_BC[:, :1]
-        return torch.zeros_like(probs_BV).scatter_(-1, order_BC, probs_BC.masked_fill_(out_BC, 0.0))
+        out_BC = (mass_BC - probs_BC >= self._top_p_B1 * whole_B1) & (rank_C > 0) & (self._top_p_B1 < 1)
+        out_BC |= rank_C > last_B1
+        return torch.zeros_like(probs_BV).scatter_(-1, order_BC, probs_BC.masked_fill(out_BC, 0.0))

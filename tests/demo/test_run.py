@@ -63,7 +63,8 @@ def test_the_story_runs_from_data_to_report_and_prints_what_it_measured(tmp_path
     evals = [event["eval_loss"] for event in read_events(folder / "events.jsonl") if event["event"] == "eval"]
     assert (result.before.loss, result.after.loss) == (evals[0], evals[-1])
     assert result.after.loss < result.before.loss
-    for shown in (f"{evals[0]:.3f}", f"{evals[-1]:.3f}", str(result.model), "report.html"):
+    shares = f"{result.before.exact_match:.2f}    {result.after.exact_match:.2f}"
+    for shown in (f"{evals[0]:.3f}", f"{evals[-1]:.3f}", shares, str(result.model), "report.html"):
         assert shown in printed
     assert [event["step"] for event in sink.events if event["event"] == "step"] == [1, 2, 3, 4]
     assert Checkpoint.open(result.model).arch == Checkpoint.open(folder / "start").arch
@@ -77,12 +78,12 @@ def test_the_story_runs_from_data_to_report_and_prints_what_it_measured(tmp_path
     assert not (folder / "old.txt").exists(), "the earlier demo is still there"
 
 
-def test_the_fixture_is_trained_once_and_found_again(tmp_path):
+def test_the_fixture_is_trained_once_and_found_again(tmp_path, capsys):
     path = fixture.trained_fixture(tmp_path, plan=SMALL)
     trained = (path / "model.safetensors").read_bytes()
-    (path / "seen").touch()
+    assert "What is trained" in capsys.readouterr().err
     assert fixture.trained_fixture(tmp_path, plan=SMALL) == path
-    assert (path / "seen").exists(), "it was trained again"
+    assert capsys.readouterr().err == "", "it was trained again"
     assert trained != (path.parent / "start" / "model.safetensors").read_bytes()
     assert json.loads((path / "config.json").read_text())["model_type"] == "gpt_oss"
     assert sorted(entry.name for entry in tmp_path.iterdir()) == [path.parent.name], "something was left behind"

@@ -71,16 +71,17 @@ def test_generate_answers_each_row_and_keeps_the_rest_of_it(talker: Talker, comm
     given = [
         {"messages": GREETING[:1], "id": "row 1"},
         {"ids": prompt},
-        {"messages": GREETING[:1], "tools": tools, "reasoning_effort": "high"},
+        {"messages": GREETING[:1], "tools": tools},
+        {"messages": GREETING[:1], "reasoning_effort": "high"},
     ]
     source, target = write_rows(tmp_path / "x.jsonl", *given), tmp_path / "y.jsonl"
     arguments = ("--in", source, "--out", target, "--temperature", 0, "--max-tokens", 80, "--n", 2, *FLOAT32)
     done = command("generate", talker.model, "--adapter", talker.run, *arguments)
     assert (done.returncode, done.stdout) == (0, ""), done.stderr
-    assert "answered 3 of 3 rows" in done.stderr
+    assert "answered 4 of 4 rows" in done.stderr
     found = rows_in(target)
     assert [{key: row[key] for key in row if key != "completions"} for row in found] == given
-    assert [len(row["completions"]) for row in found] == [2, 2, 2]
+    assert [len(row["completions"]) for row in found] == [2, 2, 2, 2]
     first = found[0]["completions"][0]
     assert set(first) == {"ids", "text", "messages", "logprobs", "finish"}
     assert first["messages"] == [
@@ -89,7 +90,9 @@ def test_generate_answers_each_row_and_keeps_the_rest_of_it(talker: Talker, comm
     assert first["text"].endswith("<|channel|>final<|message|>Hello!<|return|>")
     assert (first["finish"], len(first["ids"])) == ("stop", len(first["logprobs"]))
     assert found[1]["completions"][0]["messages"][0]["tool_calls"][0]["function"]["name"] == "look"
-    assert list(tmp_path.iterdir()).__len__() == 2  # nothing partial is left
+    asked_differently = [row["completions"][0]["logprobs"][0] for row in (found[0], found[2], found[3])]
+    assert len(set(asked_differently)) == 3  # tools and effort reach the prompt
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["x.jsonl", "y.jsonl"]  # nothing partial is left
 
 
 def test_completions_differ_from_each_other_and_repeat_with_the_seed(talker: Talker, tmp_path: Path) -> None:

@@ -43,6 +43,20 @@ def test_each_rule_keeps_what_its_definition_says(rules: Sampling, expected: lis
     assert kept(rules) == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.parametrize("spread", [0.1, 10.0])
+@pytest.mark.parametrize("rules", [Sampling(top_p=0.9), Sampling(top_k=1500, top_p=0.9), Sampling(top_k=1200)])
+def test_a_large_vocabulary_is_cut_where_its_full_sort_says(rules: Sampling, spread: float) -> None:
+    """Flat logits need more than the first candidates, peaked ones fewer."""
+    probs = (torch.randn(5000, generator=torch.Generator().manual_seed(0)) * spread).double().softmax(-1)
+    in_order, order = probs.sort(descending=True)
+    in_order[rules.top_k or 5000 :] = 0
+    before = in_order.cumsum(0) - in_order
+    num_kept = int(((before < rules.top_p * in_order.sum()) & (in_order > 0)).sum())
+    found = torch.tensor(kept(rules, probs.float()))
+    assert num_kept - 1 <= int((found > 0).sum()) <= num_kept + 1  # float32 against float64 at the edge
+    assert bool((found[order[: num_kept - 1]] > 0).all())
+
+
 @pytest.mark.parametrize("rules", [Sampling(), Sampling(0.7, top_p=0.9), Sampling(top_k=3), Sampling(min_p=0.3)])
 def test_tokens_come_as_often_as_the_kept_distribution_says(rules: Sampling) -> None:
     draws = 4000
@@ -55,7 +69,8 @@ def test_tokens_come_as_often_as_the_kept_distribution_says(rules: Sampling) -> 
 
 def test_a_batch_of_different_rules_draws_for_each_what_it_draws_alone() -> None:
     rules = [Sampling(), Sampling(0), Sampling(top_k=2), Sampling(2.0, top_p=0.6), Sampling(min_p=0.5), Sampling(0)]
-    logits = torch.randn(len(rules), 50, generator=torch.Generator().manual_seed(0))
+    logits = 4 * torch.randn(len(rules), 3000, generator=torch.Generator().manual_seed(0))
+    logits[0] = 0.0  # any token, also one that no batch mate looks at
     together = [random.Random(seed) for seed in range(len(rules))]
     alone = [random.Random(seed) for seed in range(len(rules))]
     sampler = BatchSampler(rules, together, CPU)

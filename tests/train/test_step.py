@@ -154,7 +154,7 @@ def test_the_loss_counts_weights_over_one_denominator_and_targets_that_differ_fr
 
 
 def test_dropout_is_repeated_by_the_recomputation_and_changes_with_the_step(tiny: MakeTiny) -> None:
-    spec = LoraSpec(dict.fromkeys(("q_proj", "o_proj", "gate_up_proj", "down_proj"), (4, 8.0)), dropout=0.3)
+    spec = LoraSpec(dict.fromkeys(("q_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head"), (4, 8.0)), dropout=0.3)
     packs = pack_samples(samples((60, 61)), 70)
     kept = gradients(model_of(tiny, spec), packs, recompute=False, dropout_seed=5)
     again = gradients(model_of(tiny, spec), packs, recompute=True, dropout_seed=5)
@@ -167,8 +167,11 @@ def test_dropout_is_repeated_by_the_recomputation_and_changes_with_the_step(tiny
 def test_a_step_lowers_the_loss_on_its_own_batch_and_counts_its_tokens(tiny: MakeTiny) -> None:
     model = model_of(tiny)
     packs = pack_samples(samples((60, 61)), 70)
+    expected = evaluate_loss(model, packs).loss
     optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     results = [train_step(model, optimizer, packs, lr=3e-3, clip=1.0, recompute=True) for _ in range(12)]
+    assert len(packs) == 2
+    assert results[0].loss == pytest.approx(expected, rel=1e-6)
     assert results[0].tokens == 121
     assert results[0].trained == sum(pack.num_trained for pack in packs)
     assert results[0].weight == pytest.approx(float(sum(pack.weights.sum() for pack in packs)))

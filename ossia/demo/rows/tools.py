@@ -11,7 +11,7 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-NOON_UTC = 12  # the fixed moment of every clock: 12:00 UTC on a day in January
+MOMENT_UTC = 15  # the fixed moment of every clock: 15:00 UTC on a day in January
 UTC_OFFSET_H = {
     "Lisbon": 0,
     "Oslo": 1,
@@ -60,8 +60,8 @@ def calculator(expression: str) -> dict[str, Any]:
 
 
 def get_time(city: str) -> dict[str, Any]:
-    """`{"time": "13:00"}`, the 24-hour local time at the fixed moment."""
-    return {"time": f"{(NOON_UTC + UTC_OFFSET_H[city]) % 24:02d}:00"}
+    """`{"time": "16:00"}`, the 24-hour local time at the fixed moment."""
+    return {"time": f"{(MOMENT_UTC + UTC_OFFSET_H[city]) % 24:02d}:00"}
 
 
 def get_weather(city: str) -> dict[str, Any]:

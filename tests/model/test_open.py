@@ -1,0 +1,110 @@
+"""Opening a model from what a person types."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
+
+from ossia.errors import AdapterError, CheckpointError, UserError
+from ossia.model import open as opening
+from ossia.model.checkpoint import Checkpoint
+from ossia.model.lora import Lora, LoraSpec
+from ossia.model.open import choose_placement, expanded_expert_bytes, machine_memory, model_folder, open_model
+from ossia.model.peft import save_adapter
+from tests.conftest import MakeTiny
+from tests.oracle.model_pairs import CPU, SMALL
+
+
+def test_a_folder_opens_with_its_tokenizer_and_the_adapter_named(tiny: MakeTiny, tmp_path: Path) -> None:
+    lora = Lora.fresh(Checkpoint.open(tiny(SMALL)).arch, LoraSpec({"q_proj": (2, 4.0)}), seed=0, device=CPU)
+    save_adapter(tmp_path / "adapter", lora, base_model="x")
+    model, vocab = open_model(str(tiny(SMALL)), adapter=tmp_path / "adapter", dtype="float32", device="cpu")
+    assert (model.dtype, model.device, model.arch.vocab_size) == (torch.float32, CPU, vocab.size)
+    assert model.lora is not None
+    assert model.lora.spec == lora.spec
+    plain, _ = open_model(str(tiny(SMALL)), dtype=torch.bfloat16, weights="mmap")
+    assert (plain.lora, plain.dtype, plain.weights.placement) == (None, torch.bfloat16, "mmap")
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "words"),
+    [
+        ({"model": "nowhere"}, CheckpointError, "nowhere: no such folder"),
+        ({"adapter": "nowhere"}, AdapterError, "nowhere"),
+        ({"weights": "disk"}, UserError, "weights: 'disk'; allowed: auto, resident, mmap, bf16"),
+        ({"dtype": "int8"}, UserError, "dtype: 'int8'; allowed: bfloat16"),
+        ({"device": "tpu"}, UserError, "device: 'tpu'; allowed: auto, cpu, cuda"),
+    ],
+)
+def test_what_cannot_be_opened_is_told_in_words(
+    tiny: MakeTiny, options: dict[str, Any], error: type[UserError], words: str
+) -> None:
+    with pytest.raises(error, match=words):
+        open_model(**{"model": str(tiny(SMALL)), **options})
+
+
+def test_a_run_folder_is_not_a_model_and_the_message_says_what_is(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: x")
+    with pytest.raises(CheckpointError, match=f"run folder(.|\n)*--adapter {tmp_path}"):
+        model_folder(str(tmp_path))
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=f"its trained model is {tmp_path / 'model'}"):
+        model_folder(str(tmp_path))
+
+
+def test_a_tokenizer_of_another_model_is_refused(tiny: MakeTiny, o200k_tokenizer: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tiny(SMALL), tmp_path / "model"))
+    shutil.copy(o200k_tokenizer, folder / "tokenizer.json")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.json knows 200,019 tokens"):
+        open_model(str(folder))
+
+
+def test_a_hub_name_is_downloaded_without_its_other_formats(
+    tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: dict[str, Any] = {}
+
+    def download(name: str, **options: Any) -> str:
+        asked.update(options, name=name)
+        return str(tiny(SMALL))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert model_folder("openai/gpt-oss-20b") == tiny(SMALL)
+    assert asked["name"] == "openai/gpt-oss-20b"
+    assert "original/*" in asked["ignore_patterns"]
+
+    def offline(name: str, **options: Any) -> str:
+        raise LocalEntryNotFoundError("no connection\nmore")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(CheckpointError, match=r"openai/gpt-oss-20b: neither a folder here nor .*: no connection\n"):
+        model_folder("openai/gpt-oss-20b")
+
+
+def test_auto_expands_experts_only_where_memory_is_plenty(tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(tiny(SMALL))
+    needed = expanded_expert_bytes(checkpoint.arch, torch.bfloat16)
+    expanded = sum(
+        spec.num_bytes
+        for name, spec in dataclasses.replace(SMALL, vocab_size=300).tensor_specs("bf16").items()
+        if name.endswith(("gate_up_proj", "down_proj"))
+    )
+    assert needed == expanded
+    for total, placement in ((4 * needed + 4, "bf16"), (4 * needed, "mmap")):
+        monkeypatch.setattr(opening, "machine_memory", lambda total=total: (total, total))
+        assert choose_placement(checkpoint, torch.bfloat16, CPU) == placement
+
+
+def test_the_machines_memory_is_a_sensible_number_of_bytes() -> None:
+    total, free = machine_memory()
+    assert 0 <= free <= total
+    assert total > 100 * 2**20
