@@ -5,6 +5,8 @@ PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
 # Two threads: the suite's models are small, and more threads only wait for each other.
 OMP_NUM_THREADS ?= 2
 export OMP_NUM_THREADS
+# Waiting threads sleep instead of spinning on cores that others need.
+export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
 .PHONY: demo test lint docs clean help

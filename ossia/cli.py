@@ -7,6 +7,7 @@ stderr. Exit codes: 0 done; 2 the user's input, message only; 130 interrupted; 1
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -132,6 +133,9 @@ def reporting(body: Callable[..., None]) -> Callable[..., None]:
 def main() -> None:
     """The entry point of the `ossia` command."""
     sys.excepthook = _our_fault
+    # Threads that wait by sleeping: spinning ones make two busy processes on the same cores many times slower. Results
+    # don't depend on it; torch's OpenMP reads it when it is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     typer.main.get_command(app)(prog_name="ossia")
 
 

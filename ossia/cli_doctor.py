@@ -76,11 +76,7 @@ def _version(distribution: str) -> str | None:
 
 def _memory() -> dict[str, int]:
     """Memory of the machine, or of the control group that the process is held to, in bytes."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    meminfo = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
-    total, free = meminfo["MemTotal"], meminfo["MemAvailable"]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-        free = min(free, total - int(used.read_text()))
-    return {"memory_bytes": total, "memory_free_bytes": max(free, 0)}
+    from ossia.model.open import machine_memory
+
+    total, free = machine_memory()
+    return {"memory_bytes": total, "memory_free_bytes": free}

@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ossia.disk import sync_to_disk
 from ossia.errors import CheckpointError
 from ossia.model.arch import Arch, Layout, TensorSpec
 from ossia.model.template import write_companions
@@ -133,9 +134,9 @@ def _whole_or_nothing(path: Path, needed: int) -> Iterator[Path]:
         if shutil.disk_usage(partial).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield partial
-        _sync(partial)
+        sync_to_disk(partial)
         partial.rename(target)
-        _sync(target.parent)
+        sync_to_disk(target.parent)
         done = True
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -147,15 +148,6 @@ def _whole_or_nothing(path: Path, needed: int) -> Iterator[Path]:
     finally:
         if not done:
             shutil.rmtree(partial, ignore_errors=True)
-
-
-def _sync(folder: Path) -> None:
-    """Have the folder's entries on disk, so that the rename can't outlive them in a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _plan_files(specs: Mapping[str, TensorSpec], shard_bytes: float) -> dict[str, str]:

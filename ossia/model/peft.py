@@ -15,7 +15,6 @@ Letters: E experts, r rank, O out.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections import Counter
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ossia.config import load_recipe
+from ossia.disk import sync_to_disk
 from ossia.errors import AdapterError
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import Checkpoint
@@ -102,11 +102,11 @@ def save_adapter(path: Path, lora: Lora, *, base_model: str) -> None:
         config = json.dumps(_config_of(lora.spec, base_model), indent=2, sort_keys=True)
         (partial / CONFIG).write_text(config + "\n", encoding="utf-8")
         for place in (partial / TENSORS, partial / CONFIG, partial):
-            _sync(place)
+            sync_to_disk(place)
         if path.exists():
             path.rename(old)
         partial.rename(path)
-        _sync(path.parent)
+        sync_to_disk(path.parent)
         shutil.rmtree(old, ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -115,15 +115,6 @@ def save_adapter(path: Path, lora: Lora, *, base_model: str) -> None:
             f"{path}: could not save the adapter: {error}\n"
             f"  needed: {size / 1e6:.1f} MB; make room or name another folder, then save it again"
         ) from error
-
-
-def _sync(path: Path) -> None:
-    """Have a file's or folder's contents on the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _config_of(spec: LoraSpec, base_model: str) -> dict[str, Any]:

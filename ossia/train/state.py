@@ -33,6 +33,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ossia.disk import sync_to_disk
 from ossia.errors import RunError
 from ossia.train.optim import AdamW
 
@@ -121,7 +122,7 @@ def save_checkpoint(
         partial.mkdir()
         _write_files(partial, step, params, optimizer, progress)
         os.rename(partial, place)
-        _sync(place.parent)
+        sync_to_disk(place.parent)
         prune(run, keep)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -219,8 +220,8 @@ def _write_files(
     manifest = {"format": FORMAT, "step": step, "files": {name: _entry(folder / name) for name in sorted(_FILES)}}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
     for name in (*sorted(_FILES), MANIFEST):
-        _sync(folder / name)
-    _sync(folder)
+        sync_to_disk(folder / name)
+    sync_to_disk(folder)
 
 
 def _entry(path: Path) -> dict[str, Any]:
@@ -228,15 +229,6 @@ def _entry(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}
-
-
-def _sync(path: Path) -> None:
-    """Have the system write a file's or a folder's contents to the disk before going on."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _sweep(folder: Path) -> None:

@@ -321,6 +321,7 @@ def test_memory_does_not_grow_with_the_model(small_tokenizer: Path, tmp_path: Pa
     layer_bytes = 2 * 3 * arch.hidden_size * arch.intermediate_size * arch.num_experts
     assert Checkpoint.open(tmp_path / "deep-out").num_bytes > 16 * layer_bytes
     # its own memory; the pages of mapped files come and go as the machine likes
-    assert deep - shallow < 2 * layer_bytes, f"{(deep - shallow) / layer_bytes:.2f} layers more"
+    # (fourteen layers more would be held if they were; the allocator keeps up to two and a bit)
+    assert deep - shallow < 4 * layer_bytes, f"{(deep - shallow) / layer_bytes:.2f} layers more"
     # here with them: writing drops each tensor's pages with the tensor
     assert writing < 2 * layer_bytes, f"{writing / layer_bytes:.2f} layers"

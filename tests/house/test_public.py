@@ -112,7 +112,10 @@ def test_a_broad_catch_is_seen_in_every_form() -> None:
 
 
 def test_nothing_probes_for_attributes_or_reads_the_environment(package: dict[Path, ast.Module]) -> None:
-    """No hasattr, no getattr, no os.environ: what decides a result is an argument."""
+    """No hasattr, no getattr, no os.environ: what decides a result is an argument.
+
+    One line of the command line writes how OpenMP's threads wait, which changes no result.
+    """
     found = []
     for file, tree in package.items():
         for node in ast.walk(tree):
@@ -120,7 +123,9 @@ def test_nothing_probes_for_attributes_or_reads_the_environment(package: dict[Pa
             environment = isinstance(node, ast.Attribute) and node.attr in _ENVIRONMENT
             if probe or environment:
                 found.append(f"{file}:{node.lineno}")
-    assert found == []
+    assert [place for place in found if not place.startswith("ossia/cli.py:")] == []
+    assert len(found) == 1
+    assert 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")' in (Path(ossia.__file__).parent / "cli.py").read_text()
 
 
 _PROBES = ("hasattr", "getattr", "setattr", "delattr")
