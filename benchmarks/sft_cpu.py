@@ -26,6 +26,7 @@ from benchmarks.common import Worker, peak_resident_bytes, serve, where, write_r
 
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "tokenizers")
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-4
+SIDES = ("ossia", "peer")
 TURNS = 8  # questions in a chat
 LOSS_TOLERANCE = 2e-3  # relative, of the first step: bfloat16 on both sides
 
@@ -37,13 +38,14 @@ class Case:
     shape: str
     tokens: int
     conversations: bool = False
+    alone: bool = False  # the peer nearly fills the memory: a fresh process a repeat, one at a time, no warm-up
 
 
 CASES = {
     "b1-512": Case("B1", 512),
     "b1-2048": Case("B1", 2048),
     "b1-2048-chats": Case("B1", 2048, conversations=True),
-    "b1-8192": Case("B1", 8192),
+    "b1-8192": Case("B1", 8192, alone=True),
     "b2-2048": Case("B2", 2048),
 }
 
@@ -149,25 +151,38 @@ def peer_worker(case: Case, folder: Path) -> None:
     serve({"trained": int(trained.sum()), "tokens": ids.shape[1], "documents": len(samples)}, step)
 
 
-def compare(name: str, folder: Path, repeats: int, threads: int) -> dict[str, Any]:
-    """Both sides in turn; the first repeat is the warm-up, and where their losses are compared."""
-    sides = {
-        side: Worker("benchmarks.sft_cpu", "--worker", side, "--case", name, "--model", str(folder), threads=threads)
-        for side in ("ossia", "peer")
-    }
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
-    for _ in range(repeats + 1):
-        for side, worker in sides.items():
+def measure(name: str, folder: Path, repeats: int, threads: int) -> tuple[dict[str, Any], dict[str, list[Any]]]:
+    """What each side trains on, and its runs: both sides in turn, the first repeat being the warm-up."""
+
+    def start(side: str) -> Worker:
+        return Worker("benchmarks.sft_cpu", "--worker", side, "--case", name, "--model", str(folder), threads=threads)
+
+    alone = CASES[name].alone
+    workers = {} if alone else {side: start(side) for side in SIDES}
+    ready: dict[str, Any] = {}
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for _ in range(repeats if alone else repeats + 1):
+        for side in SIDES:
+            worker = workers.get(side) or start(side)
+            ready[side] = worker.ready
             runs[side].append(worker.ask())
-            print(name, side, runs[side][-1], file=sys.stderr)
-    ready = {side: worker.ready for side, worker in sides.items()}
-    for worker in sides.values():
+            print(name, side, runs[side][-1], file=sys.stderr, flush=True)
+            if alone:
+                worker.close()
+    for worker in workers.values():
         worker.close()
+    return ready, runs
+
+
+def compare(name: str, folder: Path, repeats: int, threads: int) -> dict[str, Any]:
+    """Run the case, check that both sides did the same, and put the figures together."""
+    ready, runs = measure(name, folder, repeats, threads)
     assert ready["ossia"] == ready["peer"], f"the sides don't train on the same: {ready}"
     first = {side: found[0]["loss"] for side, found in runs.items()}
     apart = abs(first["ossia"] - first["peer"]) / abs(first["peer"])
     assert apart <= LOSS_TOLERANCE, f"the sides' first losses differ by {apart:.1e}: {first}"
-    step_s = {side: median(run["step_s"] for run in found[1:]) for side, found in runs.items()}
+    counted = {side: found[-repeats:] for side, found in runs.items()}
+    step_s = {side: median(run["step_s"] for run in found) for side, found in counted.items()}
     peak = {side: max(run["peak_bytes"] for run in found) for side, found in runs.items()}
     trained = ready["ossia"]["trained"]
     return {
