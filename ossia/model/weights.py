@@ -85,13 +85,18 @@ class Weights:
             return
         for name in checkpoint.specs:
             if placement == "resident" or not _is_expert_weight(name):
-                tensor = checkpoint.tensor(name)
-                # a safetensors tensor shares the file's pages; a copy is what makes it resident
-                self._held[name] = tensor.to(device) if device.type != "cpu" else tensor.clone()
+                self._held[name] = self._placed(name)
         if placement == "bf16":
             for layer in range(self.arch.num_layers):
                 for projection in EXPERT_WEIGHTS:
                     self._expanded[layer, projection] = self._expand(layer, projection, slice(None))
+
+    def _placed(self, name: str) -> Tensor:
+        """A tensor where `resident` or `bf16` wants it: the first copies it as it is, the second casts it once."""
+        tensor = self.checkpoint.tensor(name)
+        if self.placement == "bf16":  # on the CPU and in bf16 these are the file's own pages, not a second copy
+            return tensor.to(device=self.device, dtype=self.dtype)
+        return tensor.to(self.device) if self.device.type != "cpu" else tensor.clone()
 
     @property
     def arch(self) -> Arch:

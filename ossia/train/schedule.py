@@ -18,6 +18,7 @@ from ossia.data.pack import Pack
 from ossia.model.transformer import Context, Transformer
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.loss import linear_logprob
+from ossia.ops.memory import return_freed_memory
 
 LossOfLogprobs = Callable[[Tensor, int, Tensor], Tensor]
 """(logp_R float32, micro-batch, rows_R) -> its part of the step's loss, ()."""
@@ -80,6 +81,7 @@ def forward_backward(
             ]
         kept.append((inputs, outputs if graph else None))
         xs = outputs
+    return_freed_memory(model.device)  # what the layers needed on the way; their kept activations stand between
     loss, grads = _head_backward(model, micros, xs, loss_of, drops)
     del xs, outputs
     for index in range(last, -1, -1):

@@ -5,7 +5,6 @@ Letters: R rows whose prediction counts.
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ from torch import Tensor
 from ossia.data.pack import Pack
 from ossia.model.transformer import Transformer
 from ossia.ops.loss import weighted_nll
+from ossia.ops.memory import return_freed_memory
 from ossia.train.optim import AdamW
 from ossia.train.schedule import forward_backward, forward_logprobs
 
@@ -72,23 +72,9 @@ def train_step(
     model.trainable.zero_grad()
     loss = forward_backward(model, packs, loss_of, recompute=recompute, dropout_seed=dropout_seed)
     grad_norm = optimizer.update(loss=loss, lr=lr, clip=clip)
-    if model.device.type == "cpu":
-        return_freed_memory()
+    return_freed_memory(model.device)
     tokens, trained = (sum(counts) for counts in zip(*((p.num_tokens, p.num_trained) for p in packs), strict=True))
     return StepResult(loss, weight, tokens, trained, grad_norm)
-
-
-def return_freed_memory() -> None:
-    """Give pages that hold nothing back to the system, where the C library can (glibc's malloc_trim).
-
-    Without it the process grows from step to step, as freed blocks of many sizes leave holes; with it a run's memory is
-    flat after the first step. See benchmarks/results/sft_cpu-b1-2048.json.
-    """
-    try:
-        trim = ctypes.CDLL(None).malloc_trim
-    except AttributeError:  # another C library
-        return
-    trim(0)
 
 
 def evaluate_loss(model: Transformer, packs: Sequence[Pack]) -> EvalLoss:
