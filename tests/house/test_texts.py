@@ -160,3 +160,10 @@ def test_the_pins_hold_every_package_that_the_project_asks_for() -> None:
     names = {re.split(r"[<>=!\[ ]", name)[0].lower() for name in asked} - {"ossia"}
     assert names - pinned == set()
     assert "+" not in "".join(pinned)
+
+
+def test_the_benchmark_tables_are_the_ones_the_results_make() -> None:
+    from benchmarks import table
+
+    assert table.PAGE.read_text(encoding="utf-8") == table.page()
+    assert table.readme(README) == README

@@ -1,0 +1,110 @@
+"""Question: what do all results say, in one table?
+
+Run: python -m benchmarks.table      Needs: nothing      Writes: docs/benchmarks.md, and the table in README.md
+
+Every figure in the documents comes from benchmarks/results/*.json through here; a test holds that they are current.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.common import RESULTS, ROOT
+
+PAGE, README = ROOT / "docs" / "benchmarks.md", ROOT / "README.md"
+BEGIN, END = "<!-- benchmarks: begin, made by python -m benchmarks.table -->", "<!-- benchmarks: end -->"
+WORDS = {
+    "b1-512": "B1, 512 tokens, all trained",
+    "b1-2048": "B1, 2,048 tokens, all trained",
+    "b1-2048-chats": "B1, chats packed to 2,048 tokens",
+    "b1-8192": "B1, 8,192 tokens, all trained",
+    "b2-2048": "B2, 2,048 tokens, all trained",
+}
+
+
+def load(name: str) -> dict[str, Any] | None:
+    """A result, or None where it has not been measured."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def sft_rows() -> Iterator[str]:
+    """The lines of the side-by-side table."""
+    yield "| LoRA r16 on attention, bf16, CPU | Ossia | transformers + peft | faster | memory |"
+    yield "|---|---|---|---|---|"
+    for case, words in WORDS.items():
+        if (found := load(f"sft_cpu-{case}")) is None:
+            continue
+        share = found["config"]["trained"] / found["config"]["tokens"]
+        trained = f", {share:.0%} trained" if share < 0.99 else ""
+        rates = (f"{found['trained_tokens_per_s'][side]:.0f} tok/s" for side in ("ossia", "peer"))
+        peaks = (found["peak_bytes"][side] / 1e9 for side in ("ossia", "peer"))
+        mine, theirs = (f"{rate}, {peak:.1f} GB" for rate, peak in zip(rates, peaks, strict=True))
+        yield f"| {words}{trained} | {mine} | {theirs} | {found['speedup']:.1f}x | {found['memory_ratio']:.2f}x |"
+
+
+def page() -> str:
+    """docs/benchmarks.md."""
+    lines = [
+        "# Benchmarks",
+        "",
+        "Made by `python -m benchmarks.table` from `benchmarks/results/`, where versions, device, commit, config",
+        "and all repeats are. Ratios are what counts: absolute times are of one small machine without a GPU.",
+        "No GPU figure has been measured yet.",
+        "",
+        "## Training, side by side in one run (`benchmarks/sft_cpu.py`)",
+        "",
+        *sft_rows(),
+        "",
+        "tok/s are trained tokens; memory is each process's own peak resident set. Both sides' first losses agree.",
+        "",
+    ]
+    if demo := load("demo"):
+        lines += [
+            "## The demo (`benchmarks/demo.py`)",
+            "",
+            "| seed | held-out loss | exact match | wall |",
+            "|---|---|---|---|",
+        ]
+        for run in demo["runs"]:
+            losses, match = [*run["held_out_loss"].values()], run["exact_match"]
+            lines.append(
+                f"| {run['seed']} | {losses[0]:.2f} → {losses[-1]:.3f} "
+                f"| {match['before']:.2f} → {match['after']:.2f} of {run['questions']} | {run['wall_s']:.0f} s |"
+            )
+        lines.append("")
+    if startup := load("startup"):
+        lines += [
+            "## Starting (`benchmarks/startup.py`)",
+            "",
+            "| | median of " + str(startup["config"]["repeats"]) + " |",
+            "|---|---|",
+        ]
+        lines += [f"| `{name}` | {seconds:.3f} s |" for name, seconds in startup["median_s"].items()]
+        lines.append("")
+    if render := load("render_speed"):
+        rates = render["conversations_per_s"]
+        lines += ["## Rendering with weights (`benchmarks/render_speed.py`), one core", ""]
+        lines += ["| conversations a second | CPU time | wall |", "|---|---|---|"]
+        lines += [f"| {name} | {rate['cpu']:,.0f} | {rate['wall']:,.0f} |" for name, rate in rates.items()]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def readme(text: str) -> str:
+    """The README with its table made anew."""
+    before, _, rest = text.partition(BEGIN)
+    _, _, after = rest.partition(END)
+    return "\n".join([before + BEGIN, *sft_rows(), END + after])
+
+
+def main() -> None:
+    """Write both."""
+    PAGE.write_text(page(), encoding="utf-8")
+    README.write_text(readme(README.read_text(encoding="utf-8")), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
