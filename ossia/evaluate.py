@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 
@@ -37,7 +38,7 @@ def run(recipe: Recipe, *, adapter: str | None) -> EvalResult:
         recipe.model, adapter=adapter, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device
     )
     datasets = open_datasets(recipe, vocab)
-    samples = list(in_order(datasets.held_out or datasets.train))[: recipe.eval.max_samples]
+    samples = list(islice(in_order(datasets.held_out or datasets.train), recipe.eval.max_samples))
     if not samples:
         raise RecipeError("eval: there is no sample to evaluate; give `eval.data` or rows in `data`")
     found = evaluate_loss(model, pack_samples(samples, recipe.train.tokens_per_pack))

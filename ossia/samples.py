@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from ossia.model.transformer import Transformer
 def questions_of(samples: Sequence[Sample], limit: int) -> list[Sample]:
     """The first `limit` samples that ask something: a prompt that ends where the model speaks."""
     asking = (sample for sample in samples if any(span.role == "assistant" for span in sample.spans))
-    return [sample for sample, _ in zip(asking, range(limit), strict=False)]
+    return list(islice(asking, limit))
 
 
 def record_samples(
@@ -38,8 +39,8 @@ def record_samples(
     sampling, stops = Sampling(temperature=0.0), harmony_stops(vocab)
     answers = Engine(model).generate([Request(ids, sampling, max_tokens, stops) for ids in prompts])
     for sample, ids, answer in zip(questions, prompts, answers, strict=True):
-        asked, _ = _messages(vocab, ids)
-        wanted = [m for m in _messages(vocab, sample.ids.tolist())[0] if m not in asked]
+        asked = _messages(vocab, ids)
+        wanted = [m for m in _messages(vocab, sample.ids.tolist()) if m not in asked]
         record = {
             "step": step,
             "messages": messages_to_openai(asked),
@@ -56,11 +57,11 @@ def _first_trained(sample: Sample) -> int:
     return int((sample.weights > 0).argmax())
 
 
-def _messages(vocab: Vocabulary, ids: Sequence[int]) -> tuple[list[Message], StreamParser]:
+def _messages(vocab: Vocabulary, ids: Sequence[int]) -> list[Message]:
     parser = StreamParser(vocab, role=None)
     for number in ids:
         parser.push(number)
-    return list(parser.messages), parser
+    return parser.messages
 
 
 def _completion(vocab: Vocabulary, ids: list[int], finish: str) -> dict[str, Any]:

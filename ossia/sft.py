@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from ossia.data.pack import Pack, PackedStream, pack_samples
 from ossia.data.sample import Sample
 from ossia.export.merge import write_model
 from ossia.model.lora import Lora, LoraSpec
-from ossia.model.open import open_model
+from ossia.model.open import machine_memory, open_model
 from ossia.model.peft import find_adapter, load_adapter, save_adapter
 from ossia.model.transformer import Transformer
 from ossia.samples import questions_of, record_samples
@@ -164,10 +165,7 @@ def open_stream(recipe: Recipe, datasets: Datasets) -> PackedStream:
 
 def held_out_samples(recipe: Recipe, datasets: Datasets) -> list[Sample]:
     """What is held out, at most `eval.max_samples`."""
-    samples = in_order(datasets.held_out)
-    if recipe.eval.max_samples is None:
-        return list(samples)
-    return [sample for _, sample in zip(range(recipe.eval.max_samples), samples, strict=False)]
+    return list(islice(in_order(datasets.held_out), recipe.eval.max_samples))
 
 
 def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out: Sequence[Pack], steps: int) -> Job:
@@ -175,8 +173,7 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
     train = recipe.train
     params = model.trainable.tensors
     optimizer = AdamW(params, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
-    memory_bytes = environment(model.device)["memory_bytes"]
-    keep = keeps_activations(model, train.recompute, train.tokens_per_step, memory_bytes)
+    keep = keeps_activations(model, train.recompute, train.tokens_per_step, machine_memory()[0])
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
 
     def step(packs: list[Pack], lr: float) -> Mapping[str, float]:
