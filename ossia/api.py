@@ -16,8 +16,7 @@ from typing import Any
 
 from ossia import sft
 from ossia.config import Recipe, check_recipe, read_recipe, recipe_from_dict
-from ossia.engine import Completion, Engine, Request, Sampling, harmony_stops
-from ossia.engine.engine import Finish
+from ossia.engine import Completion, Engine, Finish, Request, Sampling, harmony_stops
 from ossia.harmony import Effort, Message, Renderer, Vocabulary, conversation_from_messages, parse_completion
 from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice, open_model
 from ossia.model.transformer import Transformer

@@ -12,8 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ossia.data.sample import Sample
-from ossia.engine.engine import Engine, Request, harmony_stops
-from ossia.engine.sampler import Sampling
+from ossia.engine import Engine, Request, Sampling, harmony_stops
 from ossia.harmony.messages import Message
 from ossia.harmony.parse import StreamParser, parse_completion
 from ossia.harmony.to_openai import messages_to_openai

@@ -1,6 +1,19 @@
 """Generation for many requests at once, from the same weights and the live adapter that training uses."""
 
-from ossia.engine.engine import Completion, Engine, Request, Token, harmony_stops
+from ossia.engine.engine import Engine, completion
+from ossia.engine.request import Completion, Constraint, Finish, Request, Token, harmony_stops
 from ossia.engine.sampler import Sampling
+from ossia.engine.session import Session
 
-__all__ = ["Completion", "Engine", "Request", "Sampling", "Token", "harmony_stops"]
+__all__ = [
+    "Completion",
+    "Constraint",
+    "Engine",
+    "Finish",
+    "Request",
+    "Sampling",
+    "Session",
+    "Token",
+    "completion",
+    "harmony_stops",
+]

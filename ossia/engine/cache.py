@@ -1,10 +1,10 @@
-"""Keys and values of the tokens so far: rings of `sliding_window` for sliding layers, growing rows for full ones.
+"""Keys and values of the tokens so far, in blocks: a sequence holds the blocks it fills and no more.
 
-All layers of a kind share their slots: where a token's keys go, and which slots a sequence may look at, is worked out
-once a step. A token's slot is a number, `row * capacity + place`, and layers read and write by slots alone; pages would
-change how a number comes about and nothing else.
-Sequences fill rows 0 .. B - 1 without gaps: the last row moves into the place of one that finishes.
-Letters: R rows, B sequences in use, C slots of a row, N tokens, H query heads, K key-value heads, G = H / K,
+A sliding layer's sequence holds one block of `sliding_window` slots, which it writes as a ring; a full layer's holds as
+many blocks of 64 as its length needs. All layers of a kind share their block numbers, so where a token goes is worked
+out once a step. Sequences that begin alike share full blocks: each block counts who holds it, and only a block that
+will still be written is copied. What is running is rows 0 .. B - 1 of each lane's table, without gaps.
+Letters: R rows, B rows in use, M blocks of a row, C slots read, N tokens, H query heads, K key-value heads, G = H / K,
 d head size, X = 2 K: keys, then values.
 """
 
@@ -18,84 +18,215 @@ from torch import Tensor
 from ossia.model.arch import Arch
 from ossia.ops.attention import Backend
 
-_FIRST_SLOTS = 256
+FULL_BLOCK = 64
+_FIRST_BLOCKS = 8
 
 
 class Lane:
     """The caches of all layers of one kind.
 
-    window  tokens that these layers see, which is also the size of a row's ring; None: all of them
+    index     its place among the lanes, and so among a sequence's lists of blocks
+    window    tokens that these layers see, which is also the size of their one block; None: all of them
+    block     slots of a block
+    table_RM  int32: the blocks of each row. Position p of a row is in slot
+              `table_RM[row, place // block] * block + place % block`, place being p, or p % window
     """
 
     def __init__(
-        self, arch: Arch, layers: Sequence[int], window: int | None, dtype: torch.dtype, device: torch.device
+        self,
+        index: int,
+        arch: Arch,
+        layers: Sequence[int],
+        window: int | None,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self.window, self.num_rows, self.capacity = window, 0, window or _FIRST_SLOTS
-        self._shape = (2 * arch.num_kv_heads, arch.head_dim)
-        self._kv = {layer: torch.empty(0, self.capacity, *self._shape, dtype=dtype, device=device) for layer in layers}
-        self._unseen = torch.empty(0, self.capacity, dtype=dtype, device=device)  # 0 where a token is, else -inf
-        self._base_R = torch.empty(0, dtype=torch.int64, device=device)
+        self.index, self.window, self.layers = index, window, tuple(layers)
+        self.block = window or FULL_BLOCK
+        self._slot_shape = (2 * arch.num_kv_heads, arch.head_dim)
+        self._pools = {layer: torch.empty(0, *self._slot_shape, dtype=dtype, device=device) for layer in layers}
+        self._holders: list[int] = []  # of each block
+        self._free: list[int] = []
+        self.table_RM = torch.zeros(0, 1, dtype=torch.int32, device=device)
+        slot_bytes = self._slot_shape[0] * self._slot_shape[1] * dtype.itemsize
+        self.block_bytes = self.block * slot_bytes * len(self.layers)
 
-    def make_room(self, num_rows: int, length: int) -> None:
-        """Room for `num_rows` sequences of `length` tokens; a ring has any length."""
-        num_rows = max(num_rows, self.num_rows)
-        capacity = (
-            self.capacity if self.window is not None or length <= self.capacity else max(length, 2 * self.capacity)
-        )
-        if (num_rows, capacity) == (self.num_rows, self.capacity):
-            return
-        old = slice(self.num_rows), slice(self.capacity)
-        for layer, kv in self._kv.items():
-            # zeros, because a slot that holds no token is masked, but 0 * nan would be nan
-            wider = kv.new_zeros(num_rows, capacity, *self._shape)
-            wider[old] = kv
-            self._kv[layer] = wider
-        unseen = self._unseen.new_full((num_rows, capacity), -torch.inf)
-        unseen[old] = self._unseen
-        self._unseen, self.num_rows, self.capacity = unseen, num_rows, capacity
-        self._base_R = torch.arange(num_rows, device=unseen.device) * capacity
+    def pool(self, layer: int) -> Tensor:
+        """A layer's keys and values by slot, (slots, 2K, d). Another tensor after the pool has grown."""
+        return self._pools[layer]
 
-    def slots(self, row: int, position_N: Tensor) -> Tensor:
-        """The slots of tokens of one sequence, from its row and their positions; (N,) int64."""
-        return row * self.capacity + self._place(position_N)
+    @property
+    def num_used(self) -> int:
+        """Blocks that someone holds."""
+        return len(self._holders) - len(self._free)
 
-    def step_slots(self, position_B: Tensor) -> Tensor:
-        """The slots of the tokens at `position_B` of rows 0 .. B - 1, from now on seen; (B,) int64."""
-        slot_B = self._base_R[: len(position_B)] + self._place(position_B)
-        self._unseen.view(-1).index_fill_(0, slot_B, 0.0)
-        return slot_B
+    def num_blocks(self, length: int) -> int:
+        """Blocks of a sequence of `length` tokens."""
+        return 1 if self.window is not None else -(-length // self.block)
 
-    def see(self, row: int, length: int) -> None:
-        """Row `row` holds a sequence of `length` tokens, and nothing else."""
-        self._unseen[row] = -torch.inf
-        self._unseen[row, :length] = 0.0  # all of a ring, where the length is beyond it
+    def place(self, position_N: Tensor) -> Tensor:
+        """A position's place among its sequence's slots."""
+        return position_N if self.window is None else position_N % self.window
+
+    def slots(self, blocks: Sequence[int], position_N: Tensor) -> Tensor:
+        """The slots of a sequence's positions, from the blocks it holds; (N,) int64."""
+        place_N = self.place(position_N)
+        blocks_M = torch.tensor(blocks, device=position_N.device)
+        return blocks_M[place_N // self.block] * self.block + place_N % self.block
+
+    def row_slots(self, row_B: Tensor, position_B: Tensor) -> Tensor:
+        """The slots of one position of each row, from the table; (B,) int64."""
+        place_B = self.place(position_B)
+        return self.table_RM[row_B, place_B // self.block].long() * self.block + place_B % self.block
+
+    def take(self, limit: int) -> int:
+        """A block of one's own. `limit`: what the pool may grow to, in blocks, if it has to."""
+        if not self._free:
+            self._grow(min(max(2 * len(self._holders), _FIRST_BLOCKS), max(limit, len(self._holders) + 1)))
+        block = self._free.pop()
+        self._holders[block] = 1
+        return block
+
+    def hold(self, block: int) -> None:
+        """One holder more."""
+        assert self._holders[block] > 0, block
+        self._holders[block] += 1
+
+    def give_back(self, block: int) -> None:
+        """One holder less; the last one's block is free."""
+        assert self._holders[block] > 0, block
+        self._holders[block] -= 1
+        if not self._holders[block]:
+            self._free.append(block)
+
+    def copy(self, block: int, limit: int) -> int:
+        """A block of one's own with the same content."""
+        mine = self.take(limit)
+        for pool in self._pools.values():
+            blocks = pool.view(-1, self.block, *self._slot_shape)
+            blocks[mine] = blocks[block]
+        return mine
+
+    def set_row(self, row: int, blocks: Sequence[int]) -> None:
+        """Row `row` of the table; it grows as needed."""
+        num_rows, width = self.table_RM.shape
+        if row >= num_rows or len(blocks) > width:
+            wider = self.table_RM.new_zeros(
+                max(num_rows, 2 * (row + 1)), width if len(blocks) <= width else 2 * len(blocks)
+            )
+            wider[:num_rows, :width] = self.table_RM
+            self.table_RM = wider
+        self.table_RM[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
 
     def write(self, layer: int, slot_N: Tensor, kv_NXd: Tensor) -> None:
         """Put keys and values (N, 2K, d), keys first, into slots (N,) int64."""
-        self._kv[layer].view(-1, *self._shape).index_copy_(0, slot_N, kv_NXd)
+        self._pools[layer].index_copy_(0, slot_N, kv_NXd)
 
-    def move(self, source: int, target: int) -> None:
-        """Copy a row onto another."""
-        for kv in self._kv.values():
-            kv[target] = kv[source]
-        self._unseen[target] = self._unseen[source]
-
-    def read(self, layer: int, num_rows: int, longest: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of rows 0 .. num_rows - 1, views (B, K, C, d), as far as the longest sequence goes."""
-        kv_BKCd = self._kv[layer][:num_rows, : self._used(longest)].transpose(1, 2)
-        keys, values = kv_BKCd.chunk(2, dim=1)
+    def read(self, layer: int, row_B: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of rows, as far as the longest of them goes: copies, (B, K, C, d) each."""
+        blocks_BM = self.table_RM[row_B, : self.num_blocks(longest)]
+        kv_BMSXd = self._pools[layer].view(-1, self.block, *self._slot_shape)[blocks_BM]
+        keys, values = kv_BMSXd.flatten(1, 2).transpose(1, 2).chunk(2, dim=1)
         return keys, values
 
-    def mask(self, num_rows: int, longest: int, shortest: int) -> Tensor | None:
+    def mask(self, length_B: Tensor, longest: int, shortest: int, dtype: torch.dtype) -> Tensor | None:
         """What to add to the scores of `read`'s slots, (B, 1, 1, C); None where every row has filled all of them."""
-        used = self._used(longest)
-        return None if shortest >= used else self._unseen[:num_rows, None, None, :used]
+        num_slots = self.num_blocks(longest) * self.block
+        if shortest >= num_slots:
+            return None
+        seen_BC = torch.arange(num_slots, device=length_B.device) < length_B[:, None]
+        return torch.zeros(seen_BC.shape, dtype=dtype, device=length_B.device).masked_fill_(~seen_BC, -torch.inf)[
+            :, None, None
+        ]
 
-    def _place(self, position_N: Tensor) -> Tensor:
-        return position_N if self.window is None else position_N % self.window
+    def _grow(self, num_blocks: int) -> None:
+        for layer, pool in self._pools.items():
+            # zeros, because a slot that holds no token is masked, but 0 * nan would be nan
+            wider = pool.new_zeros(num_blocks * self.block, *self._slot_shape)
+            wider[: len(pool)] = pool
+            self._pools[layer] = wider
+        self._free += reversed(range(len(self._holders), num_blocks))
+        self._holders += [0] * (num_blocks - len(self._holders))
 
-    def _used(self, longest: int) -> int:
-        return min(longest, self.capacity)
+
+Holding = list[list[int]]
+"""The blocks of one sequence: by lane, in the order of its positions."""
+
+
+class Cache:
+    """The lanes of a model, and the bytes that they may grow to together.
+
+    lanes    one for each kind of layer
+    of_layer each layer's lane
+    """
+
+    def __init__(self, arch: Arch, dtype: torch.dtype, device: torch.device, max_bytes: int) -> None:
+        windows = [arch.sliding_window if kind == "sliding_attention" else None for kind in arch.layer_types]
+        by_window = {
+            window: Lane(index, arch, [i for i, w in enumerate(windows) if w == window], window, dtype, device)
+            for index, window in enumerate(dict.fromkeys(windows))
+        }
+        self.lanes, self.of_layer = list(by_window.values()), [by_window[window] for window in windows]
+        self.max_bytes = max_bytes
+
+    @property
+    def used_bytes(self) -> int:
+        return sum(lane.num_used * lane.block_bytes for lane in self.lanes)
+
+    @property
+    def num_used(self) -> int:
+        """Blocks in use, of all lanes."""
+        return sum(lane.num_used for lane in self.lanes)
+
+    def has_room(self, length: int, spare_blocks: int = 0) -> bool:
+        """Whether a new sequence of `length` tokens fits, and that many blocks more of full layers."""
+        spare = sum(spare_blocks * lane.block_bytes for lane in self.lanes if lane.window is None)
+        wanted = sum(lane.num_blocks(length) * lane.block_bytes for lane in self.lanes)
+        return self.used_bytes + wanted + spare <= self.max_bytes
+
+    def new(self) -> Holding:
+        return [[] for _ in self.lanes]
+
+    def extend(self, holding: Holding, length: int, *, force: bool = False) -> bool:
+        """Give a sequence the blocks of `length` tokens. False, and nothing is taken, where they'd be too many bytes.
+
+        force  take them anyway: a sequence that runs alone always goes on
+        """
+        lacking = [max(lane.num_blocks(length) - len(mine), 0) for lane, mine in zip(self.lanes, holding, strict=True)]
+        if not any(lacking):
+            return True
+        wanted = sum(count * lane.block_bytes for count, lane in zip(lacking, self.lanes, strict=True))
+        if not force and self.used_bytes + wanted > self.max_bytes:
+            return False
+        for count, lane, mine in zip(lacking, self.lanes, holding, strict=True):
+            mine += [lane.take(self._limit(lane)) for _ in range(count)]
+        return True
+
+    def fork(self, holding: Holding, length: int) -> Holding:
+        """A second sequence with the same first `length` tokens: full blocks are shared, the others copied."""
+        forked = self.new()
+        for lane, theirs, mine in zip(self.lanes, holding, forked, strict=True):
+            whole = 0 if lane.window is not None else length // lane.block
+            for block in theirs[:whole]:
+                lane.hold(block)
+            mine += theirs[:whole]
+            mine += [lane.copy(block, self._limit(lane)) for block in theirs[whole : lane.num_blocks(length)]]
+        return forked
+
+    def release(self, holding: Holding) -> None:
+        """Give all blocks of a sequence back."""
+        for lane, mine in zip(self.lanes, holding, strict=True):
+            for block in mine:
+                lane.give_back(block)
+            mine.clear()
+
+    def set_row(self, row: int, holding: Holding) -> None:
+        """What runs in row `row` from now on, or what it holds now."""
+        for lane, mine in zip(self.lanes, holding, strict=True):
+            lane.set_row(row, mine)
+
+    def _limit(self, lane: Lane) -> int:
+        return lane.num_used + max(self.max_bytes - self.used_bytes, 0) // lane.block_bytes
 
 
 def attend_cached(

@@ -1,43 +1,137 @@
-"""One layer for one new token a sequence: `Transformer.layer_forward` with as few operations as that allows.
+"""One new token for each running sequence through all layers, in plain torch: the reference, and the way on a GPU.
 
-A decode step of a small model is many tiny operations, so their number is its time: the q, k and v projections are one
-matrix, RoPE turns queries and keys together in three operations, and experts are taken one by one as they are chosen
-instead of sorting for a grouped matmul (which visits every expert, chosen or not). The reference is `layer_forward`,
-and tests/engine holds the two together. Adapters stay beside the weights, as in training: merging would round them.
-Letters: B sequences, D hidden, H query heads, K key-value heads, d head size, E experts, k experts a token,
+A decode step of a small model is many tiny operations, so their number is its time: RoPE turns queries and keys
+together in three operations, and experts are taken one by one as they are chosen instead of sorting for a grouped
+matmul (which visits every expert, chosen or not). Its own reference is `Transformer.layer_forward`; `engine/native.py`
+does the same in C. Adapters stay beside the weights, as in training: merging would round them.
+Letters: B sequences, L layers, D hidden, H query heads, K key-value heads, d head size, E experts, k experts a token,
 N = B * k rows sorted by expert, I expert width, r rank.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.engine.cache import Lane, attend_cached
+from ossia.model.lora import Lora
 from ossia.model.transformer import Layer, Transformer
 from ossia.model.weights import Weights
-from ossia.ops.linear import Linear, linear
+from ossia.ops.linear import linear
 from ossia.ops.moe import Expert, clamped_swiglu_only, combine, project, route
+from ossia.ops.rope import rope_tables
+
+_FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
+
+
+class Decoder(Protocol):
+    """What a session decodes with."""
+
+    def refresh(self) -> None:
+        """Weights or adapters have changed, as an optimizer changes them: read them again."""
+
+    def forward(
+        self, x_BD: Tensor, position_B: Tensor, adapter_B: Sequence[int], routes_LBk: Tensor | None = None
+    ) -> Tensor:
+        """One token for each of rows 0 .. B - 1 of the cache's tables, which have room for it.
+
+        x_BD        embeddings, (B, D) of the model's dtype
+        position_B  (B,) int64: each token's position
+        adapter_B   which adapter each row uses
+        routes_LBk  int16, filled with the experts chosen in every layer
+        Returns     (B, D): the last layer's output, before the final norm. Keys and values are in the cache.
+        """
 
 
 @dataclass(frozen=True, slots=True)
 class StepContext:
     """What every layer needs of a step.
 
+    row_B             rows of the lanes' tables
     cos_B1d, sin_B1d  rotary tables of each sequence's position; sin's first half negated, see `_rotate`
     slots             each lane's slots for this step's keys and values
     masks             each lane's additive mask, or None
     """
 
+    row_B: Tensor
     cos_B1d: Tensor
     sin_B1d: Tensor
     longest: int
     slots: dict[Lane, Tensor]
     masks: dict[Lane, Tensor | None]
+
+
+class TorchDecoder:
+    """Any device and dtype. Rows of one adapter go together; several adapters are several turns through the layers.
+
+    lanes     each layer's lane
+    adapters  the first is the model's own; None: the model without one
+    """
+
+    def __init__(self, model: Transformer, lanes: Sequence[Lane], adapters: Sequence[Lora | None]) -> None:
+        others = [Transformer(model.weights, lora=lora, backend=model.backend) for lora in adapters[1:]]
+        self._models, self._lanes = [model, *others], list(lanes)
+        self._layers: list[list[DecodeLayer]] = []
+        self._tables = (torch.empty(0), torch.empty(0))
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Arrange the layers anew, when they are needed next."""
+        self._layers = [[] for _ in self._models]
+
+    def forward(
+        self, x_BD: Tensor, position_B: Tensor, adapter_B: Sequence[int], routes_LBk: Tensor | None = None
+    ) -> Tensor:
+        """See `Decoder.forward`."""
+        if len(set(adapter_B)) == 1:
+            row_B = torch.arange(len(x_BD), device=x_BD.device)
+            return self._forward(adapter_B[0], x_BD, row_B, position_B, routes_LBk)
+        out_BD = torch.empty_like(x_BD)
+        for adapter in sorted(set(adapter_B)):
+            row_B = torch.tensor([row for row, mine in enumerate(adapter_B) if mine == adapter], device=x_BD.device)
+            routes = None if routes_LBk is None else routes_LBk[:, row_B]
+            out_BD[row_B] = self._forward(adapter, x_BD[row_B], row_B, position_B[row_B], routes)
+            if routes_LBk is not None and routes is not None:
+                routes_LBk[:, row_B] = routes
+        return out_BD
+
+    def _forward(
+        self, adapter: int, x_BD: Tensor, row_B: Tensor, position_B: Tensor, routes_LBk: Tensor | None
+    ) -> Tensor:
+        model, length_B = self._models[adapter], position_B + 1
+        longest, shortest = int(length_B.max()), int(length_B.min())
+        cos_T1d, sin_T1d = self._rotary(longest)
+        lanes = dict.fromkeys(self._lanes)
+        step = StepContext(
+            row_B,
+            cos_T1d.index_select(0, position_B),
+            sin_T1d.index_select(0, position_B),
+            longest,
+            {lane: lane.row_slots(row_B, position_B) for lane in lanes},
+            {lane: lane.mask(length_B, longest, shortest, model.dtype) for lane in lanes},
+        )
+        layers = self._layers[adapter]
+        for index, lane in enumerate(self._lanes):
+            if index == len(layers):
+                layers.append(DecodeLayer(model, model.fetch(index, expand=keeps_experts(model)), lane))
+            x_BD, experts_Bk = layers[index].forward(x_BD, step)
+            if routes_LBk is not None:
+                routes_LBk[index] = experts_Bk
+        return x_BD
+
+    def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables of at least `length` positions."""
+        size, model = len(self._tables[0]), self._models[0]
+        if size < length:
+            positions_T = torch.arange(max(length, 2 * size, _FIRST_POSITIONS), device=model.device)
+            self._tables = rotary_rows(*rope_tables(model.yarn, positions_T, model.dtype))
+        return self._tables
 
 
 class DecodeLayer:
@@ -53,8 +147,6 @@ class DecodeLayer:
         self._sinks_H, self._o, self._router = layer.sinks_H, layer.o, layer.router
         self._qkv = (layer.q, layer.k, layer.v)
         expanded = keeps_experts(model)
-        if expanded:  # a copy of 5% of a released model's weights; where experts are packed, memory comes first
-            self._qkv = (_side_by_side(self._qkv),)
         self._gate_up: _ExpertViews | Expert = layer.gate_up
         self._down: _ExpertViews | Expert = layer.down
         if model.device.type == "cpu" or not expanded:  # a GPU would wait for the list of chosen experts
@@ -62,31 +154,31 @@ class DecodeLayer:
             self._gate_up = _ExpertViews(layer.gate_up, weights, layer.index, "gate_up_proj")
             self._down = _ExpertViews(layer.down, weights, layer.index, "down_proj")
 
-    def forward(self, x_BD: Tensor, step: StepContext) -> Tensor:
-        """The layer's output (B, D); the new tokens' keys and values are in the cache afterwards."""
+    def forward(self, x_BD: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
+        """The layer's output (B, D) and the chosen experts (B, k); the new keys and values are in the cache then."""
         a, lane = self._model.arch, self.lane
         num_rows = x_BD.shape[0]
         normed = step_norm(x_BD, self._input_norm_D, a.rms_eps)
-        parts = [linear(normed, part) for part in self._qkv]
-        qkv = (parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)).view(num_rows, -1, a.head_dim)
+        qkv = torch.cat([linear(normed, part) for part in self._qkv], dim=-1).view(num_rows, -1, a.head_dim)
         _rotate(qkv[:, : a.num_heads + a.num_kv_heads], step.cos_B1d, step.sin_B1d)
         lane.write(self.index, step.slots[lane], qkv[:, a.num_heads :])
-        keys, values = lane.read(self.index, num_rows, step.longest)
+        keys, values = lane.read(self.index, step.row_B, step.longest)
         attended = attend_cached(
             qkv[:, : a.num_heads], keys, values, self._sinks_H, step.masks[lane], self._model.backend
         )
         x_BD = x_BD + linear(attended.view(num_rows, -1), self._o)
         normed = step_norm(x_BD, self._post_norm_D, a.rms_eps)
-        return x_BD + self._experts(normed, linear(normed, self._router))
+        mixed_BD, experts_Bk = self._experts(normed, linear(normed, self._router))
+        return x_BD + mixed_BD, experts_Bk
 
-    def _experts(self, x_BD: Tensor, logits_BE: Tensor) -> Tensor:
+    def _experts(self, x_BD: Tensor, logits_BE: Tensor) -> tuple[Tensor, Tensor]:
         a, num_rows = self._model.arch, x_BD.shape[0]
         if isinstance(self._gate_up, Expert):
             assert isinstance(self._down, Expert)
             routing = route(logits_BE, a.experts_per_token)
             hidden = project(x_BD[routing.token_N], self._gate_up, routing.ends_E)
             hidden = clamped_swiglu_only(hidden, a.swiglu_limit, a.swiglu_alpha)
-            return combine(project(hidden, self._down, routing.ends_E), routing)
+            return combine(project(hidden, self._down, routing.ends_E), routing), routing.experts_TK
         assert isinstance(self._down, _ExpertViews)
         chosen_Bk, experts_Bk = logits_BE.topk(a.experts_per_token, dim=-1)
         shares_Bk = chosen_Bk.softmax(-1)
@@ -101,9 +193,9 @@ class DecodeLayer:
         hidden_NI = clamped_swiglu_only(self._gate_up.project(x_ND, chosen, counts), a.swiglu_limit, a.swiglu_alpha)
         y_ND = self._down.project(hidden_NI, chosen, counts)
         if num_rows == 1:
-            return shares_Bk @ y_ND
+            return shares_Bk @ y_ND, experts_Bk
         y_BkD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(*experts_Bk.shape, -1)
-        return torch.bmm(shares_Bk.unsqueeze(1), y_BkD).squeeze(1)
+        return torch.bmm(shares_Bk.unsqueeze(1), y_BkD).squeeze(1), experts_Bk
 
 
 def keeps_experts(model: Transformer) -> bool:
@@ -156,20 +248,3 @@ def step_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     if x_BD.dtype == torch.float32:
         return F.rms_norm(x_BD, weight_D.shape, weight_D, eps)
     return F.rms_norm(x_BD.float(), weight_D.shape, weight_D.float(), eps).to(x_BD.dtype)
-
-
-def _side_by_side(parts: tuple[Linear, ...]) -> Linear:
-    """Projections of one input as a single one, their outputs one after the other, adapters too."""
-    weight, bias = torch.cat([part.weight for part in parts]), torch.cat([part.bias for part in parts])
-    adapted = [part for part in parts if part.lora_a is not None]
-    if not adapted:
-        return Linear(weight, bias)
-    lora_b = weight.new_zeros(len(weight), sum(len(part.lora_a) for part in adapted))
-    row = column = 0
-    for part in parts:
-        if part.lora_a is not None:
-            rank = len(part.lora_a)
-            lora_b[row : row + len(part.weight), column : column + rank] = part.lora_b
-            column += rank
-        row += len(part.weight)
-    return Linear(weight, bias, torch.cat([part.lora_a for part in adapted]), lora_b)

@@ -3,14 +3,15 @@
 A request draws one uniform number a token from a generator of its own, and takes the token where the cumulative
 probability passes it: what it gets depends on its seed and its logits, never on its batch mates.
 Own code because of that, and because without top-k and top-p (the default) nothing has to be sorted.
-Letters: B sequences, V vocabulary, C candidates, likeliest first.
+Letters: B sequences, V vocabulary, C candidates, likeliest first, N blocks of the vocabulary, S tokens of a block.
 """
 
 from __future__ import annotations
 
+import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from ossia.errors import UserError
 
 _CANDIDATES = 1024  # looked at first for top_p; all tokens where these don't add up to it
+_BLOCK = 512  # tokens added up at once before one is looked for: running sums over a large vocabulary are slow
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +31,7 @@ class Sampling:
     top_p        of those, keep the fewest likeliest whose probabilities add up to at least this share
     min_p        of those, keep tokens at least this fraction as likely as the likeliest
     seed         of the request's own generator; None: drawn from the system, another result each time
+    logit_bias   added to the logits of these tokens, before everything else
 
     Raises  UserError for a value out of range
     """
@@ -38,6 +41,7 @@ class Sampling:
     top_k: int = 0
     min_p: float = 0.0
     seed: int | None = None
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         rules = (
@@ -49,6 +53,10 @@ class Sampling:
         for name, found, holds, allowed in rules:
             if not holds:
                 raise UserError(f"{name}: is {found}; allowed: {allowed}")
+        if wrong := [token for token, bias in self.logit_bias.items() if not math.isfinite(bias)]:
+            raise UserError(
+                f"logit_bias: that of token {wrong[0]} is {self.logit_bias[wrong[0]]}; allowed: finite numbers"
+            )
 
     def generator(self) -> random.Random:
         """The request's random numbers, from their beginning."""
@@ -87,21 +95,33 @@ class BatchSampler:
         self._top_p_B1 = column([rules.top_p for rules in samplings])
         self._min_p_B1 = column([rules.min_p for rules in samplings])
         self._has_min_p = any(rules.min_p for rules in samplings)
+        biases = [(row, *one) for row, rules in enumerate(samplings) for one in rules.logit_bias.items()]
+        self._bias_at, self._bias_by = (
+            torch.tensor([[row, token] for row, token, _ in biases], dtype=torch.int64, device=device)
+            .reshape(-1, 2)
+            .unbind(-1),
+            torch.tensor([bias for *_, bias in biases], device=device),
+        )
 
-    def draw(self, logits_BV: Tensor) -> Tensor:
+    def draw(self, logits_BV: Tensor, allowed: Mapping[int, Tensor] | None = None) -> Tensor:
         """One token a sequence.
 
         logits_BV  (B, V) float32
+        allowed    for some rows, the tokens that may be drawn, (V,) bool
         Returns    (B,) int64
         """
+        if allowed or len(self._bias_by):
+            logits_BV = logits_BV.clone()
+            logits_BV.index_put_(self._bias_at, self._bias_by, accumulate=True)
+            for row, allowed_V in (allowed or {}).items():
+                assert bool(allowed_V.any()), row
+                logits_BV[row].masked_fill_(~allowed_V, -torch.inf)
         if self._greedy:
             return logits_BV.argmax(-1)
         for row, generator in self._drawing:
             self._uniforms[row] = generator.random()
         uniform_B1 = torch.tensor(self._uniforms, dtype=torch.float64, device=self._device)[:, None]
-        mass_BV = self.kept(logits_BV).cumsum(-1, dtype=torch.float64)
-        # u < 1, so u * total < total, and the first place whose sum is greater has a probability above zero
-        chosen_B = torch.searchsorted(mass_BV, uniform_B1 * mass_BV[:, -1:], right=True)[:, 0]
+        chosen_B = _where_passed(self.kept(logits_BV), uniform_B1)
         if len(self._drawing) < len(self._uniforms):
             chosen_B = torch.where(self._greedy_B, logits_BV.argmax(-1), chosen_B)
         return chosen_B
@@ -136,3 +156,25 @@ class BatchSampler:
         out_BC = (mass_BC - probs_BC >= self._top_p_B1 * whole_B1) & (rank_C > 0) & (self._top_p_B1 < 1)
         out_BC |= rank_C > last_B1
         return torch.zeros_like(probs_BV).scatter_(-1, order_BC, probs_BC.masked_fill(out_BC, 0.0))
+
+
+def _where_passed(weights_BV: Tensor, share_B1: Tensor) -> Tensor:
+    """The first token where the running sum of a row's weights passes that share of their sum.
+
+    weights_BV  (B, V) >= 0, float32; share_B1 (B, 1) float64, 0 <= share < 1
+    Returns     (B,) int64: tokens whose weight is above zero
+    """
+    num_whole = weights_BV.shape[1] // _BLOCK * _BLOCK
+    parts = [weights_BV[:, :num_whole].view(len(weights_BV), -1, _BLOCK), weights_BV[:, None, num_whole:]]
+    passed_BN = torch.cat([part.sum(-1, dtype=torch.float64) for part in parts], dim=-1).cumsum(-1)
+    target_B1 = share_B1 * passed_BN[:, -1:]
+    # the share is below 1, so the target is below the sum, and the first block that passes it has weight
+    block_B1 = torch.searchsorted(passed_BN, target_B1, right=True)
+    before_B1 = torch.nn.functional.pad(passed_BN, (1, 0)).gather(-1, block_B1)
+    token_BS = block_B1 * _BLOCK + torch.arange(_BLOCK, device=weights_BV.device)
+    inside_BS = token_BS < weights_BV.shape[1]
+    weights_BS = weights_BV.gather(-1, token_BS.clamp(max=weights_BV.shape[1] - 1)) * inside_BS
+    place_B1 = torch.searchsorted(before_B1 + weights_BS.cumsum(-1, dtype=torch.float64), target_B1, right=True)
+    # a block's sum and its running sum may differ by a rounding: then it is the block's last token with weight
+    last_B1 = torch.where(weights_BS > 0, token_BS, -1).amax(-1, keepdim=True)
+    return (block_B1 * _BLOCK + place_B1).minimum(last_B1)[:, 0]

@@ -136,8 +136,11 @@ class Transformer:
         segments = Segments(pack.starts.cpu(), self.device)
         return Context(segments, *rope_tables(self.yarn, segments.positions_T, self.dtype))
 
-    def fetch(self, index: int) -> Layer:
-        """Layer `index` ready to compute with; gradients on its trainable parts where they are on."""
+    def fetch(self, index: int, *, expand: bool = True) -> Layer:
+        """Layer `index` ready to compute with; gradients on its trainable parts where they are on.
+
+        expand  False: its experts' weights are left out (0 elements), for who reads them one at a time
+        """
         name = f"model.layers.{index}"
         sliding = self.arch.layer_types[index] == "sliding_attention"
 
@@ -156,19 +159,19 @@ class Transformer:
             sinks_H=self.tensor(f"{name}.self_attn.sinks"),
             post_norm_D=self.tensor(f"{name}.post_attention_layernorm.weight"),
             router=part("mlp.router"),
-            gate_up=self._expert(index, "gate_up_proj"),
-            down=self._expert(index, "down_proj"),
+            gate_up=self._expert(index, "gate_up_proj", expand),
+            down=self._expert(index, "down_proj", expand),
         )
 
     def _adapter(self, module: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
         return (None, None) if self.lora is None else self.lora.pair(module, self.dtype)
 
-    def _expert(self, index: int, projection: str) -> Expert:
+    def _expert(self, index: int, projection: str, expand: bool) -> Expert:
         module = f"model.layers.{index}.mlp.experts.{projection}"
         if module in self.trainable:
             weight, bias = self.tensor(module), self.tensor(f"{module}_bias")
         else:
-            weight = self.weights.expert_weight(index, projection)
+            weight = self.weights.expert_weight(index, projection) if expand else torch.empty(0)
             bias = self.weights.expert_bias(index, projection)
         return Expert(weight, bias, *self._adapter(module))
 
@@ -181,6 +184,7 @@ class Transformer:
         rows: Tensor | None = None,
         attend: Attend | None = None,
         dropout: Dropout | None = None,
+        note_experts: Callable[[Tensor], None] | None = None,
     ) -> Tensor:
         """One layer over one pack.
 
@@ -188,6 +192,7 @@ class Transformer:
         rows     (R,) int64: the only rows of the result that are wanted (the others still serve as keys and values)
         attend   attention to use instead of that over the pack itself (decoding, over a cache)
         dropout  of the adapters' inputs
+        note_experts  is told which experts were chosen, (T, k) int64, or (R, k) with `rows`
         Returns  (T, D), or (R, D) with `rows`
         """
         num_tokens = len(x_TD)
@@ -208,6 +213,8 @@ class Transformer:
 
         normed = rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
         routing = route(linear(normed, layer.router, adapted(normed, 4)), a.experts_per_token)
+        if note_experts is not None:
+            note_experts(routing.experts_TK)
         gathered = normed[routing.token_N]
         hidden = project(gathered, layer.gate_up, routing.ends_E, adapted(gathered, 5))
         hidden = clamped_swiglu(hidden, a.swiglu_limit, a.swiglu_alpha)

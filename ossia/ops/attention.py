@@ -116,6 +116,72 @@ def sink_attention(
 DENSE_BLOCK = 128
 
 
+def prefix_attention(
+    q_THd: Tensor,
+    k_SKd: Tensor,
+    v_SKd: Tensor,
+    sinks_H: Tensor,
+    *,
+    window: int | None,
+    scale: float,
+    backend: Backend,
+) -> Tensor:
+    """Causal attention of the last T tokens of one document over its last S >= T: a chunk and what came before it.
+
+    As `sink_attention`, without a gradient. Query t stands at key S - T + t.
+    Returns  (T, H, d) of q's dtype
+    """
+    num_queries, num_keys = len(q_THd), len(k_SKd)
+    if backend == "cuda":
+        return _cuda_prefix(q_THd, k_SKd, v_SKd, sinks_H, window, scale)
+    before, outs = num_keys - num_queries, []
+    for start in range(0, num_queries, _PREFIX_BLOCK):
+        end = min(start + _PREFIX_BLOCK, num_queries)
+        first = 0 if window is None else max(0, before + start - window + 1)
+        i = torch.arange(before + start, before + end, device=q_THd.device)[:, None]
+        j = torch.arange(first, before + end, device=q_THd.device)[None]
+        seen = j <= i if window is None else (j <= i) & (j > i - window)
+        bias = torch.zeros(seen.shape, dtype=q_THd.dtype, device=q_THd.device).masked_fill_(~seen, -torch.inf)
+        keys, values = (x[first : before + end].transpose(0, 1)[None] for x in (k_SKd, v_SKd))
+        queries = q_THd[start:end].transpose(0, 1)[None]
+        attend = _cpu_block if backend == "cpu" else _reference_block
+        outs.append(attend(queries, keys, values, sinks_H, bias, scale)[0].transpose(0, 1))
+    return torch.cat(outs)
+
+
+_PREFIX_BLOCK = 256  # queries at once, so that the mask stays small
+
+
+def _cpu_block(q_BHLd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, sinks_H: Tensor, bias: Tensor, scale: float) -> Tensor:
+    out, lse_BHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q_BHLd, k_BKSd, v_BKSd, 0.0, False, attn_mask=bias[None, None], scale=scale
+    )
+    return _include_sink(out, lse_BHL, sinks_H.float()[:, None])[0]
+
+
+def _reference_block(
+    q_BHLd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, sinks_H: Tensor, bias: Tensor, scale: float
+) -> Tensor:
+    groups = q_BHLd.shape[1] // k_BKSd.shape[1]
+    k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k_BKSd, v_BKSd))
+    scores = torch.matmul(q_BHLd.float(), k.transpose(-1, -2)) * scale + bias.float()
+    sinks = sinks_H.float()[None, :, None, None].expand(len(scores), -1, scores.shape[2], 1)
+    weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
+    return torch.matmul(weights, v).to(q_BHLd.dtype)
+
+
+def _cuda_prefix(
+    q_THd: Tensor, k_SKd: Tensor, v_SKd: Tensor, sinks_H: Tensor, window: int | None, scale: float
+) -> Tensor:
+    """torch's varlen flash attention aligns the last query with the last key."""
+    ends_q, ends_k = (torch.tensor([0, len(x)], dtype=torch.int32, device=x.device) for x in (q_THd, k_SKd))
+    out, lse_HT, *_ = torch.ops.aten._flash_attention_forward(
+        q_THd, k_SKd, v_SKd, ends_q, ends_k, len(q_THd), len(k_SKd), 0.0, True, False, scale=scale,
+        window_size_left=-1 if window is None else window - 1, window_size_right=0,
+    )  # fmt: skip
+    return _include_sink(out, lse_HT.transpose(0, 1), sinks_H.float())[0]
+
+
 def _reference(
     q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, window: int | None, scale: float
 ) -> Tensor:

@@ -38,3 +38,8 @@ def adapter(model: Transformer, *targets: str, seed: int = 1) -> Lora:
         if name.endswith("lora_B"):
             tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.1)
     return lora
+
+
+def sample_of(ids: Sequence[int]) -> Sample:
+    """Ids as a sample, nothing of it trained."""
+    return Sample(np.array(ids, np.int32), np.zeros(len(ids), np.float32), None, "ids")

@@ -139,7 +139,7 @@ def test_what_a_request_gets_does_not_depend_on_its_batch_mates(tiny: MakeTiny, 
 
 def test_a_tight_cache_runs_fewer_at_once_with_the_same_result(tiny: MakeTiny) -> None:
     model = load(tiny(NARROW), placement="bf16")
-    requests = sampled(5, random_prompts((4, 9)))
+    requests = sampled(5, random_prompts((4, 9, 3, 5, 70)))
     tight = Engine(model, cache_bytes=1)
     assert [one.ids for one in tight.generate(requests)] == [one.ids for one in Engine(model).generate(requests)]
     order = [token.request for token in tight.stream(requests)]

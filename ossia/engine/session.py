@@ -1,0 +1,423 @@
+"""The batch that runs: who waits, who joins, who leaves, and one token for each at every step.
+
+```text
+add -> waiting -> its prompt in the cache (equal prompts once, long ones in parts) -> a row of the batch -> finished
+                        ^------------------ pause, or no room left: what it has is read again -----|
+```
+Letters: B sequences, D hidden, V vocabulary, L layers, k experts a token.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ossia.engine.cache import Cache, Holding
+from ossia.engine.decode import Decoder, step_norm
+from ossia.engine.prefill import Prefill, Prompt
+from ossia.engine.request import Constraint, Finish, Request, Token
+from ossia.engine.sampler import BatchSampler
+from ossia.errors import UserError
+from ossia.harmony.vocab import Vocabulary
+from ossia.model.lora import Lora
+from ossia.model.transformer import Transformer
+from ossia.ops.linear import Linear, linear
+
+_JOIN_SHARE = 4  # waiting requests join when a quarter of the batch is free, so that prefills are few
+
+_Key = tuple[int, tuple[int, ...]]
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A request on its way.
+
+    limit   tokens to sample at most
+    ids     sampled so far
+    tail    the last bytes of what was sampled, in which a stop text may end
+    routes  the experts chosen at each position so far: (positions, L, k) each
+    """
+
+    number: int
+    request: Request
+    adapter: int
+    limit: int
+    generator: random.Random
+    constraint: Constraint | None
+    ids: list[int] = field(default_factory=list)
+    tail: bytes = b""
+    holding: Holding = field(default_factory=list)
+    routes: list[np.ndarray] = field(default_factory=list)
+    key: _Key = (0, ())
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache while it runs: all but the last sampled one."""
+        return len(self.request.ids) + len(self.ids) - 1
+
+
+class Session:
+    """Requests that join and leave a running batch. Not safe for threads: one owns it.
+
+    num_running, num_waiting  requests with and without a row
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self,
+        model: Transformer,
+        cache: Cache,
+        decoder: Decoder,
+        adapters: Mapping[str, Lora | None],
+        *,
+        vocab: Vocabulary | None,
+        max_batch: int,
+        prefill_tokens: int,
+    ) -> None:
+        self.cache, self._model, self._decoder, self._vocab = cache, model, decoder, vocab
+        self._max_batch, self._prefill_tokens = max_batch, prefill_tokens
+        others = [Transformer(model.weights, lora=lora, backend=model.backend) for lora in adapters.values()]
+        self._models = [model, *others]
+        self._adapter_of: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(adapters, start=1)}}
+        self._prefill = Prefill(self._models, cache)
+        self._trained = list(
+            {id(t): t for one in self._models for t in one.trainable.tensors.values()}.values()
+        )  # fmt: skip
+        self._next = 0
+        self._waiting: deque[_Sequence] = deque()
+        self._paused: dict[int, _Sequence] = {}
+        self._prompts: dict[_Key, Prompt] = {}
+        self._rows: list[_Sequence] = []
+        self._changed = True  # rows came or went since the last decode step
+        self._row_sampler = BatchSampler([], [], model.device)
+        self._read_weights()
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is left to do; paused requests wait for `resume`."""
+        return not self._waiting and not self._rows
+
+    @property
+    def num_running(self) -> int:
+        return len(self._rows)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def add(self, request: Request) -> int:
+        """Take a request; its number, counted from 0.
+
+        Raises  UserError if it can never be answered
+        """
+        self._check(request)
+        number, self._next = self._next, self._next + 1
+        sequence = _Sequence(
+            number,
+            request,
+            self._adapter_of[request.adapter],
+            min(request.max_tokens, self._model.arch.max_positions - len(request.ids)),
+            request.sampling.generator(),
+            None if request.constraint is None else request.constraint.copy(),
+        )
+        sequence.key = (sequence.adapter, tuple(request.ids))
+        self._waiting.append(sequence)
+        return number
+
+    @torch.inference_mode()
+    def cancel(self, number: int) -> None:
+        """Drop a request: no token of it comes any more, and its blocks are free. Of a finished one: nothing."""
+        self._paused.pop(number, None)
+        self._take_out(number)
+
+    @torch.inference_mode()
+    def pause(self, number: int) -> None:
+        """Stop a request for a while; its blocks are free, and `resume` reads its tokens again. Finished: nothing."""
+        sequence = self._take_out(number)
+        if sequence is not None:
+            self._paused[number] = sequence
+
+    def resume(self, number: int) -> None:
+        """Let a paused request go on, before all that wait. Anything else: nothing."""
+        sequence = self._paused.pop(number, None)
+        if sequence is not None:
+            self._waiting.appendleft(sequence)
+
+    @torch.inference_mode()
+    def step(self) -> list[Token]:
+        """Prompts of what can join, then a token for every request that runs.
+
+        Raises  UserError if the model's output isn't finite
+        """
+        versions = [tensor._version for tensor in self._trained]
+        if versions != self._versions:
+            self._decoder.refresh()
+            self._prefill.refresh()
+            self._keep_prompts(set())
+            self._read_weights()
+        first = len(self._rows)
+        self._read_prompts()
+        hidden = self._start()
+        tokens = self._emit(torch.stack(hidden), first, self._sampler(first)) if hidden else []
+        if self._rows and not (hidden and first == 0):
+            tokens += self._decode()
+        return tokens
+
+    def _read_weights(self) -> None:
+        self._versions = [tensor._version for tensor in self._trained]
+        self._final_norm_D = self._model.tensor("model.norm.weight")
+        self._heads = [one.head() for one in self._models]
+
+    def _check(self, request: Request) -> None:
+        arch, where = self._model.arch, f"request {self._next}"
+        if not request.ids:
+            raise UserError(f"{where}: an empty prompt; it needs at least one token")
+        if request.max_tokens < 1:
+            raise UserError(f"{where}: max_tokens is {request.max_tokens}; allowed: 1 or more")
+        if len(request.ids) >= arch.max_positions:
+            raise UserError(
+                f"{where}: a prompt of {len(request.ids):,} tokens; this model has {arch.max_positions:,} "
+                "positions, the answer's included"
+            )
+        wrong = [number for number in (*request.ids, *request.sampling.logit_bias) if not 0 <= number < arch.vocab_size]
+        if wrong:
+            raise UserError(f"{where}: the model has no token {wrong[0]}; its ids are 0 to {arch.vocab_size - 1}")
+        if request.adapter not in self._adapter_of:
+            names = ", ".join(name for name in self._adapter_of if name is not None) or "none"
+            raise UserError(f"{where}: no adapter {request.adapter!r} here; there are: {names}")
+        if not 0 <= request.top_logprobs <= arch.vocab_size:
+            raise UserError(f"{where}: top_logprobs is {request.top_logprobs}; allowed: 0 to {arch.vocab_size}")
+        if request.stop_texts and self._vocab is None:
+            raise UserError(f"{where}: stop texts need the engine's `vocab`, which it was made without")
+        if "" in request.stop_texts:
+            raise UserError(f"{where}: an empty stop text would stop everything; give at least one character")
+
+    # --- who waits, joins and leaves
+
+    def _read_prompts(self) -> None:
+        """Take prompts of waiting requests into the cache, `prefill_tokens` at most, first come, first served."""
+        room = self._prefill_tokens
+        parts: list[tuple[Prompt, int]] = []
+        for prompt in self._prompts.values():
+            if prompt.num_left:
+                parts.append((prompt, min(prompt.num_left, room)))
+                room -= parts[-1][1]
+        for sequence in list(self._waiting)[: self._num_joining()]:
+            if room <= 0:
+                break
+            if sequence.key in self._prompts:
+                continue
+            prompt = self._new_prompt(sequence, alone=not self._rows and not parts)
+            if prompt is None:
+                break
+            parts.append((prompt, min(prompt.num_left, room)))
+            room -= parts[-1][1]
+        if parts:
+            self._prefill.run(parts)
+
+    def _num_joining(self) -> int:
+        """How many may join now."""
+        num_free = self._max_batch - len(self._rows)
+        return 0 if self._rows and num_free < max(1, self._max_batch // _JOIN_SHARE) else num_free
+
+    def _new_prompt(self, sequence: _Sequence, alone: bool) -> Prompt | None:
+        """A prompt with its blocks; None where there is no room for them and for what the running ones will need."""
+        ids = sequence.key[1]
+        if not alone and not self.cache.has_room(len(ids) + 1, spare_blocks=len(self._rows)):
+            return None
+        wants_routes = any(one.request.routes for one in self._waiting if one.key == sequence.key)
+        prompt = Prompt(ids, sequence.adapter, self.cache.new(), wants_routes)
+        self.cache.extend(prompt.holding, len(ids), force=True)
+        self._prompts[sequence.key] = prompt
+        return prompt
+
+    def _start(self) -> list[Tensor]:
+        """Give a row to each that waits at the front and whose prompt is read. Returns their hidden states, (D,)."""
+        hidden = []
+        num_waiting: dict[_Key, int] = {}
+        for sequence in self._waiting:
+            num_waiting[sequence.key] = num_waiting.get(sequence.key, 0) + 1
+        while self._waiting and len(self._rows) < self._max_batch:
+            sequence = self._waiting[0]
+            prompt = self._prompts.get(sequence.key)
+            if prompt is None or prompt.num_left or (sequence.request.routes and not prompt.wants_routes):
+                break
+            num_waiting[sequence.key] -= 1
+            if num_waiting[sequence.key]:
+                if self._rows and not self.cache.has_room(len(prompt.ids) + 1):
+                    break
+                sequence.holding = self.cache.fork(prompt.holding, len(prompt.ids))
+            else:
+                sequence.holding = prompt.holding
+                del self._prompts[sequence.key]
+            assert prompt.hidden_D is not None
+            hidden.append(prompt.hidden_D)
+            sequence.routes = list(prompt.routes) if sequence.request.routes else []
+            self._waiting.popleft()
+            self.cache.set_row(len(self._rows), sequence.holding)
+            self._rows.append(sequence)
+            self._changed = True
+        return hidden
+
+    def _take_out(self, number: int) -> _Sequence | None:
+        """Take a request from where it is, its blocks given back; it could wait again as it is now."""
+        for row, sequence in enumerate(self._rows):
+            if sequence.number == number:
+                self._remove(row)
+                # what was sampled is read again like a prompt
+                sequence.key = (sequence.adapter, (*sequence.request.ids, *sequence.ids))
+                sequence.routes = []
+                return sequence
+        for sequence in self._waiting:
+            if sequence.number == number:
+                self._waiting.remove(sequence)
+                self._keep_prompts({one.key for one in self._waiting})
+                return sequence
+        return None
+
+    def _keep_prompts(self, wanted: set[_Key]) -> None:
+        """Let go of all other prompts; who needs one reads it again."""
+        for key in self._prompts.keys() - wanted:
+            self.cache.release(self._prompts.pop(key).holding)
+
+    def _remove(self, row: int) -> None:
+        """Give a row up; the last one takes its place."""
+        self.cache.release(self._rows[row].holding)
+        last = self._rows.pop()
+        if row < len(self._rows):
+            self._rows[row] = last
+            self.cache.set_row(row, last.holding)
+        self._changed = True
+
+    def _make_room(self) -> None:
+        """A slot for the next token of every row; the youngest rows wait again where there aren't enough."""
+        row = 0
+        while row < len(self._rows):
+            sequence = self._rows[row]
+            num_blocks = [len(mine) for mine in sequence.holding]
+            while not self.cache.extend(sequence.holding, sequence.length + 1, force=len(self._rows) == 1):
+                if self._prompts:  # read again later; better than to stop what runs
+                    self._keep_prompts(set())
+                    continue
+                youngest = self._take_out(max(self._rows, key=lambda one: one.number).number)
+                assert youngest is not None
+                self._waiting.appendleft(youngest)
+                if youngest is sequence:
+                    break
+            else:
+                if num_blocks != [len(mine) for mine in sequence.holding]:
+                    self.cache.set_row(row, sequence.holding)
+                row += 1
+
+    # --- tokens
+
+    def _decode(self) -> list[Token]:
+        """One token more for every row."""
+        self._make_room()
+        device, rows = self._model.device, self._rows
+        if self._changed:
+            self._ids_B = torch.tensor([row.ids[-1] for row in rows], device=device)
+            self._position_B = torch.tensor([row.length for row in rows], device=device)
+            self._adapter_B = [row.adapter for row in rows]
+            self._row_sampler, self._changed = self._sampler(0), False
+            self._wants_routes = any(row.request.routes for row in rows)
+        arch = self._model.arch
+        routes_LBk = None
+        if self._wants_routes:
+            routes_LBk = torch.empty(
+                arch.num_layers, len(rows), arch.experts_per_token, dtype=torch.int16, device=device
+            )  # fmt: skip
+        x_BD = self._decoder.forward(self._prefill.embed(self._ids_B), self._position_B, self._adapter_B, routes_LBk)
+        if routes_LBk is not None:
+            routes = routes_LBk.cpu().numpy()
+            for number, row in enumerate(rows):
+                if row.request.routes:
+                    row.routes.append(routes[None, :, number])
+        self._position_B += 1
+        return self._emit(x_BD, 0, self._row_sampler)
+
+    def _sampler(self, first: int) -> BatchSampler:
+        rows = self._rows[first:]
+        return BatchSampler([row.request.sampling for row in rows], [row.generator for row in rows], self._model.device)
+
+    def _emit(self, x_BD: Tensor, first: int, sampler: BatchSampler) -> list[Token]:
+        """Sample a token for each row from `first` on, and let go of those that are finished."""
+        rows = self._rows[first:]
+        h_BD = step_norm(x_BD, self._final_norm_D, self._model.arch.rms_eps)
+        logits_BV = self._logits(h_BD, [row.adapter for row in rows])
+        allowed = {
+            i: mask for i, row in enumerate(rows) if row.constraint and (mask := row.constraint.mask()) is not None
+        }
+        self._ids_B = sampler.draw(logits_BV, allowed)
+        lse_B = logits_BV.logsumexp(-1)
+        logprobs = (self._own_logits(h_BD, rows) - lse_B).tolist()
+        if not all(map(math.isfinite, logprobs)):
+            raise UserError(
+                "the model's output is not finite, so there is nothing to sample\n"
+                "  next: check the checkpoint and the adapter, or try another dtype"
+            )
+        top = _top(logits_BV, lse_B, [row.request.top_logprobs for row in rows])
+        tokens = []
+        for i, (row, number, logprob) in enumerate(zip(rows, self._ids_B.tolist(), logprobs, strict=True)):
+            row.ids.append(number)
+            if row.constraint is not None:
+                row.constraint.push(number)
+            finish: Finish | None = "length" if len(row.ids) == row.limit else None
+            if number in row.request.stops or (row.request.stop_texts and self._says_stop(row, number)):
+                finish = "stop"
+            routes = np.concatenate(row.routes) if finish is not None and row.request.routes else None
+            tokens.append(Token(row.number, number, logprob, finish, top[i] if top else (), routes))
+        for place in range(len(tokens) - 1, -1, -1):
+            if tokens[place].finish is not None:
+                self._remove(first + place)
+        return tokens
+
+    def _logits(self, h_BD: Tensor, adapter_B: Sequence[int]) -> Tensor:
+        """(B, V) float32."""
+        if len(set(adapter_B)) == 1 or all(head.lora_a is None for head in self._heads):
+            return linear(h_BD, self._heads[adapter_B[0]]).float()
+        logits_BV = linear(h_BD, Linear(self._heads[0].weight))
+        for row, adapter in enumerate(adapter_B):
+            head = self._heads[adapter]
+            if head.lora_a is not None and head.lora_b is not None:
+                logits_BV[row] += linear(linear(h_BD[row : row + 1], Linear(head.lora_a)), Linear(head.lora_b))[0]
+        return logits_BV.float()
+
+    def _own_logits(self, h_BD: Tensor, rows: Sequence[_Sequence]) -> Tensor:
+        """The sampled tokens' logits anew, (B,), in float32 as in `ops.loss`, not rounded to h's dtype."""
+        head = self._heads[0]
+        logit_B = (h_BD.float() * head.weight[self._ids_B].float()).sum(-1)
+        for adapter in {row.adapter for row in rows}:
+            head = self._heads[adapter]
+            if head.lora_a is not None and head.lora_b is not None:
+                mine_B = torch.tensor([i for i, row in enumerate(rows) if row.adapter == adapter], device=h_BD.device)
+                a_Br = linear(h_BD[mine_B], Linear(head.lora_a)).float()
+                logit_B[mine_B] += (a_Br * head.lora_b[self._ids_B[mine_B]].float()).sum(-1)
+        return logit_B
+
+    def _says_stop(self, row: _Sequence, number: int) -> bool:
+        assert self._vocab is not None
+        stops = [text.encode() for text in row.request.stop_texts]
+        said = row.tail + self._vocab.decode_bytes([number])
+        longest = max(map(len, stops)) - 1
+        row.tail = said[-longest:] if longest else b""
+        return any(stop in said for stop in stops)
+
+
+def _top(logits_BV: Tensor, lse_B: Tensor, wanted: Sequence[int]) -> list[tuple[tuple[int, float], ...]] | None:
+    """The likeliest tokens of each row, as many as it wants; None where none wants any."""
+    if not any(wanted):
+        return None
+    values, ids = logits_BV.topk(max(wanted), dim=-1)
+    logprobs = (values - lse_B[:, None]).tolist()
+    return [
+        tuple(zip(mine[:count], theirs[:count], strict=True))
+        for mine, theirs, count in zip(ids.tolist(), logprobs, wanted, strict=True)
+    ]
