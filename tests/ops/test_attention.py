@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
+from ossia.ops.attention import Backend, Segments, pick_backend, prefix_attention, sink_attention
 
 STARTS = ([0, 50], [0, 300], [0, 1, 130, 259, 700], [0, 128, 256], [0, 127, 128, 129, 258])
 
@@ -79,6 +79,33 @@ def test_rescaling_outside_and_dropping_the_gradient_of_the_log_sum_exp_is_wrong
     grad = torch.randn(shortcut.shape, generator=torch.Generator().manual_seed(1))
     dq, dk, _ = torch.autograd.grad(shortcut, (q, k, v), grad)
     assert min(errors([dq, dk], exact[1:3])) >= 1e-2
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("window", [None, 128, 16])
+@pytest.mark.parametrize(("before", "count"), [(0, 300), (1, 1), (130, 7), (15, 300), (600, 520)])
+def test_a_later_part_of_a_document_sees_what_came_before_it(
+    before: int, count: int, window: int | None, backend: Backend
+) -> None:
+    total = before + count
+    q, k, v, sinks = (x.detach() for x in inputs(total))
+    whole = sink_attention(
+        q, k, v, sinks, Segments(torch.tensor([0, total])), window=window, scale=0.125, backend="reference"
+    )
+    first = 0 if window is None else max(0, before - window + 1)  # a ring keeps no more than that
+    part = prefix_attention(q[before:], k[first:], v[first:], sinks, window=window, scale=0.125, backend=backend)
+    assert max(errors([part], [whole[before:]])) <= 1e-6
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("window", [None, 128])
+def test_a_later_part_on_cuda_stays_close_to_float32(window: int | None) -> None:
+    q, k, v, sinks = (x.detach() for x in inputs(700))
+    exact = prefix_attention(q[400:], k, v, sinks, window=window, scale=0.125, backend="reference")
+    on_device = [x.to("cuda", torch.bfloat16) for x in (q[400:], k, v, sinks)]
+    found = prefix_attention(*on_device, window=window, scale=0.125, backend="cuda")
+    assert max(errors([found.cpu()], [exact])) <= 2e-2
 
 
 def test_the_backend_is_picked_by_device_and_dtype() -> None:
