@@ -25,6 +25,7 @@ from ossia.model.lora import Lora
 from ossia.model.open import machine_memory
 from ossia.model.transformer import Transformer
 
+CacheDtype = Literal["model", "int8"]
 DecoderChoice = Literal["auto", "torch", "native"]
 
 
@@ -37,6 +38,7 @@ class Engine:
     cache_bytes     bytes that the cache may grow to; None: a quarter of the memory (of a CUDA device: half of what is
                     free). Fewer sequences run at once where they would need more; a single one always runs.
     prefill_tokens  of prompts at once: what runs already waits for no more than these; a longer prompt goes in parts
+    cache_dtype     int8 halves the cache of a bfloat16 model, at the cost of exactness; model: the model's own dtype
     decoder         torch: any device. native: C on a CPU. auto: native where it can be
     """
 
@@ -49,13 +51,16 @@ class Engine:
         max_batch: int = 64,
         cache_bytes: int | None = None,
         prefill_tokens: int = 8192,
+        cache_dtype: CacheDtype = "model",
         decoder: DecoderChoice = "auto",
     ) -> None:
         assert max_batch >= 1, max_batch
         assert prefill_tokens >= 1, prefill_tokens
+        assert cache_dtype in get_args(CacheDtype), cache_dtype
         assert decoder in get_args(DecoderChoice), decoder
         self.model, self.vocab, self.adapters = model, vocab, dict(adapters or {})
-        self.max_batch, self.prefill_tokens, self._decoder = max_batch, prefill_tokens, decoder
+        self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
+        self._int8, self._decoder = cache_dtype == "int8", decoder
         if cache_bytes is None and model.device.type == "cuda":
             cache_bytes = torch.cuda.mem_get_info(model.device)[0] // 2
         self.cache_bytes = machine_memory()[0] // 4 if cache_bytes is None else cache_bytes
@@ -82,7 +87,7 @@ class Engine:
     def session(self) -> Session:
         """A batch of its own that requests can join and leave at any time."""
         model = self.model
-        cache = Cache(model.arch, model.dtype, model.device, self.cache_bytes)
+        cache = Cache(model.arch, model.dtype, model.device, self.cache_bytes, int8=self._int8)
         return Session(
             model,
             cache,

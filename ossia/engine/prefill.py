@@ -135,7 +135,7 @@ class _Writer:
 
         def attend(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, window: int | None) -> Tensor:
             # read before the ring is written: a part that is longer than the window overwrites what it has to see
-            before = [self._lane.pool(index)[slot_P].chunk(2, dim=1) for slot_P in self._before]
+            before = [self._lane.at(index, slot_P).chunk(2, dim=1) for slot_P in self._before]
             self._lane.write(index, self._slot_N, torch.cat((k, v), dim=1).index_select(0, self._source_N))
             if not any(len(slot_P) for slot_P in self._before):
                 return sink_attention(

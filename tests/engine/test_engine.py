@@ -18,7 +18,8 @@ from ossia.ops.loss import weighted_nll
 from ossia.train.schedule import forward_backward
 from tests.conftest import MakeTiny
 from tests.engine.support import adapter, random_prompts, recomputed
-from tests.oracle.model_pairs import CPU, SMALL, documents, load, pack_of
+from tests.oracle.model_pairs import CPU, documents, load, pack_of
+from tests.shapes import SMALL
 
 GREEDY = Sampling(temperature=0)
 EDGE = (1, 126, 127, 128, 129, 300, 7)

@@ -271,6 +271,21 @@ def test_a_stop_text_ends_a_request_wherever_its_tokens_begin(tiny: MakeTiny, sm
     assert stopped.ids == free.ids[: ends + 1]
 
 
+def test_a_cache_of_8_bits_takes_half_the_bytes_and_stays_close(tiny: MakeTiny) -> None:
+    model = load(tiny(NARROW), placement="bf16", dtype=torch.bfloat16)
+    requests = [Request(prompt, GREEDY, 30) for prompt in random_prompts((5, 70, 130))]
+    exact = Engine(model).generate(requests)
+    close = Engine(model, cache_dtype="int8", prefill_tokens=50).generate(requests)
+    for mine, theirs in zip(close, exact, strict=True):
+        first = next((i for i in range(30) if mine.ids[i] != theirs.ids[i]), 30)
+        assert first >= 2  # a random model's likeliest tokens are near each other
+        assert mine.logprobs[:first] == pytest.approx(theirs.logprobs[:first], abs=0.15)
+        assert mine.logprobs != theirs.logprobs
+    (eight, sixteen) = (Engine(model, cache_dtype=kind).session().cache.lanes for kind in ("int8", "model"))
+    for small, large in zip(eight, sixteen, strict=True):
+        assert small.block_bytes / large.block_bytes == (NARROW.head_dim + 4) / (2 * NARROW.head_dim)
+
+
 class Only:
     """A constraint that allows these tokens, in turn."""
 
