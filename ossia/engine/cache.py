@@ -31,7 +31,8 @@ class Lane:
     window    tokens that these layers see, which is also the size of their one block; None: all of them
     block     slots of a block
     table_RM  int32: the blocks of each row. Position p of a row is in slot
-              `table_RM[row, place // block] * block + place % block`, place being p, or p % window
+              `table_RM[row, place // block] * block + place % block`, place being p, or p % window.
+              Rows that nothing runs in hold block 0, which is nobody's: a batch may be filled up with them
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Lane:
     @property
     def num_used(self) -> int:
         """Blocks that someone holds."""
-        return len(self._holders) - len(self._free)
+        return max(len(self._holders) - len(self._free) - 1, 0)
 
     def num_blocks(self, length: int) -> int:
         """Blocks of a sequence of `length` tokens."""
@@ -84,6 +85,11 @@ class Lane:
         blocks_M = torch.tensor(blocks, device=position_N.device)
         return blocks_M[place_N // self.block] * self.block + place_N % self.block
 
+    @property
+    def reach(self) -> int:
+        """Tokens of the longest sequence that the table has columns for."""
+        return self.table_RM.shape[1] * self.block
+
     def row_slots(self, row_B: Tensor, position_B: Tensor) -> Tensor:
         """The slots of one position of each row, from the table; (B,) int64."""
         place_B = self.place(position_B)
@@ -92,7 +98,8 @@ class Lane:
     def take(self, limit: int) -> int:
         """A block of one's own. `limit`: what the pool may grow to, in blocks, if it has to."""
         if not self._free:
-            self._grow(min(max(2 * len(self._holders), _FIRST_BLOCKS), max(limit, len(self._holders) + 1)))
+            enough = max(limit + 1, len(self._holders) + 1, 2)  # with block 0
+            self._grow(min(max(2 * len(self._holders), _FIRST_BLOCKS), enough))
         block = self._free.pop()
         self._holders[block] = 1
         return block
@@ -128,6 +135,21 @@ class Lane:
             self.table_RM = wider
         self.table_RM[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
 
+    def clear_row(self, row: int) -> None:
+        """Nothing runs in this row any more."""
+        self.table_RM[row] = 0
+
+    def reserve_rows(self, num_rows: int) -> None:
+        """Let the table have at least so many rows."""
+        if num_rows > len(self.table_RM):
+            wider = self.table_RM.new_zeros(num_rows, self.table_RM.shape[1])
+            wider[: len(self.table_RM)] = self.table_RM
+            self.table_RM = wider
+
+    def tensors(self, layer: int) -> list[Tensor]:
+        """What `write` writes into, indexed by slot."""
+        return [self._pools[layer], *([self._scales[layer]] if self._scales else [])]
+
     def write(self, layer: int, slot_N: Tensor, kv_NXd: Tensor) -> None:
         """Put keys and values (N, 2K, d), keys first, into slots (N,) int64."""
         if self._scales:
@@ -148,11 +170,9 @@ class Lane:
         keys, values = self.at(layer, slots_BMS.flatten(1)).transpose(1, 2).chunk(2, dim=1)
         return keys, values
 
-    def mask(self, length_B: Tensor, longest: int, shortest: int, dtype: torch.dtype) -> Tensor | None:
-        """What to add to the scores of `read`'s slots, (B, 1, 1, C); None where every row has filled all of them."""
+    def mask(self, length_B: Tensor, longest: int, dtype: torch.dtype) -> Tensor:
+        """What to add to the scores of `read`'s slots, (B, 1, 1, C)."""
         num_slots = self.num_blocks(longest) * self.block
-        if shortest >= num_slots:
-            return None
         seen_BC = torch.arange(num_slots, device=length_B.device) < length_B[:, None]
         return torch.zeros(seen_BC.shape, dtype=dtype, device=length_B.device).masked_fill_(~seen_BC, -torch.inf)[
             :, None, None
@@ -165,7 +185,7 @@ class Lane:
                 wider = pool.new_zeros(num_blocks * self.block, *pool.shape[1:])
                 wider[: len(pool)] = pool
                 pools[layer] = wider
-        self._free += reversed(range(len(self._holders), num_blocks))
+        self._free += reversed(range(max(len(self._holders), 1), num_blocks))
         self._holders += [0] * (num_blocks - len(self._holders))
 
 
@@ -246,6 +266,11 @@ class Cache:
         """What runs in row `row` from now on, or what it holds now."""
         for lane, mine in zip(self.lanes, holding, strict=True):
             lane.set_row(row, mine)
+
+    def clear_row(self, row: int) -> None:
+        """Nothing runs in this row any more."""
+        for lane in self.lanes:
+            lane.clear_row(row)
 
     def _limit(self, lane: Lane) -> int:
         return lane.num_used + max(self.max_bytes - self.used_bytes, 0) // lane.block_bytes

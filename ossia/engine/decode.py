@@ -54,6 +54,7 @@ class StepContext:
     """What every layer needs of a step.
 
     row_B             rows of the lanes' tables
+    longest           of each lane: tokens of the longest row, as far as its slots are read
     cos_B1d, sin_B1d  rotary tables of each sequence's position; sin's first half negated, see `_rotate`
     slots             each lane's slots for this step's keys and values
     masks             each lane's additive mask, or None
@@ -62,9 +63,9 @@ class StepContext:
     row_B: Tensor
     cos_B1d: Tensor
     sin_B1d: Tensor
-    longest: int
+    longest: dict[Lane, int]
     slots: dict[Lane, Tensor]
-    masks: dict[Lane, Tensor | None]
+    masks: dict[Lane, Tensor]
 
 
 class TorchDecoder:
@@ -72,9 +73,19 @@ class TorchDecoder:
 
     lanes     each layer's lane
     adapters  the first is the model's own; None: the model without one
+    grouped   experts in one grouped matmul instead of one by one as they are chosen; None: on a GPU, where waiting for
+              the list of the chosen would cost more. Packed experts are always taken one by one.
     """
 
-    def __init__(self, model: Transformer, lanes: Sequence[Lane], adapters: Sequence[Lora | None]) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        lanes: Sequence[Lane],
+        adapters: Sequence[Lora | None],
+        *,
+        grouped: bool | None = None,
+    ) -> None:
+        self._grouped = keeps_experts(model) and (model.device.type == "cuda" if grouped is None else grouped)
         others = [Transformer(model.weights, lora=lora, backend=model.backend) for lora in adapters[1:]]
         self._models, self._lanes = [model, *others], list(lanes)
         self._layers: list[list[DecodeLayer]] = []
@@ -91,35 +102,50 @@ class TorchDecoder:
         """See `Decoder.forward`."""
         if len(set(adapter_B)) == 1:
             row_B = torch.arange(len(x_BD), device=x_BD.device)
-            return self._forward(adapter_B[0], x_BD, row_B, position_B, routes_LBk)
+            return self.forward_rows(adapter_B[0], x_BD, row_B, position_B, routes_LBk)
         out_BD = torch.empty_like(x_BD)
         for adapter in sorted(set(adapter_B)):
             row_B = torch.tensor([row for row, mine in enumerate(adapter_B) if mine == adapter], device=x_BD.device)
             routes = None if routes_LBk is None else routes_LBk[:, row_B]
-            out_BD[row_B] = self._forward(adapter, x_BD[row_B], row_B, position_B[row_B], routes)
+            out_BD[row_B] = self.forward_rows(adapter, x_BD[row_B], row_B, position_B[row_B], routes)
             if routes_LBk is not None and routes is not None:
                 routes_LBk[:, row_B] = routes
         return out_BD
 
-    def _forward(
-        self, adapter: int, x_BD: Tensor, row_B: Tensor, position_B: Tensor, routes_LBk: Tensor | None
+    def forward_rows(
+        self,
+        adapter: int,
+        x_BD: Tensor,
+        row_B: Tensor,
+        position_B: Tensor,
+        routes_LBk: Tensor | None,
+        *,
+        static: bool = False,
     ) -> Tensor:
-        model, length_B = self._models[adapter], position_B + 1
-        longest, shortest = int(length_B.max()), int(length_B.min())
-        cos_T1d, sin_T1d = self._rotary(longest)
-        lanes = dict.fromkeys(self._lanes)
+        """`forward` for some rows of one adapter.
+
+        static  read as many slots as the tables have, whatever the lengths are: shapes depend on nothing that is on the
+                device, which is never waited for, so that a CUDA graph can hold the step
+        """
+        model, lanes = self._models[adapter], dict.fromkeys(self._lanes)
+        length_B = position_B + 1
+        longest = dict.fromkeys(lanes, 0 if static else int(length_B.max()))
+        if static:
+            longest = {lane: lane.reach for lane in lanes}
+        cos_T1d, sin_T1d = self._rotary(max(longest.values()))
         step = StepContext(
             row_B,
             cos_T1d.index_select(0, position_B),
             sin_T1d.index_select(0, position_B),
             longest,
             {lane: lane.row_slots(row_B, position_B) for lane in lanes},
-            {lane: lane.mask(length_B, longest, shortest, model.dtype) for lane in lanes},
+            {lane: lane.mask(length_B, longest[lane], model.dtype) for lane in lanes},
         )
         layers = self._layers[adapter]
         for index, lane in enumerate(self._lanes):
             if index == len(layers):
-                layers.append(DecodeLayer(model, model.fetch(index, expand=keeps_experts(model)), lane))
+                layer = model.fetch(index, expand=keeps_experts(model))
+                layers.append(DecodeLayer(model, layer, lane, one_by_one=not self._grouped))
             x_BD, experts_Bk = layers[index].forward(x_BD, step)
             if routes_LBk is not None:
                 routes_LBk[index] = experts_Bk
@@ -141,16 +167,15 @@ class DecodeLayer:
     expands the experts that its tokens chose, one at a time, so it needs the memory of one expert and no more.
     """
 
-    def __init__(self, model: Transformer, layer: Layer, lane: Lane) -> None:
+    def __init__(self, model: Transformer, layer: Layer, lane: Lane, *, one_by_one: bool) -> None:
         self.index, self.lane, self._model = layer.index, lane, model
         self._input_norm_D, self._post_norm_D = layer.input_norm_D, layer.post_norm_D
         self._sinks_H, self._o, self._router = layer.sinks_H, layer.o, layer.router
         self._qkv = (layer.q, layer.k, layer.v)
-        expanded = keeps_experts(model)
         self._gate_up: _ExpertViews | Expert = layer.gate_up
         self._down: _ExpertViews | Expert = layer.down
-        if model.device.type == "cpu" or not expanded:  # a GPU would wait for the list of chosen experts
-            weights = None if expanded else model.weights
+        if one_by_one:
+            weights = None if keeps_experts(model) else model.weights
             self._gate_up = _ExpertViews(layer.gate_up, weights, layer.index, "gate_up_proj")
             self._down = _ExpertViews(layer.down, weights, layer.index, "down_proj")
 
@@ -162,7 +187,7 @@ class DecodeLayer:
         qkv = torch.cat([linear(normed, part) for part in self._qkv], dim=-1).view(num_rows, -1, a.head_dim)
         _rotate(qkv[:, : a.num_heads + a.num_kv_heads], step.cos_B1d, step.sin_B1d)
         lane.write(self.index, step.slots[lane], qkv[:, a.num_heads :])
-        keys, values = lane.read(self.index, step.row_B, step.longest)
+        keys, values = lane.read(self.index, step.row_B, step.longest[lane])
         attended = attend_cached(
             qkv[:, : a.num_heads], keys, values, self._sinks_H, step.masks[lane], self._model.backend
         )

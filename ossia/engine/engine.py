@@ -17,7 +17,8 @@ from typing import Literal, get_args
 import torch
 
 from ossia.engine.cache import Cache
-from ossia.engine.decode import Decoder, TorchDecoder
+from ossia.engine.decode import Decoder, TorchDecoder, keeps_experts
+from ossia.engine.graphs import GraphDecoder
 from ossia.engine.request import Completion, Finish, Request, Token
 from ossia.engine.session import Session
 from ossia.harmony.vocab import Vocabulary
@@ -99,8 +100,10 @@ class Engine:
         )
 
     def _make_decoder(self, cache: Cache) -> Decoder:
-        adapters = [self.model.lora, *self.adapters.values()]
-        return TorchDecoder(self.model, cache.of_layer, adapters)
+        model, adapters = self.model, [self.model.lora, *self.adapters.values()]
+        if self._decoder == "auto" and model.device.type == "cuda" and keeps_experts(model):
+            return GraphDecoder(model, cache.of_layer, adapters)
+        return TorchDecoder(model, cache.of_layer, adapters)
 
 
 def completion(tokens: Sequence[Token]) -> Completion:

@@ -294,6 +294,7 @@ class Session:
         if row < len(self._rows):
             self._rows[row] = last
             self.cache.set_row(row, last.holding)
+        self.cache.clear_row(len(self._rows))
         self._changed = True
 
     def _make_room(self) -> None:

@@ -46,7 +46,9 @@ def route(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None = None) -> Rou
     order_N = flat_N.argsort(stable=True)
     row_N = torch.empty_like(order_N)
     row_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    ends_E = torch.bincount(flat_N, minlength=logits_TE.shape[-1]).cumsum(0).to(torch.int32)
+    # counted by a scatter, whose shape is known beforehand: a GPU waits for bincount's
+    counts_E = torch.zeros(logits_TE.shape[-1], dtype=torch.int64, device=flat_N.device)
+    ends_E = counts_E.scatter_add_(0, flat_N, torch.ones_like(flat_N)).cumsum(0).to(torch.int32)
     return Route(chosen_TK.softmax(-1), experts_TK, order_N // top_k, row_N.view_as(experts_TK), ends_E)
 
 
