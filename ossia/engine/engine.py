@@ -21,6 +21,7 @@ from ossia.engine.decode import Decoder, TorchDecoder, keeps_experts
 from ossia.engine.graphs import GraphDecoder
 from ossia.engine.request import Completion, Finish, Request, Token
 from ossia.engine.session import Session
+from ossia.errors import UserError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.lora import Lora
 from ossia.model.open import machine_memory
@@ -76,14 +77,17 @@ class Engine:
     def stream(self, requests: Sequence[Request]) -> Iterator[Token]:
         """The tokens of all requests as they are sampled.
 
-        Raises  UserError for a prompt that is empty, too long for the model, or holds an id it doesn't have, and for
-                an unknown adapter; UserError if the model's output isn't finite
+        Raises  UserError for a prompt that is empty, too long for the model, or holds an id it doesn't have, for an
+                unknown adapter, for a constraint that can't go on, and if the model's output isn't finite
         """
         session = self.session()
         for request in requests:
             session.add(request)
         while not session.idle:
-            yield from session.step()
+            for token in session.step():
+                if token.error is not None:
+                    raise UserError(f"request {token.request}: {token.error}")
+                yield token
 
     def session(self) -> Session:
         """A batch of its own that requests can join and leave at any time."""

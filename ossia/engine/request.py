@@ -12,7 +12,7 @@ from torch import Tensor
 from ossia.engine.sampler import Sampling
 from ossia.harmony.vocab import Vocabulary
 
-Finish = Literal["stop", "length"]
+Finish = Literal["stop", "length", "error"]
 
 
 def harmony_stops(vocab: Vocabulary) -> frozenset[int]:
@@ -23,7 +23,7 @@ def harmony_stops(vocab: Vocabulary) -> frozenset[int]:
 
 
 class Constraint(Protocol):
-    """What may be sampled next, as a grammar says; see `engine/grammar.py`."""
+    """What may be sampled next, as a grammar says; see `engine/grammar/`. Where it can't go on it raises UserError."""
 
     def mask(self) -> Tensor | None:
         """The tokens that are allowed now, (V,) bool with at least one; None: all."""
@@ -66,9 +66,11 @@ class Token(NamedTuple):
     request  its number: its place in the list given to `Engine.stream`, or what `Session.add` returned
     logprob  natural log of its probability under the model itself (temperature 1, nothing added or left out), float32:
              what training computes for it
-    finish   "stop" or "length" with a request's last token, else None
+    finish   "stop", "length" or "error" with a request's last token, else None
     top      (id, logprob) of the likeliest tokens, where asked for
     routes   with the last token, where asked for: see Completion
+    error    why the request can't go on (its constraint can't, or the model's output isn't finite); the token that
+             comes with it is not of the answer
     """
 
     request: int
@@ -77,6 +79,7 @@ class Token(NamedTuple):
     finish: Finish | None
     top: tuple[tuple[int, float], ...] = ()
     routes: np.ndarray | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

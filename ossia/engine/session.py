@@ -9,7 +9,6 @@ Letters: B sequences, D hidden, V vocabulary, L layers, k experts a token.
 
 from __future__ import annotations
 
-import math
 import random
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -30,6 +29,10 @@ from ossia.model.lora import Lora
 from ossia.model.transformer import Transformer
 from ossia.ops.linear import Linear, linear
 
+_NOT_FINITE = (
+    "the model's output is not finite, so there is nothing to sample\n"
+    "  next: check the checkpoint and the adapter, or try another dtype"
+)
 _JOIN_SHARE = 4  # waiting requests join when a quarter of the batch is free, so that prefills are few
 
 _Key = tuple[int, tuple[int, ...]]
@@ -152,10 +155,7 @@ class Session:
 
     @torch.inference_mode()
     def step(self) -> list[Token]:
-        """Prompts of what can join, then a token for every request that runs.
-
-        Raises  UserError if the model's output isn't finite
-        """
+        """Prompts of what can join, then a token for every request that runs."""
         versions = [tensor._version for tensor in self._trained]
         if versions != self._versions:
             self._decoder.refresh()
@@ -353,28 +353,25 @@ class Session:
         rows = self._rows[first:]
         h_BD = step_norm(x_BD, self._final_norm_D, self._model.arch.rms_eps)
         logits_BV = self._logits(h_BD, [row.adapter for row in rows])
-        allowed = {
-            i: mask for i, row in enumerate(rows) if row.constraint and (mask := row.constraint.mask()) is not None
-        }
-        self._ids_B = sampler.draw(logits_BV, allowed)
         lse_B = logits_BV.logsumexp(-1)
+        failed = {i: _NOT_FINITE for i, finite in enumerate(lse_B.isfinite().tolist()) if not finite}
+        if failed:
+            logits_BV = logits_BV.nan_to_num()
+        self._ids_B = sampler.draw(logits_BV, _masks(rows, failed))
         logprobs = (self._own_logits(h_BD, rows) - lse_B).tolist()
-        if not all(map(math.isfinite, logprobs)):
-            raise UserError(
-                "the model's output is not finite, so there is nothing to sample\n"
-                "  next: check the checkpoint and the adapter, or try another dtype"
-            )
         top = _top(logits_BV, lse_B, [row.request.top_logprobs for row in rows])
         tokens = []
         for i, (row, number, logprob) in enumerate(zip(rows, self._ids_B.tolist(), logprobs, strict=True)):
             row.ids.append(number)
-            if row.constraint is not None:
-                row.constraint.push(number)
             finish: Finish | None = "length" if len(row.ids) == row.limit else None
             if number in row.request.stops or (row.request.stop_texts and self._says_stop(row, number)):
                 finish = "stop"
+            if row.constraint is not None and i not in failed:
+                _push(row.constraint, number, i, failed)
+            if i in failed:
+                finish = "error"
             routes = np.concatenate(row.routes) if finish is not None and row.request.routes else None
-            tokens.append(Token(row.number, number, logprob, finish, top[i] if top else (), routes))
+            tokens.append(Token(row.number, number, logprob, finish, top[i] if top else (), routes, failed.get(i)))
         for place in range(len(tokens) - 1, -1, -1):
             if tokens[place].finish is not None:
                 self._remove(first + place)
@@ -410,6 +407,29 @@ class Session:
         longest = max(map(len, stops)) - 1
         row.tail = said[-longest:] if longest else b""
         return any(stop in said for stop in stops)
+
+
+def _masks(rows: Sequence[_Sequence], failed: dict[int, str]) -> dict[int, Tensor]:
+    """What each row with a constraint may draw. A grammar that can't go on fails its own request and no other."""
+    masks = {}
+    for i, row in enumerate(rows):
+        if row.constraint is None:
+            continue
+        try:
+            mask = row.constraint.mask()
+        except UserError as error:
+            failed[i] = str(error)
+            continue
+        if mask is not None:
+            masks[i] = mask
+    return masks
+
+
+def _push(constraint: Constraint, token: int, row: int, failed: dict[int, str]) -> None:
+    try:
+        constraint.push(token)
+    except UserError as error:
+        failed[row] = str(error)
 
 
 def _top(logits_BV: Tensor, lse_B: Tensor, wanted: Sequence[int]) -> list[tuple[tuple[int, float], ...]] | None:

@@ -322,6 +322,43 @@ def test_a_constraint_decides_what_is_drawn_and_each_request_has_its_own(tiny: M
     assert rule.pushed == []
 
 
+class Stuck(Only):
+    """A constraint that can't go on: after a token, or when it is asked for the first time."""
+
+    def __init__(self, num_tokens: int, *tokens: int) -> None:
+        super().__init__(num_tokens, *tokens)
+        self.late = bool(tokens)
+
+    def mask(self) -> torch.Tensor | None:
+        if not self.late:
+            raise UserError("no way out")
+        return super().mask()
+
+    def push(self, token: int) -> None:
+        raise UserError("no way on")
+
+    def copy(self) -> Stuck:
+        return Stuck(self.num_tokens, *self.tokens)
+
+
+@pytest.mark.parametrize(("tokens", "words"), [((), "no way out"), ((5,), "no way on")])
+def test_a_constraint_that_fails_ends_its_own_request_and_no_other(
+    tiny: MakeTiny, tokens: tuple[int, ...], words: str
+) -> None:
+    model = load(tiny(NARROW), placement="bf16")
+    (prompt,) = random_prompts((6,))
+    engine = Engine(model)
+    session = engine.session()
+    session.add(Request(prompt, GREEDY, 5, constraint=Stuck(model.arch.vocab_size, *tokens)))
+    session.add(Request(prompt, GREEDY, 5))
+    found = finish(session)
+    assert [(token.finish, token.error) for token in found[0]] == [("error", words)]
+    assert [token.id for token in found[1]] == recomputed(model, prompt, 5)[0]
+    assert session.cache.num_used == 0
+    with pytest.raises(UserError, match=f"request 0: {words}"):
+        engine.generate([Request(prompt, GREEDY, 5, constraint=Stuck(model.arch.vocab_size, *tokens))])
+
+
 @pytest.mark.parametrize(
     ("request_", "words"),
     [
