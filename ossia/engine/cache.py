@@ -244,6 +244,11 @@ class Cache:
             mine += [lane.take(self._limit(lane)) for _ in range(count)]
         return True
 
+    def room(self, holding: Holding) -> float:
+        """How long the sequence may get with the blocks it has."""
+        sizes = zip(self.lanes, holding, strict=True)
+        return min((len(mine) * lane.block for lane, mine in sizes if lane.window is None), default=float("inf"))
+
     def fork(self, holding: Holding, length: int) -> Holding:
         """A second sequence with the same first `length` tokens: full blocks are shared, the others copied."""
         forked = self.new()

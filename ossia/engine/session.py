@@ -44,6 +44,8 @@ class _Sequence:
 
     limit   tokens to sample at most
     ids     sampled so far
+    length  tokens in the cache while it runs: all but the last sampled one
+    room    how long it may get with the blocks it has
     tail    the last bytes of what was sampled, in which a stop text may end
     routes  the experts chosen at each position so far: (positions, L, k) each
     """
@@ -56,14 +58,11 @@ class _Sequence:
     constraint: Constraint | None
     ids: list[int] = field(default_factory=list)
     tail: bytes = b""
+    length: int = 0
     holding: Holding = field(default_factory=list)
+    room: float = 0.0
     routes: list[np.ndarray] = field(default_factory=list)
     key: _Key = (0, ())
-
-    @property
-    def length(self) -> int:
-        """Tokens in the cache while it runs: all but the last sampled one."""
-        return len(self.request.ids) + len(self.ids) - 1
 
 
 class Session:
@@ -259,6 +258,7 @@ class Session:
                 del self._prompts[sequence.key]
             assert prompt.hidden_D is not None
             hidden.append(prompt.hidden_D)
+            sequence.length, sequence.room = len(prompt.ids), self.cache.room(sequence.holding)
             sequence.routes = list(prompt.routes) if sequence.request.routes else []
             self._waiting.popleft()
             self.cache.set_row(len(self._rows), sequence.holding)
@@ -302,20 +302,17 @@ class Session:
         row = 0
         while row < len(self._rows):
             sequence = self._rows[row]
-            num_blocks = [len(mine) for mine in sequence.holding]
-            while not self.cache.extend(sequence.holding, sequence.length + 1, force=len(self._rows) == 1):
-                if self._prompts:  # read again later; better than to stop what runs
-                    self._keep_prompts(set())
-                    continue
+            if sequence.length < sequence.room:
+                row += 1
+            elif self.cache.extend(sequence.holding, sequence.length + 1, force=len(self._rows) == 1):
+                sequence.room = self.cache.room(sequence.holding)
+                self.cache.set_row(row, sequence.holding)
+            elif self._prompts:  # read again later; better than to stop what runs
+                self._keep_prompts(set())
+            else:
                 youngest = self._take_out(max(self._rows, key=lambda one: one.number).number)
                 assert youngest is not None
                 self._waiting.appendleft(youngest)
-                if youngest is sequence:
-                    break
-            else:
-                if num_blocks != [len(mine) for mine in sequence.holding]:
-                    self.cache.set_row(row, sequence.holding)
-                row += 1
 
     # --- tokens
 
@@ -342,6 +339,8 @@ class Session:
                 if row.request.routes:
                     row.routes.append(routes[None, :, number])
         self._position_B += 1
+        for row in rows:
+            row.length += 1
         return self._emit(x_BD, 0, self._row_sampler)
 
     def _sampler(self, first: int) -> BatchSampler:
