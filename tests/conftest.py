@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ossia.demo.fixture import trained_fixture
 from ossia.harmony.o200k import prune, write_o200k_harmony
 from ossia.model.arch import SHAPES, Arch, Layout
 from ossia.model.tiny import make_tiny
@@ -53,3 +54,19 @@ def tiny(small_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Mak
         return made[key]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def trained(pytestconfig: pytest.Config) -> Path:
+    """A demo model that learnt its conversations, bf16 layout; in pytest's cache until the code that trains it changes.
+
+    Random routers choose other experts under rounding; what is said of bf16 is said of this one.
+    """
+    return trained_fixture(pytestconfig.cache.mkdir("trained"))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """A test's time limit leaves out the training of the model that it may be the first to ask for."""
+    for item in items:
+        if "trained" in item.fixturenames:
+            item.add_marker(pytest.mark.timeout(func_only=True))

@@ -23,7 +23,7 @@ from ossia.engine.cache import Lane, attend_cached
 from ossia.model.lora import Lora
 from ossia.model.transformer import Layer, Transformer
 from ossia.model.weights import Weights
-from ossia.ops.linear import linear
+from ossia.ops.linear import Linear, linear
 from ossia.ops.moe import Expert, clamped_swiglu_only, combine, project, route
 from ossia.ops.rope import rope_tables
 
@@ -47,6 +47,9 @@ class Decoder(Protocol):
         routes_LBk  int16, filled with the experts chosen in every layer
         Returns     (B, D): the last layer's output, before the final norm. Keys and values are in the cache.
         """
+
+    def logits(self, h_BD: Tensor, head_VD: Tensor) -> Tensor:
+        """h W^T of normed hidden states: (B, V) float32, rounded to h's dtype on the way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +114,10 @@ class TorchDecoder:
             if routes_LBk is not None and routes is not None:
                 routes_LBk[:, row_B] = routes
         return out_BD
+
+    def logits(self, h_BD: Tensor, head_VD: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        return linear(h_BD, Linear(head_VD)).float()
 
     def forward_rows(
         self,

@@ -19,10 +19,12 @@ import torch
 from ossia.engine.cache import Cache
 from ossia.engine.decode import Decoder, TorchDecoder, keeps_experts
 from ossia.engine.graphs import GraphDecoder
+from ossia.engine.native import NativeDecoder, find_kernels
 from ossia.engine.request import Completion, Finish, Request, Token
 from ossia.engine.session import Session
 from ossia.errors import UserError
 from ossia.harmony.vocab import Vocabulary
+from ossia.kernels.native import Unavailable
 from ossia.model.lora import Lora
 from ossia.model.open import machine_memory
 from ossia.model.transformer import Transformer
@@ -104,9 +106,16 @@ class Engine:
         )
 
     def _make_decoder(self, cache: Cache) -> Decoder:
+        """The fastest that can, or the one that was asked for. Raises UserError where that one can't."""
         model, adapters = self.model, [self.model.lora, *self.adapters.values()]
         if self._decoder == "auto" and model.device.type == "cuda" and keeps_experts(model):
             return GraphDecoder(model, cache.of_layer, adapters)
+        if self._decoder != "torch":
+            kernels = Unavailable("it reads no cache of 8 bits") if self._int8 else find_kernels(model, adapters)
+            if not isinstance(kernels, Unavailable):
+                return NativeDecoder(model, cache.of_layer, adapters, kernels)
+            if self._decoder == "native":
+                raise UserError(f"decoder: native can't be used here: {kernels.reason}\n  next: use auto or torch")
         return TorchDecoder(model, cache.of_layer, adapters)
 
 

@@ -74,6 +74,10 @@ class GraphDecoder:
             routes_LBk.copy_(captured.routes_LBk[:, :num_rows])
         return captured.out_BD[:num_rows].clone()
 
+    def logits(self, h_BD: Tensor, head_VD: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        return self._plain.logits(h_BD, head_VD)
+
     def _capture(self, size: int, adapter: int, wants_routes: bool) -> _Captured:
         arch, device = self._model.arch, self._model.device
         x_BD = torch.zeros(size, arch.hidden_size, dtype=self._model.dtype, device=device)

@@ -100,7 +100,7 @@ class BatchSampler:
             torch.tensor([[row, token] for row, token, _ in biases], dtype=torch.int64, device=device)
             .reshape(-1, 2)
             .unbind(-1),
-            torch.tensor([bias for *_, bias in biases], device=device),
+            torch.tensor([bias for *_, bias in biases], dtype=torch.float32, device=device),
         )
 
     def draw(self, logits_BV: Tensor, allowed: Mapping[int, Tensor] | None = None) -> Tensor:

@@ -378,14 +378,14 @@ class Session:
 
     def _logits(self, h_BD: Tensor, adapter_B: Sequence[int]) -> Tensor:
         """(B, V) float32."""
-        if len(set(adapter_B)) == 1 or all(head.lora_a is None for head in self._heads):
-            return linear(h_BD, self._heads[adapter_B[0]]).float()
-        logits_BV = linear(h_BD, Linear(self._heads[0].weight))
-        for row, adapter in enumerate(adapter_B):
+        logits_BV = self._decoder.logits(h_BD, self._heads[0].weight)
+        for adapter in set(adapter_B):
             head = self._heads[adapter]
             if head.lora_a is not None and head.lora_b is not None:
-                logits_BV[row] += linear(linear(h_BD[row : row + 1], Linear(head.lora_a)), Linear(head.lora_b))[0]
-        return logits_BV.float()
+                mine_B = torch.tensor([i for i, one in enumerate(adapter_B) if one == adapter], device=h_BD.device)
+                a_Br = linear(h_BD[mine_B], Linear(head.lora_a))
+                logits_BV[mine_B] += linear(a_Br, Linear(head.lora_b)).float()
+        return logits_BV
 
     def _own_logits(self, h_BD: Tensor, rows: Sequence[_Sequence]) -> Tensor:
         """The sampled tokens' logits anew, (B,), in float32 as in `ops.loss`, not rounded to h's dtype."""

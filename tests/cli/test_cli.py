@@ -10,13 +10,27 @@ from pathlib import Path
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
 import ossia
 from ossia import cli
-from ossia.errors import Interrupted, RunError
+from ossia.errors import Interrupted, RecipeError, RunError
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = ("demo", "train", "data", "eval", "chat", "generate", "score", "export", "tiny", "explain", "doctor")
+COMMANDS = (
+    "demo",
+    "train",
+    "data",
+    "eval",
+    "chat",
+    "generate",
+    "score",
+    "serve",
+    "export",
+    "tiny",
+    "explain",
+    "doctor",
+)
 
 
 def run(*arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess[str]:
@@ -46,9 +60,9 @@ def test_a_bad_recipe_is_a_message_and_exit_code_2(tmp_path: Path) -> None:
     done = run("train", "r.yaml", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr.startswith(
-        "r.yaml:3: unknown key `train.lerning_rate`; did you mean `learning_rate`?\n  allowed here"
-    )
+    places = [line.partition(": ")[0] for line in done.stderr.splitlines() if not line.startswith(" ")]
+    assert places == ["r.yaml:1", "r.yaml:2", "r.yaml:3"]  # no such model, no such file, and the key
+    assert "r.yaml:3: unknown key `train.lerning_rate`; did you mean `learning_rate`?\n  allowed here" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -76,6 +90,21 @@ def test_a_shape_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path) 
     assert "allowed: demo, B1, B2, 20b, 120b" in done.stderr
 
 
+def test_tiny_takes_every_size_of_a_model_from_its_options(small_tokenizer: Path, tmp_path: Path) -> None:
+    sizes = {"layers": 3, "hidden": 96, "width": 64, "experts": 6, "top-k": 2, "heads": 6, "kv-heads": 3, "window": 9}
+    options = [word for name, size in sizes.items() for word in (f"--{name}", str(size))]
+    command = ["tiny", str(tmp_path / "x"), "--tokenizer", str(small_tokenizer), *options, "--vocab"]
+    done = CliRunner().invoke(cli.app, [*command, "640"])
+    assert (done.exit_code, done.stdout) == (0, f"{tmp_path / 'x'}\n")
+    config = json.loads((tmp_path / "x" / "config.json").read_text())
+    keys = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_local_experts", "num_experts_per_tok")
+    keys += ("num_attention_heads", "num_key_value_heads", "sliding_window", "vocab_size")
+    assert [config[key] for key in keys] == [*sizes.values(), 640]
+    done = CliRunner().invoke(cli.app, ["tiny", str(tmp_path / "y"), *command[2:], "64"])
+    assert done.exit_code == 2
+    assert "a vocabulary of 64 rows is too small for the" in done.stderr
+
+
 def test_explain_prints_to_stdout_and_a_wrong_key_to_stderr() -> None:
     assert run("explain", "train.learning_rate").stdout.startswith("train.learning_rate\n  Highest learning rate")
     done = run("explain", "lerning_rate")
@@ -87,7 +116,7 @@ def test_doctor_says_what_the_machine_has() -> None:
     found = json.loads(run("doctor", "--json").stdout)
     assert found["ossia"] == ossia.__version__
     assert 0 < found["memory_free_bytes"] <= found["memory_bytes"]
-    assert found["packages"]["torch"]
+    assert found["packages"]["torch"] == found["torch"]
     words = run("doctor").stdout
     assert "memory" in words
     assert found["packages"]["numpy"] in words
@@ -130,3 +159,37 @@ def test_our_own_fault_is_a_traceback_with_how_to_report_it() -> None:
 def test_a_name_that_the_package_lacks_is_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="it has __version__, load, train"):
         ossia.lod  # noqa: B018
+
+
+HALF_IMPORTED = """
+import os, signal, sys, time
+class Finder:
+    def find_spec(self, name, *_):
+        if name == "torch":
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(5)
+            except KeyboardInterrupt:  # as C extensions do
+                raise AttributeError("half imported")
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("words", [["doctor"], ["chat", "nowhere"], ["score", "m", "--in", "x", "--out", "y"]])
+def test_ctrl_c_while_libraries_are_imported_is_one_line(words: list[str]) -> None:
+    code = f"{HALF_IMPORTED}\nsys.argv[1:] = {words!r}\nfrom ossia.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
+
+
+def test_a_signal_that_was_ignored_stays_so() -> None:
+    code = f"{HALF_IMPORTED.replace('sleep(5)', 'sleep(0)')}\nsignal.signal(signal.SIGINT, signal.SIG_IGN)"
+    code += "\nsys.argv[1:] = ['doctor']\nfrom ossia.cli import main; main()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("given", [5, None, ["a"]])
+def test_what_is_no_recipe_at_all_is_told(given: object) -> None:
+    with pytest.raises(RecipeError, match=r"ossia.train takes a recipe's file, its keys as a dict, or a Recipe; found"):
+        ossia.train(given)

@@ -5,22 +5,22 @@ from __future__ import annotations
 import io
 import os
 import pty
-import select
 import shutil
 import signal
+import subprocess
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from ossia.chat import Screen, run_chat
+from ossia.chat import Screen, _read_line, run_chat
 from ossia.engine import harmony_stops
 from ossia.harmony import Vocabulary
 from tests.e2e.conftest import START, Command, Talker
+from tests.e2e.terminal import terminal
 
 CERTAIN = ("--temperature", "0", "--dtype", "float32")
 
@@ -75,47 +75,6 @@ def test_a_model_that_is_not_there_is_a_message(command: Command, talker: Talker
         assert "Traceback" not in done.stderr
 
 
-class Terminal:
-    """A program in a terminal of its own."""
-
-    def __init__(self, pid: int, descriptor: int) -> None:
-        self.pid, self._descriptor, self.seen, self._read_to = pid, descriptor, "", 0
-
-    def type(self, keys: str) -> None:
-        os.write(self._descriptor, keys.encode())
-
-    def wait_for(self, words: str, timeout_s: float = 60.0) -> str:
-        """What came since the last wait, up to and with `words`."""
-        end = time.monotonic() + timeout_s
-        while (found := self.seen.find(words, self._read_to)) < 0:
-            ready, _, _ = select.select([self._descriptor], [], [], max(0.0, end - time.monotonic()))
-            assert ready, f"no {words!r} in {self.seen[self._read_to :]!r}"
-            self.seen += os.read(self._descriptor, 65536).decode(errors="replace").replace("\r\n", "\n")
-        begun, self._read_to = self._read_to, found + len(words)
-        return self.seen[begun : self._read_to]
-
-    def exit_code(self) -> int:
-        _, status = os.waitpid(self.pid, 0)
-        self.pid = 0
-        return os.waitstatus_to_exitcode(status)
-
-
-@contextmanager
-def terminal(*arguments: str | Path) -> Iterator[Terminal]:
-    """`ossia` with these arguments in a new terminal."""
-    pid, descriptor = pty.fork()
-    if pid == 0:
-        os.execv(START[0], [*START, *map(str, arguments)])
-    screen = Terminal(pid, descriptor)
-    try:
-        yield screen
-    finally:
-        if screen.pid:
-            os.kill(screen.pid, signal.SIGKILL)
-            os.waitpid(screen.pid, 0)
-        os.close(descriptor)
-
-
 def test_in_a_terminal_thinking_is_dim_and_barred_and_a_tools_result_is_asked_for(talker: Talker) -> None:
     with terminal("chat", talker.model, "--adapter", talker.run, *CERTAIN) as screen:
         screen.wait_for("you> ")
@@ -160,13 +119,62 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(endless: Path) -> None:
         screen.wait_for("Ctrl-D or /quit leaves")
         screen.wait_for("you> ")
         screen.type("go on\n")
-        screen.wait_for("go on\n")
-        time.sleep(1.0)
+        screen.wait_for("[answer]")
         screen.type("\x03")
         screen.wait_for("[stopped]")
         screen.wait_for("you> ")
         screen.type("/quit\n")
         assert screen.exit_code() == 0
+
+
+def test_ctrl_c_that_comes_before_the_wait_for_keys_is_heard_without_another_key(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Delivered to another thread, a signal leaves the waiting call asleep, as one that came just before it does."""
+    keyboard, end = pty.openpty()
+    waiting, heard = threading.Event(), threading.Event()
+    in_time: list[bool] = []
+
+    def read_line() -> str | None:
+        waiting.set()
+        return _read_line()
+
+    def press() -> None:
+        waiting.wait()
+        time.sleep(0.3)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        in_time.append(heard.wait(5))
+        os.write(keyboard, b"hi\nhi\n")
+
+    with os.fdopen(end) as terminal_input:
+        monkeypatch.setattr("sys.stdin", terminal_input)
+        monkeypatch.setattr("ossia.chat._read_line", read_line)
+        screen, presser = Screen(), threading.Thread(target=press)
+        presser.start()
+        with pytest.raises(KeyboardInterrupt):
+            next(screen.questions())
+        heard.set()
+        assert next(screen.questions()) == "hi"
+        presser.join()
+    os.close(keyboard)
+    assert in_time == [True]
+    assert capfd.readouterr().err.count("you> ") == 2
+
+
+def test_ctrl_c_ends_a_pipe(endless: Path) -> None:
+    with subprocess.Popen(
+        [*START, "chat", endless, *CERTAIN, "--max-tokens", "100000"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as program:
+        assert program.stdin
+        assert program.stdout
+        program.stdin.write(b"go on\nand on\n")
+        program.stdin.flush()
+        program.stdout.read(1)
+        program.send_signal(signal.SIGINT)
+        assert program.wait(60) == 130
 
 
 def test_control_characters_that_a_model_says_are_spelled_out(capsys: pytest.CaptureFixture[str]) -> None:

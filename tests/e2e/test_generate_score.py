@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 import ossia
+from ossia import batch
 from ossia.batch import completion_messages, generate_file, score, score_file
 from ossia.data.pack import Pack
 from ossia.data.sample import Sample
@@ -190,6 +192,24 @@ def test_what_cannot_be_read_or_written_is_a_message(talker: Talker, command: Co
         assert done.returncode == 2
         assert words in done.stderr
         assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("work", [generate_file, score_file])
+def test_where_results_cannot_go_is_told_before_a_model_is_opened(
+    work: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = write_rows(tmp_path / "x.jsonl", {"ids": [1]})
+    monkeypatch.setattr(batch, "open_model", None)
+    for target, words in (
+        (Path("."), r"^\.: can't be written: it is a folder\n  next: name a file"),
+        (tmp_path / "none" / "y.jsonl", "can't be written: there is no folder .*none"),
+        (source / "y.jsonl", "can't be written: there is no folder .*x.jsonl"),
+        (Path("/dev/null"), "can't be written: it is no regular file"),
+        (Path("/proc/y.jsonl"), "can't be written: No such file or directory"),
+    ):
+        with pytest.raises(DataError, match=words):
+            work("model", source, target)
+    assert [file.name for file in tmp_path.iterdir()] == ["x.jsonl"]
 
 
 def test_an_interruption_keeps_the_rows_that_were_done(

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from ossia.data.sample import Sample
+from ossia.kernels.native import Unavailable, load_kernels
 from ossia.model.lora import Lora, LoraSpec
 from ossia.model.transformer import Transformer
 from tests.oracle.model_pairs import CPU, pack_of
+
+
+def decoders() -> list[Any]:
+    """What `Engine(decoder=...)` can be here, as test parameters; native is skipped where nothing compiles it."""
+    found = load_kernels()
+    missing = isinstance(found, Unavailable)
+    return ["torch", pytest.param("native", marks=pytest.mark.skipif(missing, reason=found.reason if missing else ""))]
 
 
 def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

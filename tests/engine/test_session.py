@@ -235,7 +235,7 @@ def test_the_chosen_experts_are_recorded_for_prompt_and_answer(tiny: MakeTiny, m
 def test_a_bias_on_a_logit_decides_and_leaves_the_logprob_alone(tiny: MakeTiny) -> None:
     model = load(tiny(NARROW), placement="bf16")
     (prompt,) = random_prompts((9,))
-    biased = Request(prompt, Sampling(0, logit_bias={77: 1000.0}), 4)
+    biased = Request(prompt, Sampling(0, logit_bias={77: 1000}), 4)
     banned = Request(prompt, Sampling(0, logit_bias={77: -1000.0}), 4)
     plain = Request(prompt, GREEDY, 1)
     found, without, free = Engine(model).generate([biased, banned, plain])
@@ -379,3 +379,9 @@ def test_an_empty_stop_text_is_refused(tiny: MakeTiny, small_tokenizer) -> None:
     session = Engine(load(tiny(NARROW)), vocab=Vocabulary.from_file(small_tokenizer)).session()
     with pytest.raises(UserError, match="empty stop text"):
         session.add(Request([1], stop_texts=("a", "")))
+
+
+def test_a_decoder_that_was_asked_for_and_cannot_be_used_is_refused(tiny: MakeTiny) -> None:
+    model = load(tiny(NARROW), placement="bf16")
+    with pytest.raises(UserError, match="native can't be used here: it reads no cache of 8 bits"):
+        Engine(model, cache_dtype="int8", decoder="native").session()

@@ -21,8 +21,8 @@ LAYERS = (
     {"rl", "export", "samples"},
     {"sft", "grpo", "evaluate", "batch", "chat", "preview"},
     {"api"},
-    {"demo"},
-    {"cli", "web"},
+    {"demo", "web"},
+    {"cli"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 NO_TORCH = ("ossia", "ossia.errors", "ossia.config", "ossia.harmony", "ossia.cli")
@@ -108,7 +108,7 @@ def _names(tree: ast.Module) -> set[str]:
     for node in ast.walk(tree):
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
-        elif isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        elif isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, (ast.Import, ast.ImportFrom)):
             names.update(alias.asname or alias.name.split(".")[0] for alias in node.names)

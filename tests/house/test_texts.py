@@ -124,6 +124,17 @@ def test_every_recipe_says_by_which_run_its_figures_were_measured(file: Path) ->
     head = "".join(line for line in file.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("command", "peak", "tokens/s", "score", "device", "date", "commit"):
         assert re.search(rf"^#\s*{word}\b", head, flags=re.MULTILINE), f"the header lacks `# {word}: ...`"
+    (command,) = re.findall(r"^# command\s+(.*)", head, flags=re.MULTILINE)
+    assert command.startswith(f"ossia train recipes/{file.name}"), "its command trains another recipe"
+    read_recipe(file, shlex.split(command)[3:])
+
+
+def test_the_recipe_of_the_demo_is_the_one_that_the_demo_writes() -> None:
+    from ossia.demo.prepare import Plan, recipe_text
+
+    head, _, rest = (ROOT / "recipes" / "demo.yaml").read_text(encoding="utf-8").partition("\n\n")
+    assert all(line.startswith("#") for line in head.splitlines())
+    assert rest == recipe_text(Path("runs/demo"), seed=0, plan=Plan())
 
 
 def our_files() -> Iterator[Path]:
@@ -156,7 +167,8 @@ def test_the_pins_hold_every_package_that_the_project_asks_for() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     pinned = {line.split("==")[0].lower() for line in (ROOT / "constraints.txt").read_text().splitlines()}
     extras = project["optional-dependencies"]
-    asked = [*project["dependencies"], *(name for extra in ("hub", "data", "demo", "dev") for name in extras[extra])]
+    used = ("hub", "data", "demo", "grammar", "serve", "dev")
+    asked = [*project["dependencies"], *(name for extra in used for name in extras[extra])]
     names = {re.split(r"[<>=!\[ ]", name)[0].lower() for name in asked} - {"ossia"}
     assert names - pinned == set()
     assert "+" not in "".join(pinned)

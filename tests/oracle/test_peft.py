@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import warnings
 from collections.abc import Iterator
@@ -20,10 +19,9 @@ from ossia.model.peft import CONFIG, TENSORS, load_adapter, save_adapter
 from ossia.ops.loss import weighted_nll
 from ossia.train.schedule import forward_backward
 from tests.conftest import MakeTiny
-from tests.oracle.model_pairs import CPU, SMALL, documents, load, load_transformers, pack_of, relative_error
+from tests.oracle.model_pairs import CPU, documents, load, load_transformers, pack_of, relative_error
+from tests.shapes import SHALLOW
 
-# odd sizes, no two alike, and fewer layers than the other oracle tests: what is new here is the same in every layer
-ARCH = dataclasses.replace(SMALL, num_layers=2, layer_types=SMALL.layer_types[:2], num_experts=6, experts_per_token=2)
 ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (4, 8.0))
 EXPERTS = {"gate_up_proj": (3, 6.0), "down_proj": (3, 6.0)}
 SPECS = {
@@ -83,7 +81,7 @@ def their_logits(model: torch.nn.Module, ids: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("name", SPECS)
 def test_an_adapter_that_ossia_saved_gives_the_same_logits_in_peft(tiny: MakeTiny, tmp_path: Path, name: str) -> None:
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     lora = random_lora(SPECS[name], arch_path=path)
     save_adapter(tmp_path / "adapter", lora, base_model=str(path))
     (sample,) = documents(load(path).arch, (150,))
@@ -100,7 +98,7 @@ def test_peft_gives_the_file_that_ossia_saved_back_with_the_same_names_shapes_an
 ) -> None:
     from safetensors.torch import load_file
 
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     save_adapter(tmp_path / "ours", random_lora(SPECS[name], arch_path=path), base_model=str(path))
     in_peft(path, tmp_path / "ours").save_pretrained(str(tmp_path / "theirs"))
     ours, theirs = (load_file(tmp_path / who / TENSORS) for who in ("ours", "theirs"))
@@ -142,7 +140,7 @@ def test_an_adapter_that_peft_saved_gives_the_same_logits_in_ossia(
 ) -> None:
     from peft import LoraConfig, get_peft_model
 
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     torch.manual_seed(0)
     model = get_peft_model(load_transformers(path), LoraConfig(init_lora_weights=False, **PEFT_CONFIGS[name]))
     for key, parameter in model.named_parameters():
@@ -164,7 +162,7 @@ def test_an_adapter_that_peft_saved_gives_the_same_logits_in_ossia(
 def test_gradients_of_every_adapter_tensor_equal_those_of_peft(
     tiny: MakeTiny, tmp_path: Path, name: str, recompute: bool
 ) -> None:
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     lora = random_lora(SPECS[name], arch_path=path)
     save_adapter(tmp_path / "adapter", lora, base_model=str(path))
     model, reference = load(path, lora=lora), in_peft(path, tmp_path / "adapter", trainable=True).train()

@@ -19,34 +19,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GptOssConfig
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
-from ossia.model.arch import SHAPES, Arch, Layout, alternating_layers
+from ossia.model.arch import SHAPES, Arch, Layout
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.tiny import make_tiny
 from ossia.ops.mxfp4 import dequantize_mxfp4
 from tests.harmony.support import o200k
+from tests.shapes import UNUSUAL
 
-# No two sizes equal, no value the default of transformers' GptOssConfig: what isn't read shows.
-ARCH = Arch(
-    hidden_size=64,
-    intermediate_size=96,
-    num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=16,
-    num_experts=8,
-    experts_per_token=3,
-    sliding_window=20,
-    vocab_size=201088,
-    layer_types=alternating_layers(3),
-    rms_eps=1e-4,
-    rope_theta=9000.0,
-    rope_factor=4.0,
-    rope_beta_fast=24.0,
-    rope_beta_slow=2.0,
-    rope_original=64,
-    rope_truncate=True,
-    max_positions=1000,
-)
 CONVERSATION = [
     {"role": "system", "content": "Answer in one word."},
     {"role": "user", "content": "The capital of France? " * 20},
@@ -75,8 +54,8 @@ class Twins(NamedTuple):
 def twins(o200k_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Twins:
     folder = tmp_path_factory.mktemp("twins")
     found = Twins(folder / "mxfp4", folder / "bf16")
-    make_tiny(found.mxfp4, ARCH, seed=5, tokenizer=o200k_tokenizer)
-    make_tiny(found.bf16, ARCH, seed=5, weights="bf16", tokenizer=found.mxfp4, shard_bytes=20e6)
+    make_tiny(found.mxfp4, UNUSUAL, seed=5, tokenizer=o200k_tokenizer)
+    make_tiny(found.bf16, UNUSUAL, seed=5, weights="bf16", tokenizer=found.mxfp4, shard_bytes=20e6)
     assert len(Checkpoint.open(found.bf16).files) > 1
     return found
 
@@ -105,7 +84,7 @@ def _logits(path: Path, dtype: str, ids: list[int]) -> Tensor:
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_transformers_523_computes_the_same_from_both_layouts(dtype: str, twins: Twins, ids: list[int]) -> None:
     packed, plain = _logits(twins.mxfp4, dtype, ids), _logits(twins.bf16, dtype, ids)
-    assert packed.shape == (len(ids), ARCH.vocab_size)
+    assert packed.shape == (len(ids), UNUSUAL.vocab_size)
     assert packed.isfinite().all()
     assert packed.std() > 0.3
     assert torch.equal(packed, plain)
@@ -118,7 +97,7 @@ def test_transformers_523_loads_bfloat16_unless_told_otherwise(twins: Twins) -> 
 
 @pytest.mark.parametrize("layout", ["mxfp4", "bf16"])
 def test_transformers_523_reads_and_writes_the_config_that_we_mean(layout: Layout, tmp_path: Path) -> None:
-    for arch in (ARCH, SHAPES["20b"]):
+    for arch in (UNUSUAL, SHAPES["20b"]):
         config = GptOssConfig(**arch.to_config(layout))
         config.save_pretrained(tmp_path)
         text = (tmp_path / "config.json").read_text()
@@ -130,7 +109,7 @@ def test_transformers_523_tokenizes_as_ossia_does_and_knows_where_to_stop(twins:
     text = "Straße, 12345 naïve\n\n  it's 東京 🎼 <b>"
     assert tokenizer(text).input_ids == o200k().encode(text)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (199998, 200002, 199999)
-    assert tokenizer.model_max_length == ARCH.max_positions
+    assert tokenizer.model_max_length == UNUSUAL.max_positions
     for path in twins:
         config = GenerationConfig.from_pretrained(path)
         assert (config.eos_token_id, config.pad_token_id) == ([200002, 199999, 200012], 199999)
@@ -142,6 +121,15 @@ def test_transformers_523_dequantises_the_blocks_to_the_same_bits(twins: Twins) 
     blocks, scales = checkpoint.tensor(f"{base}_blocks"), checkpoint.tensor(f"{base}_scales")
     theirs = convert_moe_packed_tensors(blocks, scales, dtype=torch.bfloat16)
     assert torch.equal(dequantize_mxfp4(blocks, scales, torch.bfloat16).mT, theirs)
+
+
+def test_transformers_523_loads_a_vocabulary_with_padding_rows(small_tokenizer: Path, tmp_path: Path) -> None:
+    arch = make_tiny(tmp_path / "padded", UNUSUAL, tokenizer=small_tokenizer, vocab_rows=640)
+    model, tokenizer = _load(tmp_path / "padded", "float32"), AutoTokenizer.from_pretrained(tmp_path / "padded")
+    ids = tokenizer("You are ChatGPT", return_tensors="pt").input_ids
+    assert len(tokenizer) < arch.vocab_size == 640
+    with torch.no_grad():
+        assert model(ids).logits.shape[-1] == 640
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,247 @@
+"""A decode step in C: the model's tensors as pointers, and one call for all layers.
+
+Same numbers as `engine/decode.py`, its reference; tests/engine holds the two together. Nothing big is copied: attention
+and router weights are read where they are, experts too, packed ones as MXFP4 codes. Copied are norms, sinks and biases
+(as float32), and adapters (B transposed, a few MB).
+Letters: B rows, D hidden, L layers, E experts, k experts a token, r rank, F rotary frequencies.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ossia.engine.cache import Lane
+from ossia.kernels import native
+from ossia.kernels.native import Kernels, Unavailable, load_kernels
+from ossia.model.lora import MODULE_OF, Lora
+from ossia.model.transformer import Transformer
+from ossia.ops.linear import Linear, linear
+from ossia.ops.rope import rope_tables
+
+_FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
+_FEW_ROWS = 8
+_KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+
+
+def find_kernels(model: Transformer, adapters: Sequence[Lora | None]) -> Kernels | Unavailable:
+    """The compiled library if this model can be decoded with it; else why not, in a line."""
+    if model.device.type != "cpu" or model.dtype not in _KINDS:
+        return Unavailable(f"for float32 and bfloat16 on a CPU; this model is {model.dtype} on {model.device}")
+    if model.lora is None and len(model.trainable.tensors) and len(adapters) > 1:
+        return Unavailable("adapters beside a model whose own weights are trained need those as they were")
+    return load_kernels()
+
+
+class NativeDecoder:
+    """`TorchDecoder` in C: float32 and bfloat16, on a CPU. A row's result doesn't depend on the rows beside it.
+
+    lanes     each layer's lane
+    adapters  the first is the model's own; None: the model without one
+    kernels   what `find_kernels` found
+    """
+
+    def __init__(
+        self, model: Transformer, lanes: Sequence[Lane], adapters: Sequence[Lora | None], kernels: Kernels
+    ) -> None:
+        self._model, self._adapters, self._kernels = model, list(adapters), kernels
+        self._lanes = list(lanes)
+        self._held: list[Tensor] = []  # what the structs below point into
+        self._tables = (torch.empty(0), torch.empty(0))
+        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._sized_for: tuple[int, int] = (0, 0)
+        self._lane_structs = (native.Lane * len(self._lanes))()
+        self.refresh()
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Read weights and adapters again."""
+        arch = self._model.arch
+        self._held, self._sized_for = [], (0, 0)
+        self._layers = (native.Layer * arch.num_layers)(*map(self._layer, range(arch.num_layers)))
+        modules = [f"model.layers.{i}.{MODULE_OF[name]}" for i in range(arch.num_layers) for name in native.TARGETS]
+        factors = [self._factors(lora, module) for lora in self._adapters for module in modules]
+        self._factors_ALM = (native.Factors * len(factors))(*factors)
+        self._struct = native.Model(
+            layers=self._layers,
+            factors=self._factors_ALM,
+            num_layers=arch.num_layers,
+            num_adapters=len(self._adapters),
+            hidden=arch.hidden_size,
+            num_heads=arch.num_heads,
+            num_kv_heads=arch.num_kv_heads,
+            head_dim=arch.head_dim,
+            width=arch.intermediate_size,
+            num_experts=arch.num_experts,
+            top_k=arch.experts_per_token,
+            bf16=self._model.dtype == torch.bfloat16,
+            max_rank=max(factor.rank for factor in factors),
+            rms_eps=arch.rms_eps,
+            swiglu_limit=arch.swiglu_limit,
+            swiglu_alpha=arch.swiglu_alpha,
+        )
+
+    @torch.no_grad()
+    def forward(
+        self, x_BD: Tensor, position_B: Tensor, adapter_B: Sequence[int], routes_LBk: Tensor | None = None
+    ) -> Tensor:
+        """See `Decoder.forward`."""
+        num_rows, threads = len(x_BD), torch.get_num_threads()
+        x_BD, position_B = x_BD.contiguous(), position_B.contiguous()
+        assert x_BD.dtype == self._model.dtype, x_BD.dtype
+        assert position_B.dtype == torch.int64, position_B.dtype
+        assert len(adapter_B) == num_rows == len(position_B)
+        assert set(adapter_B) <= set(range(len(self._adapters))), adapter_B
+        routes = None if routes_LBk is None else routes_LBk.contiguous()
+        assert routes is None or routes.dtype == torch.int16, routes.dtype
+        cos_TF, sin_TF = self._rotary(int(position_B.max()) + 1)
+        self._make_room(num_rows, threads)
+        self._point_at_caches(num_rows)
+        out_BD = torch.empty_like(x_BD)
+        call = native.Call(
+            x=x_BD.data_ptr(),
+            out=out_BD.data_ptr(),
+            positions=position_B.data_ptr(),
+            adapters=(ctypes.c_int32 * num_rows)(*adapter_B),
+            cos=cos_TF.data_ptr(),
+            sin=sin_TF.data_ptr(),
+            lanes=self._lane_structs,
+            routes=None if routes is None else routes.data_ptr(),
+            workspace=-(-self._workspace.data_ptr() // 64) * 64,
+            rows=num_rows,
+            threads=threads,
+        )
+        self._kernels.decode(self._struct, call)
+        if routes_LBk is not None and routes is not routes_LBk:
+            routes_LBk.copy_(routes)
+        return out_BD
+
+    def logits(self, h_BD: Tensor, head_VD: Tensor) -> Tensor:
+        """See `Decoder.logits`."""
+        fits = head_VD.dtype in _KINDS and head_VD.is_contiguous()
+        # for few rows the head's bytes are the time; for many, the library's matrix product is faster
+        if len(h_BD) <= _FEW_ROWS and fits:
+            return head_logits(self._kernels, h_BD, head_VD)
+        return linear(h_BD, Linear(head_VD)).float()
+
+    def _make_room(self, num_rows: int, threads: int) -> None:
+        if (num_rows, threads) != self._sized_for:
+            num_bytes = self._kernels.workspace_bytes(self._struct, num_rows, threads) + 64
+            if num_bytes > len(self._workspace):
+                self._workspace = torch.empty(num_bytes, dtype=torch.uint8)
+            self._sized_for = (num_rows, threads)
+
+    def _point_at_caches(self, num_rows: int) -> None:
+        """Pools and tables grow, and are other tensors then."""
+        for index, (lane, struct) in enumerate(zip(self._lanes, self._lane_structs, strict=True)):
+            table_RM, pool = lane.table_RM, lane.pool(index)
+            assert table_RM.is_contiguous()
+            assert len(table_RM) >= num_rows
+            assert pool.is_contiguous()
+            struct.pool, struct.table, struct.table_width = pool.data_ptr(), table_RM.data_ptr(), table_RM.shape[1]
+            struct.block, struct.window = lane.block, lane.window or 0
+
+    def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables of at least `length` positions, (T, F) float32, rounded to the model's dtype."""
+        size, model = len(self._tables[0]), self._model
+        if size < length:
+            positions_T = torch.arange(max(length, 2 * size, _FIRST_POSITIONS))
+            cos_TF, sin_TF = rope_tables(model.yarn, positions_T, model.dtype)
+            self._tables = (cos_TF.float(), sin_TF.float())
+        return self._tables
+
+    def _hold(self, tensor: Tensor) -> int:
+        """The address of a tensor that stays where it is from now on."""
+        assert tensor.is_contiguous()
+        assert tensor.device.type == "cpu"
+        self._held.append(tensor)
+        return tensor.data_ptr()
+
+    def _small(self, tensor: Tensor) -> int:
+        """The address of a small tensor's values in the model's dtype, as float32."""
+        return self._hold(tensor.detach().to(self._model.dtype).float().contiguous())
+
+    def _layer(self, index: int) -> native.Layer:
+        name, model = f"model.layers.{index}", self._model
+        matrices = [self._dense(f"{name}.{MODULE_OF[target]}") for target in native.TARGETS[:5]]
+        matrices += [self._experts(index, target) for target in native.TARGETS[5:]]
+        return native.Layer(
+            input_norm=self._small(model.tensor(f"{name}.input_layernorm.weight")),
+            post_norm=self._small(model.tensor(f"{name}.post_attention_layernorm.weight")),
+            sinks=self._small(model.tensor(f"{name}.self_attn.sinks")),
+            matrix=(native.Matrix * len(matrices))(*matrices),
+        )
+
+    def _weight(self, name: str) -> Tensor:
+        """A weight where it lies: bfloat16 of a checkpoint is exact in float32 too. One that is trained, rounded."""
+        model = self._model
+        return model.tensor(name) if name in model.trainable else model.weights.raw(name)
+
+    def _dense(self, module: str) -> native.Matrix:
+        weight_OD = self._weight(f"{module}.weight")
+        return native.Matrix(
+            weight=self._hold(weight_OD.detach()),
+            bias=self._small(self._weight(f"{module}.bias")),
+            kind=_KINDS[weight_OD.dtype],
+            fan_in=weight_OD.shape[1],
+            fan_out=weight_OD.shape[0],
+        )
+
+    def _experts(self, index: int, projection: str) -> native.Matrix:
+        arch, weights, trainable = self._model.arch, self._model.weights, self._model.trainable
+        module = f"model.layers.{index}.mlp.experts.{projection}"
+        gate_up = projection == "gate_up_proj"
+        matrix = native.Matrix(
+            fan_in=arch.hidden_size if gate_up else arch.intermediate_size,
+            fan_out=2 * arch.intermediate_size if gate_up else arch.hidden_size,
+        )
+        if module in trainable:
+            matrix.bias = self._small(self._model.tensor(f"{module}_bias"))
+        else:
+            matrix.bias = self._small(weights.expert_bias(index, projection))
+        if module in trainable or weights.placement == "bf16":
+            weight_EOD = self._model.tensor(module) if module in trainable else weights.expert_weight(index, projection)
+            matrix.weight, matrix.kind = self._hold(weight_EOD.detach()), _KINDS[weight_EOD.dtype]
+            return matrix
+        matrix.interleaved = gate_up
+        if weights.checkpoint.layout == "bf16":
+            matrix.weight, matrix.kind = self._hold(weights.raw(module)), native.BFLOAT16_COLUMNS
+        else:
+            matrix.weight, matrix.kind = self._hold(weights.raw(f"{module}_blocks")), native.MXFP4
+            matrix.scales = self._hold(weights.raw(f"{module}_scales"))
+        return matrix
+
+    def _factors(self, lora: Lora | None, module: str) -> native.Factors:
+        a, b = (None, None) if lora is None else lora.pair(module, self._model.dtype)
+        if a is None or b is None:
+            return native.Factors(rank=0)
+        turned = b.detach().transpose(-1, -2).contiguous()
+        return native.Factors(a=self._hold(a.detach()), b=self._hold(turned), rank=a.shape[-2])
+
+
+def head_logits(kernels: Kernels, h_BD: Tensor, head_VD: Tensor) -> Tensor:
+    """`F.linear(h, head).float()`, with the head read once at the speed of memory.
+
+    h_BD     (B, D) on the CPU; its dtype is what logits are rounded to
+    head_VD  (V, D) float32 or bfloat16, contiguous
+    Returns  (B, V) float32; a row doesn't depend on the others
+    """
+    assert head_VD.is_contiguous()
+    assert head_VD.device.type == h_BD.device.type == "cpu"
+    x_BD = h_BD.detach().float().contiguous()
+    logits_BV = torch.empty(len(h_BD), len(head_VD))
+    kernels.logits(
+        x_BD.data_ptr(),
+        head_VD.data_ptr(),
+        logits_BV.data_ptr(),
+        rows=len(x_BD),
+        hidden=x_BD.shape[1],
+        vocab=len(head_VD),
+        kind=_KINDS[head_VD.dtype],
+        rounds=h_BD.dtype == torch.bfloat16,
+        threads=torch.get_num_threads(),
+    )
+    return logits_BV

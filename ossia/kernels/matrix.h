@@ -1,0 +1,328 @@
+/* Matrices times a few rows, on the CPU: weights in float32, bfloat16 or MXFP4, rows and sums in float32.
+ *
+ * A weight is read once for all rows. bfloat16 and MXFP4 become floats in registers, or, where many rows need them, in
+ * a buffer that stays in the first-level cache. A result is one sum over the inputs, in lanes that are added pairwise at
+ * the end: the same order whatever tile it is computed in, so its bits don't depend on what is computed beside it.
+ */
+#pragma once
+#include <stdint.h>
+#include <string.h>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+#if defined(__AVX512F__)
+enum { LANES = 16, TILE_ROWS = 4 };
+#else
+enum { LANES = 8, TILE_ROWS = 2 };
+#endif
+enum { TILE_OUTS = 4, AXPY_VECTORS = 2, MX_BLOCK = 32, EXPAND_ABOVE = 2 * TILE_ROWS };
+#define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
+#if defined(__AVX2__)
+#define KEEP(vector) __asm__("" : "+v"(vector)) /* in a register: gcc would load it anew for every use of it */
+#else
+#define KEEP(vector) (void)(vector)
+#endif
+
+typedef float V __attribute__((vector_size(4 * LANES), may_alias));
+typedef int32_t W __attribute__((vector_size(4 * LANES), may_alias));
+typedef float Vu __attribute__((vector_size(4 * LANES), may_alias, aligned(1)));
+typedef uint16_t Hu __attribute__((vector_size(2 * LANES), may_alias, aligned(1)));
+typedef uint8_t Bu __attribute__((vector_size(LANES), may_alias, aligned(1)));
+
+enum { FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS }; /* how a matrix lies in memory; columns: (in, out) */
+
+/* ---- Vectors ---- */
+
+INLINE V load(const float *p) { return *(const Vu *)p; }
+INLINE V splat(float value) { return value - (V){0}; }
+
+/* Bytes, and 16-bit words, as integers of 32 bits. */
+#if defined(__AVX512F__)
+INLINE W wide8(const uint8_t *p) { return (W)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)p)); }
+INLINE W wide16(const uint8_t *p) { return (W)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p)); }
+#elif defined(__AVX2__)
+INLINE W wide8(const uint8_t *p) { return (W)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)p)); }
+INLINE W wide16(const uint8_t *p) { return (W)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p)); }
+#else
+INLINE W wide8(const uint8_t *p) { return __builtin_convertvector(*(const Bu *)p, W); }
+INLINE W wide16(const uint8_t *p) { return __builtin_convertvector(*(const Hu *)p, W); }
+#endif
+
+INLINE V from_bf16(const void *p) { return (V)(wide16(p) << 16); }
+
+INLINE float as_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
+INLINE uint32_t as_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
+
+INLINE int64_t bytes_of(int kind, int64_t elements) {
+    return kind == FLOAT32 ? 4 * elements : kind == MXFP4 ? elements / 2 : 2 * elements;
+}
+
+/* Elements p[i] .. of a row of floats or bfloat16; past `count` of them zeros. */
+INLINE V load_some(int kind, const void *p, int64_t i, int64_t count) {
+    const uint8_t *from = (const uint8_t *)p + bytes_of(kind, i);
+    if (count >= LANES) return kind == FLOAT32 ? load((const float *)from) : from_bf16(from);
+    float padded[LANES] = {0};
+    memcpy(padded, from, (size_t)bytes_of(kind, count));
+    return kind == FLOAT32 ? load(padded) : from_bf16(padded);
+}
+
+#if defined(__clang__)
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (W){__VA_ARGS__})
+#endif
+
+/* The sums of four vectors, in lanes 0 to 3: each vector's halves are added until one lane is left. */
+INLINE V sum_each(V a, V b, V c, V d) {
+#if defined(__AVX512F__)
+    a = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+        SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    c = SHUFFLE(c, d, 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23) +
+        SHUFFLE(c, d, 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+    a = SHUFFLE(a, c, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27) +
+        SHUFFLE(a, c, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+    a += SHUFFLE(a, a, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13);
+    return SHUFFLE(a, a, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12, 0, 4, 8, 12) +
+           SHUFFLE(a, a, 1, 5, 9, 13, 1, 5, 9, 13, 1, 5, 9, 13, 1, 5, 9, 13);
+#else
+    a = SHUFFLE(a, b, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(a, b, 4, 5, 6, 7, 12, 13, 14, 15);
+    c = SHUFFLE(c, d, 0, 1, 2, 3, 8, 9, 10, 11) + SHUFFLE(c, d, 4, 5, 6, 7, 12, 13, 14, 15);
+    a = SHUFFLE(a, c, 0, 1, 4, 5, 8, 9, 12, 13) + SHUFFLE(a, c, 2, 3, 6, 7, 10, 11, 14, 15);
+    return SHUFFLE(a, a, 0, 2, 4, 6, 0, 2, 4, 6) + SHUFFLE(a, a, 1, 3, 5, 7, 1, 3, 5, 7);
+#endif
+}
+
+static const float MX_VALUES[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
+
+/* What a block's codes stand for: the values times 2^(scale - 127); 255 is the format's NaN. */
+INLINE void scaled_table(V *table, uint32_t scale) {
+    const float factor = as_float(scale << 23 | (uint32_t)(scale == 0) << 22 | (scale + 1) >> 8);
+    UNROLL for (int half = 0; half < 16 / LANES; half++)
+        table[half] = load(MX_VALUES + half * LANES) * splat(factor);
+}
+
+/* Weights part .. of a block of 16 bytes, in the order of `pack_row`: all low nibbles, then all high ones. */
+INLINE V decode(const V *table, const uint8_t *block, int part) {
+    W codes = wide8(block + part % 16);
+    codes = part < 16 ? codes : codes >> 4;
+#if defined(__AVX512F__)
+    return (V)_mm512_permutexvar_ps((__m512i)codes, (__m512)table[0]); /* which reads four bits of a lane */
+#elif defined(__AVX2__)
+    V size = (V)_mm256_permutevar8x32_ps((__m256)table[0], (__m256i)codes); /* three bits; the fourth is the sign */
+    return (V)((W)size | ((codes & 8) << 28));
+#else
+    V value;
+    for (int lane = 0; lane < LANES; lane++) value[lane] = ((const float *)table)[codes[lane] & 15];
+    return value;
+#endif
+}
+
+INLINE float to_bf16(float value) {
+    uint32_t bits = as_bits(value);
+    uint32_t nearest = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u; /* ties to even */
+    return value == value ? as_float(nearest) : value;
+}
+INLINE float rounded(int bf16, float value) { return bf16 ? to_bf16(value) : value; }
+
+/* e^x within 2 units in the last place; 0 below -87. Written so that loops over it become vector code. */
+INLINE float exp_of(float x) {
+    float top = x > 88.f ? 88.f : x;
+    float shifted = top * 1.44269504f + 12582912.f; /* + 1.5 * 2^23: the integer part is in the low bits */
+    float n = shifted - 12582912.f;
+    float rest = top - n * 0.693359375f + n * 2.12194440e-4f;
+    float p = 1.9875691500e-4f;
+    p = p * rest + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1.f;
+    float power = as_float((as_bits(shifted) + 127u) << 23); /* 2^n */
+    return x < -87.f ? 0.f : p * power;
+}
+
+/* ---- Matrices times rows ---- */
+
+typedef struct { /* one matrix: row o at weight + (o - origin) * stride, its scales likewise; strides in bytes */
+    const uint8_t *weight, *scales;
+    int64_t stride, scale_stride;
+    int32_t kind, fan_in, origin;
+} View;
+
+typedef struct { /* row i at x + rows[i] * stride, or x + i * stride where rows is null */
+    const float *x;
+    int64_t stride;
+    const int32_t *rows;
+} Rows;
+
+typedef struct { /* where results go, as in Rows; half > 0: they come as g0 u0 g1 u1 ..., and u0 goes to y[half] */
+    float *y;
+    int64_t stride;
+    const int32_t *rows;
+    int32_t half;
+} Results;
+
+INLINE const float *row_of(const Rows *in, int i) { return in->x + (in->rows ? in->rows[i] : i) * in->stride; }
+INLINE float *result_of(const Results *out, int i) { return out->y + (out->rows ? out->rows[i] : i) * out->stride; }
+INLINE int64_t place(int half, int o) { return half ? (o >> 1) + (o & 1) * (int64_t)half : o; }
+
+/* MXFP4 keeps elements 2j and 2j + 1 in one byte: rows that meet it have each block's even elements before its odd. */
+static void pack_row(float *packed, const float *x, int count) {
+    for (int block = 0; block < count; block += MX_BLOCK)
+        for (int j = 0; j < MX_BLOCK / 2; j++) {
+            packed[block + j] = x[block + 2 * j];
+            packed[block + MX_BLOCK / 2 + j] = x[block + 2 * j + 1];
+        }
+}
+
+/* Results o .. o + TILE_OUTS - 1 of `rows` rows from the `first` on. Constant arguments make it many functions. */
+INLINE void dot_tile(const int kind, const int rows, const View *w, int o, int end, const Rows *in, int first,
+                     const Results *out) {
+    const uint8_t *weight[TILE_OUTS], *scales[TILE_OUTS];
+    const float *x[TILE_ROWS];
+    V sum[TILE_ROWS][TILE_OUTS] = {0};
+    UNROLL for (int j = 0; j < TILE_OUTS; j++) { /* past the end the last one is repeated, and dropped */
+        const int64_t from = (o + j < end ? o + j : end - 1) - w->origin;
+        weight[j] = w->weight + from * w->stride;
+        scales[j] = w->scales + from * w->scale_stride;
+    }
+    UNROLL for (int r = 0; r < rows; r++) x[r] = row_of(in, first + r);
+    int i = 0;
+    for (; i + MX_BLOCK <= w->fan_in; i += MX_BLOCK) {
+        V table[TILE_OUTS][16 / LANES];
+        if (kind == MXFP4)
+            UNROLL for (int j = 0; j < TILE_OUTS; j++) scaled_table(table[j], scales[j][i / MX_BLOCK]);
+        UNROLL for (int part = 0; part < MX_BLOCK; part += LANES) {
+            V value[TILE_OUTS];
+            UNROLL for (int j = 0; j < TILE_OUTS; j++) {
+                if (kind == FLOAT32) value[j] = load((const float *)weight[j] + i + part);
+                if (kind == BFLOAT16) value[j] = from_bf16(weight[j] + 2 * (i + part));
+                if (kind == MXFP4) value[j] = decode(table[j], weight[j] + i / 2, part);
+                if (rows > 1) KEEP(value[j]);
+            }
+            UNROLL for (int r = 0; r < rows; r++) {
+                V xs = load(x[r] + i + part);
+                KEEP(xs);
+                UNROLL for (int j = 0; j < TILE_OUTS; j++) sum[r][j] += value[j] * xs;
+            }
+        }
+    }
+    if (kind != MXFP4)
+        for (; i < w->fan_in; i += LANES)
+            UNROLL for (int j = 0; j < TILE_OUTS; j++) {
+                V value = load_some(kind, weight[j], i, w->fan_in - i);
+                UNROLL for (int r = 0; r < rows; r++)
+                    sum[r][j] += value * load_some(FLOAT32, x[r], i, w->fan_in - i);
+            }
+    UNROLL for (int r = 0; r < rows; r++) {
+        V sums = sum_each(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+        float *y = result_of(out, first + r);
+        if (!out->half && o + TILE_OUTS <= end)
+            memcpy(y + o, &sums, sizeof(float) * TILE_OUTS);
+        else
+            for (int j = 0; j < TILE_OUTS && o + j < end; j++) y[place(out->half, o + j)] = sums[j];
+    }
+}
+
+/* TILE_OUTS rows of a matrix from o on as floats, so that many rows of the batch share their expansion. */
+static void expand(const View *w, int o, int end, float *floats) {
+    for (int j = 0; j < TILE_OUTS; j++, floats += w->fan_in) {
+        int from = o + j < end ? o + j : end - 1;
+        const uint8_t *weight = w->weight + from * w->stride, *scales = w->scales + from * w->scale_stride;
+        if (w->kind == BFLOAT16)
+            for (int i = 0; i < w->fan_in; i++) floats[i] = as_float((uint32_t)((const uint16_t *)weight)[i] << 16);
+        else
+            for (int i = 0; i < w->fan_in; i += MX_BLOCK) {
+                V table[16 / LANES];
+                scaled_table(table, scales[i / MX_BLOCK]);
+                UNROLL for (int part = 0; part < MX_BLOCK; part += LANES)
+                    *(Vu *)(floats + i + part) = decode(table, weight + i / 2, part);
+            }
+    }
+}
+
+/* Results o .. of `rows` rows, AXPY_VECTORS vectors of them, where the matrix lies by columns: the sum over i of x[i]
+   times a stretch of weight[i]. Of a stretch that is cut short by the matrix's end, one vector. */
+INLINE void axpy_tile(const int kind, const int rows, const View *w, int o, int end, const Rows *in, int first,
+                      const Results *out) {
+    const float *x[TILE_ROWS];
+    V sum[TILE_ROWS][AXPY_VECTORS] = {0};
+    UNROLL for (int r = 0; r < rows; r++) x[r] = row_of(in, first + r);
+    const uint8_t *weight = w->weight + bytes_of(kind, o);
+    const int whole = o + AXPY_VECTORS * LANES <= end;
+    if (whole)
+        for (int i = 0; i < w->fan_in; i++, weight += w->stride)
+            UNROLL for (int v = 0; v < AXPY_VECTORS; v++) {
+                V value = kind == FLOAT32 ? load((const float *)weight + v * LANES) : from_bf16(weight + 2 * v * LANES);
+                KEEP(value);
+                UNROLL for (int r = 0; r < rows; r++) sum[r][v] += value * splat(x[r][i]);
+            }
+    else
+        for (int i = 0; i < w->fan_in; i++, weight += w->stride) {
+            V value = load_some(kind, weight, 0, end - o);
+            UNROLL for (int r = 0; r < rows; r++) sum[r][0] += value * splat(x[r][i]);
+        }
+    UNROLL for (int r = 0; r < rows; r++) {
+        float *y = result_of(out, first + r);
+        UNROLL for (int v = 0; v < AXPY_VECTORS; v++)
+            if (whole && !out->half)
+                *(Vu *)(y + o + v * LANES) = sum[r][v];
+            else
+                for (int lane = 0, at = o + v * LANES; (whole || !v) && lane < LANES && at < end; lane++, at++)
+                    y[place(out->half, at)] = sum[r][v][lane];
+    }
+}
+
+/* ---- The tiles by kind and number of rows ---- */
+
+typedef void (*Tile)(const View *, int, int, const Rows *, int, const Results *);
+#define TILE(name, kind, rows)                                                                                        \
+    static void name##_##kind##_##rows(const View *w, int o, int end, const Rows *in, int first, const Results *out) { \
+        name##_tile(kind, rows, w, o, end, in, first, out);                                                           \
+    }
+#if defined(__AVX512F__)
+#define TILES(name, kind) TILE(name, kind, 1) TILE(name, kind, 2) TILE(name, kind, 3) TILE(name, kind, 4)
+#define NAMES(name, kind) {name##_##kind##_1, name##_##kind##_2, name##_##kind##_3, name##_##kind##_4}
+#else
+#define TILES(name, kind) TILE(name, kind, 1) TILE(name, kind, 2)
+#define NAMES(name, kind) {name##_##kind##_1, name##_##kind##_2}
+#endif
+TILES(dot, FLOAT32) TILES(dot, BFLOAT16) TILES(dot, MXFP4) TILES(axpy, FLOAT32) TILES(axpy, BFLOAT16)
+static const Tile DOT_TILES[][TILE_ROWS] = {NAMES(dot, FLOAT32), NAMES(dot, BFLOAT16), NAMES(dot, MXFP4)};
+static const Tile AXPY_TILES[][TILE_ROWS] = {NAMES(axpy, FLOAT32), NAMES(axpy, BFLOAT16)};
+
+static void all_rows(const Tile *tiles, const View *w, int o, int end, const Rows *in, int count, const Results *out) {
+    for (int first = 0; first < count; first += TILE_ROWS)
+        tiles[(count - first < TILE_ROWS ? count - first : TILE_ROWS) - 1](w, o, end, in, first, out);
+}
+
+/* `multiply` for a matrix by columns; its kind says FLOAT32, or else it is bfloat16. */
+static void multiply_columns(const View *w, int begin, int end, const Rows *in, int count, const Results *out) {
+    const int step = AXPY_VECTORS * LANES;
+    for (int o = begin; o < end; o += o + step <= end ? step : LANES)
+        all_rows(AXPY_TILES[w->kind != FLOAT32], w, o, end, in, count, out);
+}
+
+/* Ask memory for the rows after those that are computed now, in one sweep: the tile itself reads several at once, which
+   the machine's own prefetching doesn't follow. */
+static void fetch_ahead(const View *w, int o, int end) {
+    const int last = o + TILE_OUTS < end ? o + TILE_OUTS : end;
+    for (int64_t at = (o - w->origin) * w->stride; at < (last - w->origin) * w->stride; at += 64)
+        __builtin_prefetch(w->weight + at);
+}
+
+/* Results begin .. end - 1 of `count` rows, without bias. scratch: TILE_OUTS * fan_in floats. */
+static void multiply(const View *w, int begin, int end, const Rows *in, int count, const Results *out, float *scratch) {
+    if (w->kind == BFLOAT16_COLUMNS) return multiply_columns(w, begin, end, in, count, out);
+    for (int o = begin; o < end; o += TILE_OUTS) {
+        fetch_ahead(w, o + TILE_OUTS, end);
+        if (count <= EXPAND_ABOVE || w->kind == FLOAT32) {
+            all_rows(DOT_TILES[w->kind], w, o, end, in, count, out);
+            continue;
+        }
+        expand(w, o, end, scratch);
+        View floats = {(const uint8_t *)scratch, 0, 4 * (int64_t)w->fan_in, 0, FLOAT32, w->fan_in, o};
+        all_rows(DOT_TILES[FLOAT32], &floats, o, end, in, count, out);
+    }
+}

@@ -1,0 +1,266 @@
+"""The engine's thread: it alone owns the session. Requests and cancellations go in, tokens come out.
+
+```text
+event loop: submit, cancel --inbox--> engine thread: add, cancel, step --one wake-up a step--> a queue per HTTP request
+```
+The event loop counts what is outstanding, so that a full server says so at once, without asking the thread.
+An error that isn't about one request ends the answers that were running with an id under which the log says more; if
+it was the model's output or memory, the thread goes on with a new session, else the server ends.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from ossia.engine import Engine, Request, Session, Token
+from ossia.errors import UserError
+from ossia.web.metrics import Load, Metrics
+from ossia.web.protocol.errors import ApiError, internal, stuck
+
+log = logging.getLogger("ossia.web")
+RETRY_AFTER_S = 1
+
+
+class Accepted(NamedTuple):
+    """The session has taken the requests."""
+
+
+class Sampled(NamedTuple):
+    """A token of one of the choices."""
+
+    choice: int
+    token: Token
+
+
+class Failed(NamedTuple):
+    """There is no answer, or no more of it."""
+
+    error: ApiError
+
+
+Event = Accepted | Sampled | Failed
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """Requests that were submitted together: the choices of one answer.
+
+    events  what happens to them
+    open    choices that aren't finished; the event loop's own
+    """
+
+    requests: tuple[Request, ...]
+    submitted_s: float
+    events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
+    open: set[int] = field(default_factory=set)
+
+
+@dataclass(eq=False, slots=True)
+class _Running:
+    """A sequence in the session: the engine thread's own."""
+
+    ticket: Ticket
+    choice: int
+    last_s: float | None = None  # when its last token came
+
+
+class Worker:
+    """Owns an engine's session on a thread of its own. `submit` and `cancel` are for the event loop's thread.
+
+    max_queue    sequences that may wait beyond those that run
+    outstanding  sequences submitted and not finished
+    dead         the thread has ended by a fault: nothing can be answered any more
+    """
+
+    def __init__(self, engine: Engine, *, max_queue: int) -> None:
+        self._engine, self.room = engine, engine.max_batch + max_queue
+        self.metrics = Metrics(self.load)
+        self.outstanding, self.dead = 0, False
+        self._load = Load(0, 0, 0, 0, 0)
+        self._inbox: deque[tuple[Ticket, int | None]] = deque()  # a choice to cancel, or None: to add
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._tickets: set[Ticket] = set()  # with open choices
+        self._running: dict[int, _Running] = {}  # by the session's numbers
+        self._numbers: dict[tuple[Ticket, int], int] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._main, name="ossia-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def load(self) -> Load:
+        """How busy the engine was after its last step."""
+        return self._load
+
+    # --- the event loop's side
+
+    def submit(self, requests: Sequence[Request]) -> Ticket:
+        """Ask for answers. Raises ApiError 429 where there is no room for them, 503 where the engine has ended."""
+        if len(requests) > self.room:
+            raise ApiError(f"n: {len(requests)} sequences at once; this server takes up to {self.room}", param="n")
+        if self.outstanding + len(requests) > self.room:
+            message = f"the server is full: {self.outstanding} sequences run or wait; try again in a moment"
+            raise ApiError(message, status=429, code="overloaded", headers={"Retry-After": str(RETRY_AFTER_S)})
+        self._loop = asyncio.get_running_loop()
+        ticket = Ticket(tuple(requests), time.monotonic(), open=set(range(len(requests))))
+        self._send([(ticket, None)])
+        self.outstanding += len(requests)
+        self._tickets.add(ticket)
+        return ticket
+
+    def cancel(self, ticket: Ticket, choice: int | None = None) -> None:
+        """Drop a choice, or all of them: no token of it comes any more. A finished one: nothing."""
+        dropped = ticket.open & ({choice} if choice is not None else ticket.open)
+        for one in dropped:
+            self._finished(ticket, one)
+        if dropped and not self.dead:
+            self._send([(ticket, one) for one in dropped])
+
+    def fail_all(self, error: ApiError) -> int:
+        """End every answer with an error; returns how many there were."""
+        tickets = list(self._tickets)
+        for ticket in tickets:
+            self.cancel(ticket)
+            ticket.events.put_nowait(Failed(error))
+        return len(tickets)
+
+    def stop(self) -> None:
+        """End the thread after its step, and wait for it."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join()
+
+    def _send(self, commands: Sequence[tuple[Ticket, int | None]]) -> None:
+        with self._wake:
+            if self.dead:
+                raise ApiError("the engine has stopped; see the server's log", status=503, code="engine_stopped")
+            self._inbox.extend(commands)
+            self._wake.notify()
+
+    def _finished(self, ticket: Ticket, choice: int) -> None:
+        if choice in ticket.open:
+            ticket.open.remove(choice)
+            self.outstanding -= 1
+        if not ticket.open:
+            self._tickets.discard(ticket)
+
+    def _deliver(self, news: Sequence[tuple[Ticket, Event]]) -> None:
+        for ticket, event in news:
+            if isinstance(event, Sampled):
+                if event.choice not in ticket.open:
+                    continue  # cancelled while the step ran
+                if event.token.finish is not None:
+                    self._finished(ticket, event.choice)
+            elif isinstance(event, Failed):
+                self.cancel(ticket)
+            ticket.events.put_nowait(event)
+
+    # --- the thread's side
+
+    def _main(self) -> None:
+        ended = False
+        try:
+            while not self._stopping:
+                self._run(self._engine.session())
+            ended = True
+        finally:
+            if not ended:
+                with self._wake:
+                    self.dead = True
+                self._fail_running("the engine's thread has ended; its error follows")
+
+    def _run(self, session: Session) -> None:
+        """Step until told to stop, or until the session is of no use any more."""
+        try:
+            while self._take(session):
+                self._step(session)
+        except (UserError, MemoryError, torch.OutOfMemoryError) as error:
+            self._fail_running(f"a step failed: {error}")
+
+    def _take(self, session: Session) -> bool:
+        """Wait for work, and do what the inbox says. Returns False when it is time to stop."""
+        with self._wake:
+            while not self._inbox and session.idle and not self._stopping:
+                self._wake.wait()
+            commands = list(self._inbox)
+            self._inbox.clear()
+        news: list[tuple[Ticket, Event]] = []
+        for ticket, choice in commands:
+            if choice is None:
+                news.append((ticket, self._add(session, ticket)))
+            elif (number := self._numbers.pop((ticket, choice), None)) is not None:
+                session.cancel(number)
+                del self._running[number]
+        self._note(session)
+        self._tell(news)
+        return not self._stopping
+
+    def _add(self, session: Session, ticket: Ticket) -> Event:
+        numbers: list[int] = []
+        try:
+            for choice, request in enumerate(ticket.requests):
+                numbers.append(session.add(request))
+                self._running[numbers[-1]] = _Running(ticket, choice)
+                self._numbers[ticket, choice] = numbers[-1]
+        except UserError as error:
+            for choice, number in enumerate(numbers):
+                session.cancel(number)
+                del self._running[number], self._numbers[ticket, choice]
+            return Failed(ApiError.of(error))
+        return Accepted()
+
+    def _step(self, session: Session) -> None:
+        if session.idle:
+            return
+        tokens = session.step()
+        now = time.monotonic()
+        news: list[tuple[Ticket, Event]] = []
+        first_s, between_s = [], []
+        for token in tokens:
+            running = self._running[token.request]
+            if running.last_s is None:
+                first_s.append(now - running.ticket.submitted_s)
+            else:
+                between_s.append(now - running.last_s)
+            running.last_s = now
+            if token.finish is not None:
+                del self._running[token.request], self._numbers[running.ticket, running.choice]
+            event = Sampled(running.choice, token) if token.error is None else Failed(stuck(token.error))
+            news.append((running.ticket, event))
+        self._note(session)
+        self._tell(news)
+        self.metrics.tokens(len(tokens), first_s, between_s)
+
+    def _note(self, session: Session) -> None:
+        cache = session.cache
+        self._load = Load(session.num_running, session.num_waiting, cache.num_used, cache.used_bytes, cache.max_bytes)
+
+    def _fail_running(self, words: str) -> None:
+        """End what runs with an error whose number is in the log."""
+        number = f"err_{secrets.token_hex(8)}"
+        log.error("%s: %s (%d sequences were running)", number, words, len(self._running))
+        with self._wake:
+            waiting = [ticket for ticket, choice in self._inbox if choice is None]
+            self._inbox.clear()
+        tickets = dict.fromkeys([running.ticket for running in self._running.values()] + waiting)
+        self._running.clear()
+        self._numbers.clear()
+        self._load = Load(0, 0, 0, 0, 0)
+        self._tell([(ticket, Failed(internal(number))) for ticket in tickets])
+
+    def _tell(self, news: list[tuple[Ticket, Event]]) -> None:
+        if news and self._loop is not None and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._deliver, news)
