@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from ossia import sft
-from ossia.config import Recipe, check_recipe, read_recipe, recipe_from_dict
+from ossia.config import Recipe, check_recipe, checked_recipe
 from ossia.engine import Completion, Engine, Finish, Request, Sampling, harmony_stops
+from ossia.errors import RecipeError
 from ossia.harmony import Effort, Message, Renderer, Vocabulary, conversation_from_messages, parse_completion
 from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice, open_model
 from ossia.model.transformer import Transformer
@@ -149,10 +150,11 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     Returns  the run: `.folder`, `.step`, and `.trained`, the adapter's or the model's folder
     Raises   RecipeError for whatever is wrong with the recipe; what `ossia train` reports otherwise
     """
-    places = None
-    if isinstance(recipe, str | Path):
-        recipe, places = read_recipe(Path(recipe))
-    elif not isinstance(recipe, Recipe):
-        recipe = recipe_from_dict(recipe)
-    check_recipe(recipe, places, resume=resume)
+    if not isinstance(recipe, Recipe | Mapping | str | Path):
+        found = type(recipe).__name__
+        raise RecipeError(f"ossia.train takes a recipe's file, its keys as a dict, or a Recipe; found {found}")
+    if isinstance(recipe, Recipe):
+        check_recipe(recipe, resume=resume)
+    else:
+        recipe = checked_recipe(Path(recipe) if isinstance(recipe, str) else recipe, resume=resume)
     return sft.run(recipe, resume=resume)

@@ -27,6 +27,7 @@ import numpy as np
 from ossia.data.pack import Pack
 from ossia.data.rows import FileRows, Row, index_lines
 from ossia.data.sample import Sample
+from ossia.disk import why_no_file
 from ossia.engine import Completion, Engine, Request, Sampling, harmony_stops
 from ossia.errors import DataError, HarmonyError, Interrupted, TokenizerError, UserError
 from ossia.harmony import (
@@ -71,6 +72,7 @@ def generate_file(
     """
     rules = Sampling(temperature, top_p, top_k)  # refused now rather than after the model is loaded
     rows = index_lines(_readable(source), str(source))
+    _check_target(target)
     transformer, vocab = open_model(model, adapter=adapter, dtype=dtype, weights=weights, device=device)
     reader = _Reader(rows, vocab, transformer, Renderer(vocab).completion)
     reader.check_all(room=1)
@@ -109,6 +111,7 @@ def score_file(
     Raises  DataError naming file:line for a row that can't be scored, before anything is
     """
     rows = index_lines(_readable(source), str(source))
+    _check_target(target)
     transformer, vocab = open_model(model, adapter=adapter, dtype=dtype, weights=weights, device=device)
     reader = _Reader(rows, vocab, transformer, Renderer(vocab).training_ids)
     reader.check_all(room=0)
@@ -263,6 +266,11 @@ def _readable(source: Path) -> Path:
     if not source.is_file():
         raise DataError(f"{source}: no such file (the current folder is {Path.cwd()})")
     return source
+
+
+def _check_target(target: Path) -> None:
+    if why := why_no_file(target):
+        raise DataError(f"{target}: can't be written: {why}\n  next: name a file in a folder that is there")
 
 
 @contextmanager

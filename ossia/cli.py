@@ -18,11 +18,12 @@ from contextlib import AbstractContextManager, contextmanager
 from enum import StrEnum
 from functools import wraps
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType, MappingProxyType, TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ossia.cli_llama import LlamaGiven, is_gguf, with_llama_options
 from ossia.errors import OssiaError, UserError
 
 if TYPE_CHECKING:
@@ -82,6 +83,16 @@ class ExportFormat(StrEnum):
     """What `ossia export` writes."""
 
     hf_bf16 = "hf-bf16"
+    gguf = "gguf"
+
+
+class GgufType(StrEnum):
+    """How a GGUF file stores the matrices that aren't MXFP4."""
+
+    bf16 = "bf16"
+    f16 = "f16"
+    q8_0 = "q8_0"
+    f32 = "f32"
 
 
 RecipeFile = Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")]
@@ -269,9 +280,10 @@ def evaluate_held_out(
 
 
 @command("chat")
+@with_llama_options
 def chat(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, owner/name on the hub, or http://...")
+        str, typer.Argument(metavar="MODEL", help="A folder, x.gguf, owner/name on the hub, or http://...")
     ],
     adapter: Annotated[
         str | None,
@@ -289,38 +301,39 @@ def chat(
     dtype: DtypeOption = Dtype.bfloat16,
     weights: WeightsOption = Weights.auto,
     device: DeviceOption = Device.auto,
+    llama: LlamaGiven = MappingProxyType({}),
 ) -> None:
     """Talk to a model in the terminal. Its thinking is shown apart from its answer."""
+    placed = (dtype, weights, device) != (Dtype.bfloat16, Weights.auto, Device.auto)
+    gguf = is_gguf(model, llama, {"--adapter": adapter is not None, "--dtype, --weights or --device": placed})
+    told = {"system": system, "developer": developer, "effort": effort.value}
+    settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    settings |= {} if seed is None else {"seed": seed}
     if model.startswith(("http://", "https://")):
-        if (dtype, weights, device) != (Dtype.bfloat16, Weights.auto, Device.auto):
+        if placed:
             raise UserError(f"{model}: the server decides about --dtype, --weights and --device; leave them out")
         with importing():
             from ossia.web.client import run_remote_chat
 
-        settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
         settings |= {"top_k": top_k} if top_k else {}  # not a field of OpenAI's own
-        settings |= {} if seed is None else {"seed": seed}
-        run_remote_chat(
-            model,
-            model=adapter,
-            api_key=api_key,
-            system=system,
-            developer=developer,
-            effort=effort.value,
-            settings=settings,
-        )
+        run_remote_chat(model, model=adapter, api_key=api_key, settings=settings, **told)
         return
     if api_key is not None:
         raise UserError("--api-key is for a server; MODEL has to be its address then, http://HOST:PORT")
+    if gguf:
+        with importing():
+            from ossia.web.gguf import LlamaOptions, run_gguf_chat
+
+        settings |= {"top_k": top_k, "min_p": 0.0}  # llama.cpp's own defaults are others
+        run_gguf_chat(model, LlamaOptions(**llama), settings=settings, **told)
+        return
     with importing():
         from ossia.chat import run_chat
 
     run_chat(
         model,
         adapter=adapter,
-        system=system,
-        developer=developer,
-        effort=effort.value,
+        **told,
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
@@ -389,6 +402,7 @@ def score(
 
 
 @command("serve")
+@with_llama_options
 def serve(
     model: ModelName,
     adapters: Annotated[
@@ -412,8 +426,22 @@ def serve(
     dtype: DtypeOption = Dtype.bfloat16,
     weights: WeightsOption = Weights.auto,
     device: DeviceOption = Device.auto,
+    llama: LlamaGiven = MappingProxyType({}),
 ) -> None:
     """Serve a model over HTTP. OpenAI's interface and a chat page; one SIGTERM or Ctrl-C drains, two stop."""
+    placed = (dtype, weights, device) != (Dtype.bfloat16, Weights.auto, Device.auto)
+    batched = (max_batch, max_queue, max_length, drain) != (64, 256, None, 30.0)
+    not_for_gguf = {
+        "--adapter": bool(adapters),
+        "--dtype, --weights or --device": placed,
+        "--max-batch, --max-queue, --max-length or --drain": batched,
+    }
+    if is_gguf(model, llama, not_for_gguf):
+        with importing():
+            from ossia.web.gguf import LlamaOptions, run_gguf_server
+
+        run_gguf_server(model, LlamaOptions(**llama), host=host, port=port, api_key=api_key)
+        return
     with importing():
         from ossia.web import check_installed
 
@@ -441,14 +469,18 @@ def serve(
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model (with --adapter).")],
     to: Annotated[ExportFormat, typer.Option("--to", help="What to write.")],
-    output: Annotated[Path, typer.Option("--output", metavar="PATH", help="A folder that isn't there yet.")],
+    output: Annotated[Path, typer.Option("--output", metavar="PATH", help="A folder (gguf: a file) not there yet.")],
     adapter: AdapterOption = None,
+    gguf_type: Annotated[
+        GgufType | None, typer.Option("--gguf-type", help="Of gguf: how matrices other than MXFP4 are stored (bf16).")
+    ] = None,
 ) -> None:
-    """Write a model that other programs load. It is verified by reading it back. Prints its folder."""
+    """Write a model that other programs load. It is verified by reading it back. Prints its folder or file."""
     with importing():
         from ossia.export import export_model
 
-    print(export_model(source, to=to.value, output=output, adapter=adapter))
+    kind = None if gguf_type is None else gguf_type.value
+    print(export_model(source, to=to.value, output=output, adapter=adapter, gguf_type=kind))
 
 
 @command("tiny")

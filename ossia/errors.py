@@ -6,6 +6,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class OssiaError(Exception):
     """Root of every error that Ossia raises on purpose."""
@@ -59,3 +61,9 @@ class Interrupted(OssiaError):
     """Ctrl-C: what was done is saved, and the message says how to go on."""
 
     exit_code = 130
+
+
+def first_few(findings: Sequence[str], most: int = 8) -> list[str]:
+    """The first `most` of what one message has to tell, and how many more there are: nothing is left out in silence."""
+    hidden = len(findings) - most
+    return [*findings[:most], *([f"and {hidden:,} more"] if hidden > 0 else [])]

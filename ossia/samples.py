@@ -18,6 +18,7 @@ from ossia.harmony.parse import StreamParser, parse_completion
 from ossia.harmony.to_openai import messages_to_openai
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.transformer import Transformer
+from ossia.train.state import write_file
 
 
 def questions_of(samples: Sequence[Sample], limit: int) -> list[Sample]:
@@ -29,7 +30,10 @@ def questions_of(samples: Sequence[Sample], limit: int) -> list[Sample]:
 def record_samples(
     path: Path, model: Transformer, vocab: Vocabulary, questions: Sequence[Sample], *, step: int, max_tokens: int
 ) -> None:
-    """Append the answers after `step` to `path`; those of a step that is there already are not asked for again."""
+    """Append the answers after `step` to `path`; those of a step that is there already are not asked for again.
+
+    Raises  RunError, with the older answers as they were, if the disk refuses it
+    """
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     whole = [line for line in lines if line.endswith("\n")]
     if not questions or any(json.loads(line)["step"] == step for line in whole):
@@ -47,9 +51,7 @@ def record_samples(
             "expected": "\n".join(m.content for m in wanted if m.channel == "final") or None,
         }
         whole.append(json.dumps(record) + "\n")
-    partial = path.with_name(f".{path.name}")
-    partial.write_text("".join(whole), encoding="utf-8")
-    partial.replace(path)
+    write_file(path, "".join(whole))
 
 
 def _first_trained(sample: Sample) -> int:

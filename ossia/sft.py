@@ -17,28 +17,30 @@ from datetime import datetime
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
 from ossia.config import Recipe
-from ossia.data.dataset import Datasets, in_order, open_datasets, scan
+from ossia.data.dataset import Datasets, Lengths, in_order, measure, open_datasets, require_trained
 from ossia.data.pack import Pack, PackedStream, pack_samples
+from ossia.data.preview import row_bar
 from ossia.data.sample import Sample
+from ossia.data.tokenizer import open_vocabulary
 from ossia.export.merge import write_model
 from ossia.model.lora import Lora, LoraSpec
-from ossia.model.open import machine_memory, open_model
+from ossia.model.open import open_model
 from ossia.model.peft import find_adapter, load_adapter, save_adapter
 from ossia.model.transformer import Transformer
+from ossia.ops.memory import machine_memory
 from ossia.samples import questions_of, record_samples
 from ossia.train.events import EventLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, find_start, run_loop
 from ossia.train.optim import AdamW, lr_at
 from ossia.train.report import write_report
-from ossia.train.sinks import TerminalSink, open_sinks
-from ossia.train.state import seed_generators
+from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
+from ossia.train.state import seed_generators, write_file
 from ossia.train.step import evaluate_loss, keeps_activations, train_step
 
 ADAPTER, MODEL = "adapter", "model"
@@ -65,22 +67,23 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
         torch.set_num_threads(recipe.train.threads)
     seed_generators(recipe.train.seed)
     say: Callable[[str], None] = partial(print, file=sys.stderr)
-    model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device)
-    make_trainable(model, recipe)
-    show_trainable(model)
-    datasets = open_datasets(recipe, vocab)
+    check_sinks(recipe.log.sinks)
+    datasets = open_datasets(recipe, open_vocabulary(recipe.model), check=False)
     for note in datasets.notes:
         say(note)
-    check_rows(datasets, say)
-    stream, held_out = open_stream(recipe, datasets), held_out_samples(recipe, datasets)
-    steps = recipe.train.steps or stream.count_steps()
+    held_out, lengths = read_rows(recipe, datasets, say)
+    stream = open_stream(recipe, datasets, say)
+    steps = recipe.train.steps or stream.count_steps(lengths)
     folder = recipe.output
     with EventLog(folder) as log:
         saved = find_start(folder, resume=resume, say=say)
-        (folder / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device)
+        make_trainable(model, recipe)
+        show_trainable(model)
+        write_file(folder / "recipe.yaml", recipe.to_yaml())
         start = saved.step if saved else 0
         now = datetime.now().astimezone()
-        write_env(folder, environment(model.device), now=now, resumed_from=saved.step if saved else None)
+        write_env(folder, environment(model.device), now=now, resumed_from=saved.step if saved else None, say=say)
         log.add(sink or TerminalSink(steps, step=start))
         log.add(*open_sinks(recipe.log.sinks, folder, recipe.model_dump(mode="json"), step=start))
         answer = partial(
@@ -101,18 +104,25 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     return RunResult(folder, result.step, trained)
 
 
-def check_rows(datasets: Datasets, say: Callable[[str], None]) -> None:
+def read_rows(recipe: Recipe, datasets: Datasets, say: Callable[[str], None]) -> tuple[list[Sample], Lengths]:
     """Read and render every row once, so that a bad one ends the run before step 1 and not in the middle.
 
-    Sources with more rows than that takes seconds for are only checked as they are read.
-    Raises  DataError with the first bad rows and their number
+    More rows than that takes seconds for are only checked as they are read, unless `train.epochs` has them counted.
+    Returns  the held-out samples, at most `eval.max_samples`, and the lengths of all samples if they were counted
+    Raises   DataError with the first bad rows and their number, or for a source of which nothing is trained
     """
-    num_rows = sum(map(len, datasets.whole))
-    if num_rows > ROWS_TO_CHECK:
+    every = (*datasets.train, *datasets.held_out)
+    num_rows = sum(map(len, every))
+    if num_rows > ROWS_TO_CHECK and recipe.train.steps is not None:
         say(f"{num_rows:,} rows: checked as they are read; `ossia data RECIPE` checks them all beforehand")
-        return
-    for warning in scan(datasets.whole).warnings():
+        for dataset in every:
+            require_trained(dataset)
+        return list(islice(in_order(datasets.held_out), recipe.eval.max_samples)), {}
+    with row_bar(every) as progress:
+        counts, held_out, lengths = measure(datasets, recipe.eval.max_samples, progress)
+    for warning in counts.warnings():
         say(warning)
+    return held_out, lengths
 
 
 def make_trainable(model: Transformer, recipe: Recipe) -> None:
@@ -151,9 +161,13 @@ def show_trainable(model: Transformer) -> None:
     Console(stderr=True).print(table)
 
 
-def open_stream(recipe: Recipe, datasets: Datasets) -> PackedStream:
-    """The training samples, packed, in the seed's order."""
+def open_stream(recipe: Recipe, datasets: Datasets, say: Callable[[str], None]) -> PackedStream:
+    """The training samples, packed, in the seed's order; says so if a step holds less than `tokens_per_step`."""
     train = recipe.train
+    num_packs, rest = divmod(train.tokens_per_step, train.tokens_per_pack)
+    if rest:
+        what = f"{num_packs} packs of {train.tokens_per_pack:,} tokens fit, so a step has at most"
+        say(f"train.tokens_per_step {train.tokens_per_step:,}: {what} {train.tokens_per_step - rest:,}")
     return PackedStream(
         datasets.train,
         tokens_per_step=train.tokens_per_step,
@@ -161,11 +175,6 @@ def open_stream(recipe: Recipe, datasets: Datasets) -> PackedStream:
         seed=train.seed,
         epochs=train.epochs,
     )
-
-
-def held_out_samples(recipe: Recipe, datasets: Datasets) -> list[Sample]:
-    """What is held out, at most `eval.max_samples`."""
-    return list(islice(in_order(datasets.held_out), recipe.eval.max_samples))
 
 
 def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out: Sequence[Pack], steps: int) -> Job:
@@ -215,20 +224,15 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
         save_every=train.save_every,
         keep=train.keep,
         counts=counts,
-        about=about(model),
+        about={
+            "parameters_trained": model.trainable.num_parameters,
+            "placement": model.weights.placement,
+            "attention_backend": model.backend,
+        },
         resume_with=f"ossia train {recipe.output / 'recipe.yaml'} --resume",
         clock=time.perf_counter,
         memory=lambda: peak_bytes(model.device),
     )
-
-
-def about(model: Transformer) -> dict[str, Any]:
-    """What the run's first event says of the model."""
-    return {
-        "parameters_trained": model.trainable.num_parameters,
-        "placement": model.weights.placement,
-        "attention_backend": model.backend,
-    }
 
 
 def save_result(recipe: Recipe, model: Transformer) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ossia.config.keys import ANY_NAME, all_keys, children, nearest, nearest_key, value_in_words
-from ossia.config.yaml_lines import KeyPath, dotted
+from ossia.config.yaml_lines import KeyPath, dotted, parse_yaml
 from ossia.errors import RecipeError
 
 # pydantic's own codes that need words of ours; every other code says "found this, expected that type".
@@ -78,21 +78,22 @@ def recipe_error(findings: Iterable[Finding], places: Places) -> RecipeError:
 
 
 def from_pydantic(error: ValidationError, given: Any) -> list[Finding]:
-    """pydantic's errors about `given` (the value that was validated) as findings, one a mistake."""
+    """pydantic's errors about `given` (the value that was validated) as findings, one a mistake; no combinations."""
     findings: list[Finding] = []
     seen: set[KeyPath] = set()
     for detail in error.errors(include_url=False):
-        path = _path_in(detail["loc"], given)
-        found = detail["input"]
-        hidden_by_entries = detail["type"] == "too_short" and bool(found)  # entries are wrong, not their number
-        if detail["type"] == _CONSEQUENCE or hidden_by_entries:
+        path, found = path_in(detail["loc"], given), detail["input"]
+        if detail["type"] == "combination" or is_consequence(detail):
             continue
-        if detail["type"] == "combination":
-            findings += [_clash(path, key, message) for key, message in detail["ctx"]["clashes"]]
-        elif path not in seen:
+        if path not in seen:
             seen.add(path)
             findings.append(_finding(detail["type"], path, found, detail))
     return findings
+
+
+def is_consequence(detail: Any) -> bool:
+    """Whether one of pydantic's errors only follows from another: it has counted wrong entries as missing, say."""
+    return detail["type"] == _CONSEQUENCE or (detail["type"] == "too_short" and bool(detail["input"]))
 
 
 def schema_name(path: KeyPath) -> str:
@@ -114,7 +115,7 @@ def _explainable(name: str) -> str:
     return name
 
 
-def _path_in(loc: tuple[int | str, ...], given: Any) -> KeyPath:
+def path_in(loc: tuple[int | str, ...], given: Any) -> KeyPath:
     """pydantic's location without what it adds: names of union branches, the index of an only entry."""
     path: list[str | int] = []
     value = given
@@ -128,8 +129,16 @@ def _path_in(loc: tuple[int | str, ...], given: Any) -> KeyPath:
     return tuple(path)
 
 
-def _clash(path: KeyPath, key: str, message: str) -> Finding:
-    return Finding((*path, *key.split(".")), message, explain=_explainable(schema_name((*path, *key.split(".")))))
+def clash_finding(path: KeyPath, message: str) -> Finding:
+    """Values that don't go together, told at the key to blame."""
+    return Finding(path, message, explain=_explainable(schema_name(path)))
+
+
+def nearest_name(path: KeyPath) -> str | None:
+    """The dotted name of the key that an unknown one was probably meant to be."""
+    section = schema_name(path[:-1])
+    meant = nearest_key(str(path[-1]), section)
+    return f"{section}.{meant}" if section and meant in children(section) else meant
 
 
 def _finding(code: str, path: KeyPath, found: Any, detail: Any) -> Finding:
@@ -144,6 +153,8 @@ def _finding(code: str, path: KeyPath, found: Any, detail: Any) -> Finding:
     where = _explainable(name)
     known = all_keys().get(where)
     message = f"`{dotted(path)}` is {_shown(found)}{_hint(code, found)}"
+    if name not in all_keys() and children(name):  # an entry of a mapping whose names are the user's
+        return Finding(path, message, f"expected: a section with {', '.join(children(name))}", where)
     if known is None:
         return Finding(path, f"{message}; {detail['msg']}", explain=section)
     if known.section is not None and isinstance(path[-1], int):
@@ -169,7 +180,7 @@ def wrong_choice(path: KeyPath, found: Any, allowed: list[str]) -> Finding:
     if path[-1] == found:  # the name of a mapping's entry is what is wrong
         message = f"`{dotted(path[:-1])}` has no `{found}`{guess}"
     else:
-        later = (dotted(path), found) in _LATER
+        later = isinstance(found, str) and (dotted(path), found) in _LATER
         message = f"`{dotted(path)}` is {_shown(found)}{', which Ossia cannot do yet' if later else guess}"
     return Finding(path, message, f"allowed: {', '.join(allowed)}", _explainable(schema_name(path)))
 
@@ -185,8 +196,7 @@ def _shown(found: Any) -> str:
 def _hint(code: str, found: Any) -> str:
     """What to write instead, where that is plain from what was found."""
     if code in ("int_type", "float_type") and isinstance(found, str):
-        plain = found.replace("_", "").replace(".", "", 1).lstrip("-")
-        return "; write it without quotes" if plain.isdigit() else ""
+        return "; write it without quotes" if isinstance(parse_yaml(found).value, int | float) else ""
     if code == "int_type" and isinstance(found, float) and found.is_integer():
         return f"; write {int(found)}"
     if code == "bool_type" and str(found).lower() in ("yes", "no", "on", "off", "1", "0"):

@@ -145,14 +145,18 @@ def _in_words(annotation: Any, limits: Iterable[Any] = ()) -> str:
 def _limit_in_words(limit: Any) -> list[str]:
     match limit:
         case Ge(bound):
-            return [f"at least {bound:g}"]
+            return [f"at least {_number(bound)}"]
         case Gt(bound):
-            return [f"above {bound:g}"]
+            return [f"above {_number(bound)}"]
         case Le(bound):
-            return [f"at most {bound:g}"]
+            return [f"at most {_number(bound)}"]
         case Lt(bound):
-            return [f"below {bound:g}"]
+            return [f"below {_number(bound)}"]
         case FieldInfo():
             return [word for inner in limit.metadata for word in _limit_in_words(inner)]
         case _:
             return []
+
+
+def _number(bound: Any) -> str:
+    return str(bound) if isinstance(bound, int) else f"{bound:g}"

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
-
-from ossia.config.findings import Finding, Places, from_pydantic, recipe_error
-from ossia.config.keys import nearest
+from ossia.config.draft import Draft, draft_of
+from ossia.config.findings import Finding, Places, recipe_error, schema_name
+from ossia.config.keys import all_keys, nearest
 from ossia.config.schema import Recipe
 from ossia.config.yaml_lines import KeyPath, dotted, parse_yaml
 from ossia.errors import RecipeError
+
+_SOURCES: tuple[KeyPath, ...] = (("data",), ("eval", "data"))
 
 
 def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -28,6 +29,12 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
 def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Places]:
     """As `load_recipe`, and where each key came from, for errors that are found later (`check_recipe`)."""
+    draft = draft_recipe(path, overrides)
+    return _settled(draft), draft.places
+
+
+def draft_recipe(path: Path, overrides: Sequence[str] = ()) -> Draft:
+    """What can be read of a recipe's file, with all that is wrong. Raises RecipeError if that is nothing."""
     parsed = parse_yaml(_read(path))
     places = Places(str(path), dict(parsed.lines))
     problems = [Finding((), problem.message, line=problem.line) for problem in parsed.problems]
@@ -38,9 +45,13 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Plac
     if not isinstance(parsed.value, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping of keys to values, `model: ...`        more: ossia explain")
     given: dict[str, Any] = parsed.value
-    problems += [found for text in overrides if (found := _override(given, text, places)) is not None]
+    doubtful = [problem.path for problem in parsed.problems]
+    for text in overrides:
+        if (found := _override(given, text, places)) is not None:
+            problems.append(found)
+            doubtful.append(_key_path(text.partition("=")[0]))
     given.setdefault("output", f"runs/{path.stem}")
-    return _validated(given, places, problems), places
+    return draft_of(given, places, problems, doubtful)
 
 
 def recipe_from_dict(given: Mapping[str, Any], name: str = "recipe") -> Recipe:
@@ -48,17 +59,23 @@ def recipe_from_dict(given: Mapping[str, Any], name: str = "recipe") -> Recipe:
 
     Raises  RecipeError with all that is wrong
     """
-    return _validated(dict(given), Places(name), [])
+    return _settled(draft_from_dict(given, name))
 
 
-def _validated(given: dict[str, Any], places: Places, problems: list[Finding]) -> Recipe:
-    try:
-        recipe = Recipe.model_validate(given)
-    except ValidationError as error:
-        raise recipe_error([*problems, *from_pydantic(error, given)], places) from None
-    if problems:
-        raise recipe_error(problems, places)
-    return recipe
+def draft_from_dict(given: Mapping[str, Any], name: str = "recipe") -> Draft:
+    """As `draft_recipe`, from plain values."""
+    return draft_of(dict(given), Places(name), [], [])
+
+
+def _settled(draft: Draft) -> Recipe:
+    if draft.findings:
+        raise recipe_error(draft.findings, draft.places)
+    assert draft.recipe is not None
+    return draft.recipe
+
+
+def _key_path(name: str) -> KeyPath:
+    return tuple(int(piece) if piece.isdigit() else piece for piece in name.split(".") if piece)
 
 
 def _read(path: Path) -> str:
@@ -91,13 +108,29 @@ def _override(tree: dict[str, Any], text: str, places: Places) -> Finding | None
     container, path, problem = _descend(tree, name.split("."), text, places)
     if problem:
         return Finding(here, problem)
-    if places.overrides.get(path, text) != text:
-        return Finding(here, f"`{dotted(path)}` is set twice, also by {places.overrides[path]}; keep one")
+    if first := _set_before(container, path, text, places):
+        return Finding(here, f"`{dotted(path)}` is set twice, also by {first}; keep one")
     for stale in [known for known in places.lines if known[: len(path)] == path]:
         del places.lines[stale]
     places.overrides[path] = text
     container[path[-1]] = parsed.value
     return None
+
+
+def _set_before(container: Any, path: KeyPath, text: str, places: Places) -> str:
+    """The override that set this very key already, itself or with the section around it; "" if none did."""
+    if places.overrides.get(path, text) != text:
+        return places.overrides[path]
+    if not isinstance(container, dict) or path[-1] not in container:
+        return ""
+    around = (places.overrides.get(path[:length], "") for length in range(len(path) - 1, 0, -1))
+    return next((other for other in around if other and _sets_whole(other, path)), "")
+
+
+def _sets_whole(override: str, path: KeyPath) -> bool:
+    """Whether an override sets a section that `path` is in, rather than a key of that section."""
+    name = override.partition("=")[0]
+    return any(name == dotted(path[:length]) for length in range(1, len(path)))
 
 
 def _descend(tree: dict[str, Any], pieces: list[str], text: str, places: Places) -> tuple[Any, KeyPath, str]:
@@ -112,8 +145,12 @@ def _descend(tree: dict[str, Any], pieces: list[str], text: str, places: Places)
                 return container, path, f"{problem}: {dotted((*path, 0, *pieces[i + piece.isdigit() :]))}"
             step: str | int = int(piece)
         elif isinstance(container, dict):
-            if piece == "0" and not last and path in (("data",), ("eval", "data")):
+            if piece == "0" and not last and path in _SOURCES:
                 continue  # one source, written without a list around it
+            key = all_keys().get(schema_name(path))
+            if piece.isdigit() and key is not None and "list of" in key.type:
+                whole = f"{dotted(path)}=[{text.partition('=')[2]}]"
+                return container, path, f"`{dotted(path)}` is a list, which is set as a whole: {whole}"
             step = piece
             if not last and container.get(step) is None:
                 container[step] = {}
@@ -122,5 +159,7 @@ def _descend(tree: dict[str, Any], pieces: list[str], text: str, places: Places)
             return container, path, f"`{dotted(path)}` is {container!r}, which has no keys inside it"
         path = (*path, step)
         if not last:
+            if isinstance(container[step], str) and (path in _SOURCES or path[:-1] in _SOURCES):
+                container[step] = {"path": container[step]}  # a source that was written as its path alone
             container = container[step]
     return container, path, ""

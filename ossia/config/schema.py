@@ -6,6 +6,7 @@ Only values that work today are accepted; what comes later is not listed as allo
 
 from __future__ import annotations
 
+from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -39,7 +40,7 @@ TOKENS_PER_STEP = 32768
 TOKENS_PER_PACK = 8192
 
 # `strict=False`: YAML gives lists and text where Python code is better served by tuples and paths.
-_FolderPath = Annotated[Path, Field(strict=False)]
+_FolderPath = Annotated[Path, Field(strict=False), BeforeValidator(lambda value: _not_empty(value))]
 _Share = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
@@ -49,9 +50,9 @@ def _words(default: str) -> dict[str, Any]:
 
 
 class Clash(NamedTuple):
-    """A combination of values that can't be: the key to blame (dotted, inside its section) and why."""
+    """A combination of values that can't be: the keys in it (dotted, inside their section; the one to blame first)."""
 
-    key: str
+    keys: tuple[str, ...]
     message: str
 
 
@@ -63,10 +64,30 @@ def _refuse(*clashes: Clash | None) -> None:
         raise PydanticCustomError("combination", "{text}", {"text": text, "clashes": found})
 
 
+def _not_empty(value: Any) -> Any:
+    """An empty text would be the current folder."""
+    if value == "":
+        raise PydanticCustomError("empty", "is empty")
+    return value
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _empty_sections_have_defaults(cls, given: Any) -> Any:
+        """`train:` with all its keys commented out reads as null in YAML; it means a section with none of them."""
+        if not isinstance(given, dict):
+            return given
+        return {key: value for key, value in given.items() if value is not None or not cls._is_section(key)}
+
+    @classmethod
+    def _is_section(cls, key: str) -> bool:
+        kind = cls.model_fields[key].annotation if key in cls.model_fields else None
+        return isinstance(kind, type) and issubclass(kind, _Section)
 
 
 class LoraShape(NamedTuple):
@@ -89,10 +110,15 @@ def _shape_of_targets(value: Any) -> str:
     return "mapping" if isinstance(value, dict) else "list"
 
 
+def _empty_targets_have_defaults(value: Any) -> Any:
+    return {name: {} if own is None else own for name, own in value.items()} if isinstance(value, dict) else value
+
+
 Targets = Annotated[
     Annotated[tuple[TargetName, ...], Field(strict=False, min_length=1), Tag("list")]
     | Annotated[dict[TargetName, TargetConfig], Field(min_length=1), Tag("mapping")],
     Discriminator(_shape_of_targets),
+    BeforeValidator(_empty_targets_have_defaults),
 ]
 
 
@@ -112,6 +138,12 @@ class AdapterConfig(_Section):
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
     init_from: _FolderPath | None = None
     """Folder of an adapter to start from, instead of a fresh one."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        twice = [name for name in dict.fromkeys(self.targets) if list(self.targets).count(name) > 1]
+        _refuse(*(Clash(("targets",), f"`adapter.targets` names {name} twice; keep one") for name in twice))
+        return self
 
     def by_target(self) -> dict[str, LoraShape]:
         """Rank and alpha of each single target, groups expanded; a name of its own beats the group it is in."""
@@ -138,7 +170,8 @@ class DataSourceConfig(_Section):
     """One source of training rows."""
 
     path: str = Field(min_length=1)
-    """A .jsonl, .json or .parquet file, a folder of these, or a Hugging Face dataset (owner/name; extra `hub`)."""
+    """A .jsonl, .json or .parquet file, a folder of these, or a Hugging Face dataset (owner/name; extra `hub`). In
+    Parquet and on the hub a null inside a row is the same as an absent key: a table can't tell them apart."""
     format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt", "text", "tokens"] = "auto"
     """How rows are laid out; `auto` recognises it from the first rows and says what it found."""
     weight: float = Field(1.0, gt=0)
@@ -166,6 +199,14 @@ def _one_or_more(value: Any) -> Any:
 DataSources = Annotated[tuple[DataSourceConfig, ...], Field(strict=False, min_length=1), BeforeValidator(_one_or_more)]
 
 
+def is_day(text: str) -> bool:
+    """Whether this is a day of the calendar, written YYYY-MM-DD."""
+    try:
+        return date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 class HarmonyConfig(_Section):
     """What the Harmony system message says, and what is trained where a data source doesn't say."""
 
@@ -179,6 +220,13 @@ class HarmonyConfig(_Section):
     """Reasoning effort in the system message of rows and sources that give none."""
     train: TrainOnConfig = TrainOnConfig()
     """Which of the assistant's tokens are trained."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        day = self.current_date
+        if day is not None and not is_day(day):
+            _refuse(Clash(("current_date",), f"`harmony.current_date` is {day}; write a day as YYYY-MM-DD"))
+        return self
 
 
 class EvalConfig(_Section):
@@ -201,10 +249,10 @@ class EvalConfig(_Section):
     def _consistent(self) -> Self:
         held_out = bool(self.split or self.data)
         _refuse(
-            Clash("data", "`eval.split` and `eval.data` are both given; keep one")
+            Clash(("data", "split"), "`eval.split` and `eval.data` are both given; keep one")
             if self.split and self.data
             else None,
-            Clash("every", "`eval.every` needs held-out rows; give `eval.split` or `eval.data`")
+            Clash(("every", "split", "data"), "`eval.every` needs held-out rows; give `eval.split` or `eval.data`")
             if self.every and not held_out
             else None,
         )
@@ -215,7 +263,8 @@ class TrainConfig(_Section):
     """The training loop and its optimizer (AdamW with decoupled weight decay)."""
 
     steps: int | None = Field(None, ge=1, json_schema_extra=_words("as many as `epochs` takes"))
-    """Optimizer steps to train for; give this or `epochs`."""
+    """Optimizer steps to train for; give this or `epochs`. A run keeps its length, because the learning rate of every
+    step depends on it; to train on, start another run from what this one trained (`adapter.init_from`, or `model`)."""
     epochs: float | None = Field(
         default_factory=lambda given: None if given["steps"] is not None else 1.0,
         gt=0,
@@ -250,7 +299,7 @@ class TrainConfig(_Section):
     """AdamW's term against division by zero."""
     clip: float | None = Field(1.0, gt=0)
     """Gradients are scaled down to this total norm; null never does."""
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**63 - 1)
     """Decides the order of the data, the held-out split, fresh adapters and dropout."""
     save_every: int = Field(100, ge=0)
     """Steps between checkpoints; 0 saves once, at the end."""
@@ -258,8 +307,8 @@ class TrainConfig(_Section):
     """Newest checkpoints to keep; older ones are removed."""
     recompute: Literal["auto", "always", "never"] = "auto"
     """Whether activations are computed again in the backward pass (less memory) or kept (less time)."""
-    threads: int | None = Field(None, ge=1, json_schema_extra=_words("torch's own choice"))
-    """CPU threads."""
+    threads: int | None = Field(None, ge=1, le=1024, json_schema_extra=_words("torch's own choice"))
+    """CPU threads; more than the machine has cores are slower, not faster."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -268,19 +317,18 @@ class TrainConfig(_Section):
 
     def _length_clash(self) -> Clash | None:
         if self.steps is not None and self.epochs is not None:
-            return Clash("epochs", "`train.steps` and `train.epochs` are both given; keep one")
+            return Clash(("epochs", "steps"), "`train.steps` and `train.epochs` are both given; keep one")
         if self.steps is None and self.epochs is None:
-            return Clash("steps", "`train.steps` and `train.epochs` are both null; give one")
+            return Clash(("steps", "epochs"), "`train.steps` and `train.epochs` are both null; give one")
         return None
 
     def _warmup_clash(self) -> Clash | None:
         if self.warmup >= 1 and not self.warmup.is_integer():
             rule = "below 1 it is a share of all steps, from 1 on a whole number of steps"
-            return Clash("warmup", f"`train.warmup` is {self.warmup}; {rule}")
+            return Clash(("warmup",), f"`train.warmup` is {self.warmup}; {rule}")
         if self.steps is not None and self.warmup >= max(self.steps, 1):
-            return Clash(
-                "warmup", f"`train.warmup` is {self.warmup:g} steps, which leaves none of `train.steps`, {self.steps}"
-            )
+            why = f"`train.warmup` is {self.warmup:g} steps, which leaves none of `train.steps`, {self.steps}"
+            return Clash(("warmup", "steps"), why)
         return None
 
 
@@ -332,7 +380,8 @@ class Recipe(_Section):
         """Fills in defaults of `train` that depend on keys outside it; what is malformed is left to its own check."""
         if not isinstance(given, dict):
             return given
-        train, max_length = given.get("train", {}), given.get("max_length", 0)
+        train, max_length = given.get("train"), given.get("max_length", 0)
+        train = {} if train is None else train
         filled = train.model_dump(exclude_unset=True) if isinstance(train, TrainConfig) else train
         if not isinstance(filled, dict) or not isinstance(max_length, int):
             return given
@@ -354,14 +403,15 @@ class Recipe(_Section):
         if step >= longest:
             return None
         why = f"`train.tokens_per_step` is {step}, below `max_length`, {longest}; a sample has to fit into a step"
-        return Clash("train.tokens_per_step", why)
+        return Clash(("train.tokens_per_step", "max_length"), why)
 
     def _pack_clash(self) -> Clash | None:
         step, pack, longest = self.train.tokens_per_step, self.train.tokens_per_pack, self.max_length
         if longest <= pack <= step or step < longest:
             return None
         allowed = f"from `max_length`, {longest}, to `train.tokens_per_step`, {step}"
-        return Clash("train.tokens_per_pack", f"`train.tokens_per_pack` is {pack}; it has to be {allowed}")
+        other = "max_length" if pack < longest else "train.tokens_per_step"
+        return Clash(("train.tokens_per_pack", other), f"`train.tokens_per_pack` is {pack}; it has to be {allowed}")
 
     def _weights_clash(self) -> Clash | None:
         if self.adapter is not None or self.weights != "mmap":
@@ -369,7 +419,7 @@ class Recipe(_Section):
         why = (
             "`weights` is mmap, which only reads the checkpoint's files, but without `adapter` all weights are trained"
         )
-        return Clash("weights", f"{why}; add an `adapter` or write `weights: bf16`")
+        return Clash(("weights", "adapter"), f"{why}; add an `adapter` or write `weights: bf16`")
 
     @property
     def has_eval(self) -> bool:

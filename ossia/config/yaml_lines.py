@@ -9,6 +9,7 @@ writes is read back as the same value.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,21 +18,23 @@ import yaml
 KeyPath = tuple[str | int, ...]
 
 _TAG = "tag:yaml.org,2002:"
+_MOST_LEVELS = 50  # a recipe has 6; PyYAML's composer recurses and would overflow Python's stack
 _SCALARS: tuple[tuple[str, str, str], ...] = (  # tag, pattern, first characters
     ("null", r"~|null|Null|NULL|", "~nN\0"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
+    ("int", r"[-+]?[0-9](_?[0-9])*", "-+0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9](_?[0-9])*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", "-+.0123456789"),
     ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
 )
 
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """One thing wrong with a file's YAML: the line it is in (counted from 1) and what it is."""
+    """One thing wrong with a file's YAML: the line it is in (counted from 1), what it is, and the key it is about."""
 
     line: int
     message: str
+    path: KeyPath = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,9 +68,11 @@ def parse_yaml(text: str) -> Parsed:
 
     text     the whole file
     Returns  its value (None for an empty document), the line of each key path, and the problems found: bad
-             syntax, a key given twice, a tag, a key that is no plain text; nothing is raised
+             syntax, a key given twice, a tag, a key that is no plain text, too many levels; nothing is raised
     """
     try:
+        for line in _lines_that_are_too_deep(text):
+            return Parsed(None, {}, (Found(line, f"nested deeper than {_MOST_LEVELS} levels"),))
         loader = _Loader(text)
         node = loader.get_single_node()
     except yaml.MarkedYAMLError as error:
@@ -75,11 +80,24 @@ def parse_yaml(text: str) -> Parsed:
         line = mark.line + 1 if mark else 1
         what = " ".join(part for part in (error.context, error.problem) if part)
         return Parsed(None, {}, (Found(line, f"not valid YAML: {what}"),))
-    except yaml.YAMLError as error:
-        return Parsed(None, {}, (Found(1, f"not valid YAML: {' '.join(str(error).split())}"),))
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        return Parsed(None, {}, (Found(line, f"not valid YAML: {error.reason} (U+{error.character:04X})"),))
     builder = _Builder(loader)
     value = builder.build(node, ()) if node is not None else None
     return Parsed(value, builder.lines, tuple(builder.problems))
+
+
+def _lines_that_are_too_deep(text: str) -> Iterator[int]:
+    """The lines (counted from 1) in which a list or mapping begins that is inside too many others."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_Loader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+            if depth > _MOST_LEVELS:
+                yield event.start_mark.line + 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
@@ -109,14 +127,14 @@ class _Builder:
         line = node.start_mark.line + 1
         self.lines.setdefault(path, line)
         if id(node) in self._open:
-            self.problems.append(Found(line, f"`{dotted(path)}` contains itself through an alias"))
+            self.problems.append(Found(line, f"`{dotted(path)}` contains itself through an alias", path))
             return None
         self._open.add(id(node))
         try:
             if isinstance(node, yaml.ScalarNode):
-                return self._scalar(node, line)
+                return self._scalar(node, path)
             if node.tag not in (f"{_TAG}map", f"{_TAG}seq"):
-                self.problems.append(Found(line, f"tag `{node.tag}` is not used in recipes; write plain values"))
+                self.problems.append(Found(line, f"tag `{node.tag}` is not used in recipes; write plain values", path))
             if isinstance(node, yaml.SequenceNode):
                 return [self.build(entry, (*path, i)) for i, entry in enumerate(node.value)]
             return self._mapping(node, path)
@@ -132,27 +150,34 @@ class _Builder:
                 continue
             key = key_node.value
             here = (*path, key)
+            if key == "<<" and key_node.style is None:
+                self.problems.append(Found(line, "`<<` merges keys, which Ossia does not do; write them out here"))
+                continue
             if key in values:
                 first = self.lines[here]
                 self.problems.append(
-                    Found(line, f"key `{dotted(here)}` is given twice, first in line {first}; keep one")
+                    Found(line, f"key `{dotted(here)}` is given twice, first in line {first}; keep one", here)
                 )
                 continue
             self.lines[here] = line
             values[key] = self.build(value_node, here)
         return values
 
-    def _scalar(self, node: yaml.ScalarNode, line: int) -> Any:
-        text, plain = node.value, node.style is None
+    def _scalar(self, node: yaml.ScalarNode, path: KeyPath) -> Any:
+        text, plain, line = node.value, node.style is None, node.start_mark.line + 1
         tag = self._resolve(yaml.ScalarNode, text, (plain, not plain))
         if node.tag != tag:
-            self.problems.append(Found(line, f"tag `{node.tag}` is not used in recipes; write plain values"))
+            self.problems.append(Found(line, f"tag `{node.tag}` is not used in recipes; write plain values", path))
         if tag == f"{_TAG}null":
             return None
         if tag == f"{_TAG}bool":
             return text.lower() == "true"
         if tag == f"{_TAG}int":
-            return int(text.replace("_", ""))
+            try:
+                return int(text.replace("_", ""))
+            except ValueError:  # Python's own limit, against inputs that would take it minutes
+                self.problems.append(Found(line, f"a number of {len(text):,} digits; no key takes one as long", path))
+                return 1  # which most keys take, so that nothing more is said
         if tag == f"{_TAG}float":
             return float(text.lower().replace("_", "").replace(".inf", "inf").replace(".nan", "nan"))
         return text

@@ -19,7 +19,7 @@ from ossia.data.rows import Rows
 from ossia.data.sample import Sample
 from ossia.data.sources import open_rows
 from ossia.errors import DataError, HarmonyError, RecipeError, TokenizerError
-from ossia.harmony.render import Renderer, TrainOn
+from ossia.harmony.render import MOST_SAMPLES, Renderer, TrainOn
 from ossia.harmony.vocab import Vocabulary
 
 _NUM_REASONS = 5
@@ -35,6 +35,7 @@ class Reading(NamedTuple):
     truncated: int = 0
     untrained: int = 0
     ignored: tuple[str, ...] = ()
+    null_arguments: bool = False
 
 
 @dataclass(slots=True)
@@ -42,10 +43,11 @@ class Statistics:
     """Counts of what was read; a row that is read twice counts twice.
 
     tokens, trained_tokens, longest are of the samples that are used, in tokens.
-    dropped    samples over the length limit that are left out; truncated: cut to it
-    untrained  samples left out because no token of them is trained
-    skipped    rows that could not be used; `reasons` are the first few
-    ignored    columns that Ossia doesn't know, and in how many rows
+    dropped         samples over the length limit that are left out; truncated: cut to it
+    untrained       samples left out because no token of them is trained
+    skipped         rows that could not be used; `reasons` are the first few
+    ignored         columns that Ossia doesn't know, and in how many rows
+    null_arguments  rows with a null among the arguments of a tool call
     """
 
     rows: int = 0
@@ -59,6 +61,7 @@ class Statistics:
     skipped: int = 0
     reasons: list[str] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
+    null_arguments: int = 0
 
     def add(self, reading: Reading) -> None:
         """Count one row."""
@@ -75,6 +78,7 @@ class Statistics:
             self.skipped += 1
             if len(self.reasons) < _NUM_REASONS:
                 self.reasons.append(reading.problem)
+        self.null_arguments += reading.null_arguments
         for name in reading.ignored:
             self.ignored[name] = self.ignored.get(name, 0) + 1
 
@@ -98,6 +102,11 @@ class Statistics:
             found.append(f"samples truncated to max_length: {self.truncated:,}")
         if self.untrained:
             found.append(f"samples left out, no token of them is trained: {self.untrained:,}")
+        if self.null_arguments:
+            found.append(
+                f"rows whose tool calls have null among their arguments, kept as written: {self.null_arguments:,}\n"
+                "  the model learns to write them; where only the export of a table put them there, leave them out"
+            )
         ignored = sorted(self.ignored.items())
         return found + [f"rows with the column `{name}`, which is not used: {count:,}" for name, count in ignored]
 
@@ -151,13 +160,15 @@ class Dataset:
             samples = build(self.layout, content, where, self.encoder)
         except (DataError, HarmonyError, TokenizerError) as error:
             return self._bad(f"{where}: {error}", error)
-        return self._fit(samples, self.layout.ignored(content))
+        reading = self._fit(samples, self.layout.ignored(content))
+        return reading._replace(null_arguments=self.layout.has_null_arguments(content))
 
     def samples(self, index: int) -> list[Sample]:
         """The samples of row `index`."""
         return self.read(index).samples
 
     def _bad(self, problem: str, error: Exception) -> Reading:
+        problem = problem.encode("utf-8", "backslashreplace").decode()  # a bad row may hold what can't be printed
         if self.limits.on_bad_row == "skip":
             return Reading([], problem)
         raise DataError(f"{problem}\n  next: mend the row, or leave such rows out with on_bad_row: skip") from error
@@ -239,9 +250,10 @@ class Datasets(NamedTuple):
     notes: list[str]
 
 
-def open_datasets(recipe: Recipe, vocab: Vocabulary) -> Datasets:
+def open_datasets(recipe: Recipe, vocab: Vocabulary, *, check: bool = True) -> Datasets:
     """The recipe's sources, split into training and held-out rows.
 
+    check   whether rows are rendered until something is trained; False for who asks `require_trained` afterwards
     Raises  DataError if a source can't be read, its format isn't clear, or nothing in it is trained; MissingExtraError
     """
     renderer, notes = Renderer(vocab), []
@@ -257,8 +269,9 @@ def open_datasets(recipe: Recipe, vocab: Vocabulary) -> Datasets:
         train, held_out = split(train, recipe.eval.split, recipe.train.seed)
         sizes = [sum(map(len, part)) for part in (train, held_out)]
         notes.append(f"eval.split {recipe.eval.split:g}: {sizes[0]:,} rows to train on, {sizes[1]:,} held out")
-    for dataset in (*train, *held_out):
-        _require_trained(dataset)
+    if check:
+        for dataset in (*train, *held_out):
+            require_trained(dataset)
     return Datasets(train, held_out, whole, notes)
 
 
@@ -269,13 +282,14 @@ def open_source(
     rows = open_rows(source.path, source.split)
     layout, why = recognise(rows, source, recipe.harmony)
     notes.append(f"{source.path}: {len(rows):,} rows, format {layout.format} ({why})")
+    notes.extend(f"{source.path}: {remark}" for remark in rows.remarks)
     chosen = source.train or recipe.harmony.train
     encoder = Encoder(vocab, renderer, TrainOn(chosen.turns, chosen.channels))
     return Dataset(rows, layout, encoder, Limits(recipe.max_length, recipe.on_long, recipe.on_bad_row), source.weight)
 
 
-def _require_trained(dataset: Dataset) -> None:
-    """Reads until the first trained token; a whole dataset without one is an error."""
+def require_trained(dataset: Dataset) -> None:
+    """Reads until the first trained token; raises DataError if there is none in the whole dataset."""
     counts = Statistics()
     for index in range(len(dataset)):
         reading = dataset.read(index)
@@ -318,17 +332,25 @@ def in_order(datasets: Iterable[Dataset], statistics: Statistics | None = None) 
             yield from reading.samples
 
 
-def scan(datasets: Iterable[Dataset], progress: Callable[[int], None] | None = None) -> Statistics:
+def scan(
+    datasets: Iterable[Dataset],
+    progress: Callable[[int], None] | None = None,
+    each: Callable[[Dataset, int, list[Sample]], None] | None = None,
+) -> Statistics:
     """Read and render every row once, to know the totals and every bad row before anything is trained.
 
     progress  is called after each row with the number of rows done
+    each      is called with each good row's dataset, number and samples
     Raises    DataError with the first few bad rows and their number, where the limits say that one is an error
     """
     counts, problems, num_bad = Statistics(), [], 0
     for dataset in datasets:
         for index in range(len(dataset)):
             try:
-                counts.add(dataset.read(index))
+                reading = dataset.read(index)
+                counts.add(reading)
+                if each is not None:
+                    each(dataset, index, reading.samples)
             except DataError as error:
                 counts.rows += 1
                 num_bad += 1
@@ -342,3 +364,30 @@ def scan(datasets: Iterable[Dataset], progress: Callable[[int], None] | None = N
         )
         raise DataError("\n  ".join([head, *problems]) + "\n  next: mend them, or see on_bad_row and on_long")
     return counts
+
+
+Lengths = dict[Dataset, NDArray[np.int32]]  # (rows, MOST_SAMPLES): tokens of each row's samples, 0 where there is none
+
+
+def measure(
+    datasets: Datasets, most_held_out: int | None, progress: Callable[[int], None] | None = None
+) -> tuple[Statistics, list[Sample], Lengths]:
+    """`scan` what is trained on and what is held out, and keep what else has to be known before the first step.
+
+    Returns  the totals; the held-out samples, at most `most_held_out`; the lengths of all samples, at 8 bytes a row
+    Raises   as `scan`; DataError for a dataset of which nothing is trained
+    """
+    every = (*datasets.train, *datasets.held_out)
+    held_out: list[Sample] = []
+    lengths = {dataset: np.zeros((len(dataset), MOST_SAMPLES), np.int32) for dataset in every}
+
+    def keep(dataset: Dataset, row: int, samples: list[Sample]) -> None:
+        lengths[dataset][row, : len(samples)] = list(map(len, samples))
+        if dataset in datasets.held_out:
+            held_out.extend(samples[: None if most_held_out is None else most_held_out - len(held_out)])
+
+    counts = scan(every, progress, keep)
+    for dataset in every:
+        if not lengths[dataset].any():
+            require_trained(dataset)
+    return counts, held_out, lengths

@@ -17,14 +17,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ossia.config.schema import DataSourceConfig, HarmonyConfig
+from ossia.config.schema import DataSourceConfig, HarmonyConfig, is_day
 from ossia.data.rows import Row, Rows
 from ossia.data.sample import Sample
 from ossia.errors import DataError, HarmonyError, RecipeError, TokenizerError
 from ossia.harmony.chat import THINKING, conversation_from_messages
 from ossia.harmony.messages import Conversation, System
 from ossia.harmony.render import Renderer, Span, TrainOn
-from ossia.harmony.vocab import Vocabulary
+from ossia.harmony.vocab import Vocabulary, check_field
 
 Message = dict[str, Any]
 Placed = tuple[Message, str]  # a message in OpenAI's form, and where the row has it: "conversations[2]"
@@ -80,10 +80,24 @@ class Layout:
             row = {name: value for name, value in row.items() if name not in self.columns.values()} | renamed
         return {name: value for name, value in row.items() if value is not None}
 
+    def name(self, field: str) -> str:
+        """What the file calls a field."""
+        return self.columns.get(field, field)
+
     def ignored(self, row: Row) -> tuple[str, ...]:
         """Columns of the row that are not used."""
-        used = {self.columns.get(name, name) for name in (*_REQUIRED[self.format], *_EXTRA[self.format])}
+        used = {self.name(field) for field in (*_REQUIRED[self.format], *_EXTRA[self.format])}
         return tuple(row.keys() - used)
+
+    def has_null_arguments(self, row: Row) -> bool:
+        """Whether the arguments of a tool call in the row, a good one, are an object with a null in it."""
+        if self.format not in ("messages", "sharegpt", "prompt"):
+            return False
+        lists = [row.get(self.name(field)) for field in _REQUIRED[self.format]]
+        messages = [message for found in lists if isinstance(found, list) for message in found]
+        calls = [call for message in messages if isinstance(message, dict) for call in message.get("tool_calls") or ()]
+        functions = [call.get("function") or call for call in calls if isinstance(call, dict)]
+        return any(_holds_null(found.get("arguments")) for found in functions if isinstance(found, dict))
 
 
 # --- recognising ------------------------------------------------------------------------------------------------------
@@ -188,14 +202,14 @@ def build(layout: Layout, row: Row, where: str, encoder: Encoder) -> list[Sample
     for name in _REQUIRED[layout.format]:
         if name not in fields:
             raise DataError(
-                f"{layout.columns.get(name, name)}: missing; rows of the format {layout.format} have it. "
+                f"{layout.name(name)}: missing; rows of the format {layout.format} have it. "
                 f"Found: {', '.join(row) or 'nothing'}"
             )
     if layout.format == "tokens":
         return [_tokens(fields, where, encoder.vocab.size)]
     if layout.format == "text":
         return [_plain_text(_text(fields, "text"), where, encoder.vocab)]
-    messages = _READERS[layout.format](fields)
+    messages = _READERS[layout.format](fields, layout)
     conversation = _conversation(messages, fields, layout)
     found = encoder.renderer.samples(conversation, encoder.train_on)
     return [Sample.from_rendered(rendered, where) for rendered in found]
@@ -210,7 +224,7 @@ def _conversation(messages: list[Placed], fields: Row, layout: Layout) -> Conver
     head = System(
         identity=_text(fields, "identity", harmony.identity),
         knowledge_cutoff=_text(fields, "knowledge_cutoff", harmony.knowledge_cutoff),
-        current_date=_text(fields, "current_date", harmony.current_date),
+        current_date=_day(fields, harmony.current_date),
         reasoning_effort=_text(fields, "reasoning_effort", source.reasoning_effort or harmony.reasoning_effort),
         builtin_tools=_builtin_tools(fields),
     )
@@ -221,19 +235,29 @@ def _conversation(messages: list[Placed], fields: Row, layout: Layout) -> Conver
             [message for message, _ in messages], tools=tools, developer=developer, system=head
         )
     except HarmonyError as error:
-        raise _in_the_row(error, [place for _, place in messages]) from error
+        raise _in_the_row(error, [place for _, place in messages], layout) from error
 
 
-def _in_the_row(error: HarmonyError, places: list[str]) -> HarmonyError:
-    """The error with the row's own name for the field: `conversations[2]` instead of `messages[2]`."""
+def _holds_null(value: Any) -> bool:
+    """Whether an object in `value` has a member that is null."""
+    if isinstance(value, dict):
+        return any(item is None or _holds_null(item) for item in value.values())
+    return isinstance(value, list) and any(map(_holds_null, value))
+
+
+def _in_the_row(error: HarmonyError, places: list[str], layout: Layout) -> HarmonyError:
+    """The error with the row's own name for the field: `conversations[2].value` instead of `messages[2].content`."""
     match = _MESSAGE_FIELD.match(error.field)
     if match is None or int(match[1]) >= len(places):
         return error
     place, rest = places[int(match[1])], error.field[match.end() :]
     if not place.endswith("]"):
         rest = rest.removeprefix(".content")  # the column holds the text itself
-    elif place.startswith("conversations"):
+        if rest.removeprefix(".") in THINKING:
+            place, rest = layout.name(rest.removeprefix(".")), ""
+    elif layout.format == "sharegpt":
         rest = rest.replace(".content", ".value").replace(".role", ".from")
+        rest = ".value" if rest.startswith(".tool_calls") else rest  # its JSON text became the call
     return HarmonyError(str(error).removeprefix(f"{error.field}: "), place + rest)
 
 
@@ -248,7 +272,15 @@ def _text(fields: Row, name: str, default: str | None = None) -> Any:
     value = fields.get(name, default)
     if value is not None and not isinstance(value, str):
         raise DataError(f"{name}: expected text, found {_kind(value)}")
+    check_field(value or "", name)
     return value
+
+
+def _day(fields: Row, default: str | None) -> str | None:
+    day: str | None = _text(fields, "current_date", default)
+    if day is not None and not is_day(day):
+        raise DataError(f"current_date: expected a day as YYYY-MM-DD, found {day[:40]!r}")
+    return day
 
 
 def _kind(value: Any) -> str:
@@ -269,8 +301,8 @@ def _tools(fields: Row) -> list[dict[str, Any]] | None:
     return value
 
 
-def _message_list(fields: Row, name: str) -> list[Placed]:
-    value = fields[name]
+def _message_list(fields: Row, field: str, layout: Layout) -> list[Placed]:
+    value, name = fields[field], layout.name(field)
     if not isinstance(value, list):
         raise DataError(f"{name}: expected a list of messages, found {_kind(value)}")
     for number, message in enumerate(value):
@@ -284,39 +316,40 @@ def _thinking(fields: Row) -> Message:
     return {name: fields[name] for name in THINKING if name in fields}
 
 
-def _from_messages(fields: Row) -> list[Placed]:
-    return _message_list(fields, "messages")
+def _from_messages(fields: Row, layout: Layout) -> list[Placed]:
+    return _message_list(fields, "messages", layout)
 
 
-def _from_alpaca(fields: Row) -> list[Placed]:
+def _from_alpaca(fields: Row, layout: Layout) -> list[Placed]:
     question = _text(fields, "instruction")
     if given := _text(fields, "input", ""):
         question = f"{question}\n\n{given}"
     answer = {"role": "assistant", "content": _text(fields, "output"), **_thinking(fields)}
-    return [({"role": "user", "content": question}, "instruction"), (answer, "output")]
+    return [({"role": "user", "content": question}, layout.name("instruction")), (answer, layout.name("output"))]
 
 
-def _from_prompt(fields: Row) -> list[Placed]:
+def _from_prompt(fields: Row, layout: Layout) -> list[Placed]:
     """Text or messages on both sides; what the assistant says in the prompt is context, not trained."""
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, str):
-        before: list[Placed] = [({"role": "user", "content": prompt}, "prompt")]
+        before: list[Placed] = [({"role": "user", "content": prompt}, layout.name("prompt"))]
     else:
         before = [
             ({**message, "train": False} if message.get("role") == "assistant" else message, place)
-            for message, place in _message_list(fields, "prompt")
+            for message, place in _message_list(fields, "prompt", layout)
         ]
     if isinstance(completion, str):
-        return [*before, ({"role": "assistant", "content": completion, **_thinking(fields)}, "completion")]
+        answer = {"role": "assistant", "content": completion, **_thinking(fields)}
+        return [*before, (answer, layout.name("completion"))]
     if thinking := _thinking(fields):
         raise DataError(f"{next(iter(thinking))}: expected inside the messages of `completion`, found beside them")
-    return [*before, *_message_list(fields, "completion")]
+    return [*before, *_message_list(fields, "completion", layout)]
 
 
-def _from_sharegpt(fields: Row) -> list[Placed]:
+def _from_sharegpt(fields: Row, layout: Layout) -> list[Placed]:
     messages: list[Placed] = []
     waiting: list[str] = []  # ids of calls whose results have not come yet
-    for number, (turn, place) in enumerate(_message_list(fields, "conversations")):
+    for number, (turn, place) in enumerate(_message_list(fields, "conversations", layout)):
         speaker, text = turn.get("from"), turn.get("value")
         if not isinstance(text, str):
             raise DataError(f"{place}.value: expected text, found {_kind(text)}")
@@ -356,7 +389,7 @@ def _sharegpt_calls(text: str, place: str, number: int) -> list[Message]:
     ]
 
 
-_READERS: Mapping[str, Callable[[Row], list[Placed]]] = MappingProxyType(
+_READERS: Mapping[str, Callable[[Row, Layout], list[Placed]]] = MappingProxyType(
     {"messages": _from_messages, "sharegpt": _from_sharegpt, "alpaca": _from_alpaca, "prompt": _from_prompt}
 )
 

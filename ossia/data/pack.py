@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ossia.data.dataset import Dataset, EpochOrder, Statistics
+from ossia.data.dataset import Dataset, EpochOrder, Lengths, Statistics
 from ossia.data.sample import Sample
 from ossia.errors import DataError, RecipeError, RunError
 
@@ -207,20 +207,23 @@ class PackedStream:
         self._steps += bool(groups)
         return [Pack.from_samples([sample for _, sample in group]) for group in groups[self.rank :: self.world]]
 
-    def count_steps(self) -> int:
-        """How many steps the whole stream has. Reads and renders every row of every epoch once, on the side."""
+    def count_steps(self, lengths: Lengths) -> int:
+        """How many steps the whole stream has, by the lengths of its datasets' samples; nothing is read for it.
+
+        Raises RecipeError if `epochs` is so little that there are none
+        """
         if self.epochs is None:
             raise RunError("a stream without an end has no number of steps; set train.steps or train.epochs")
-        twin = PackedStream(
-            self.datasets,
-            tokens_per_step=self.packs_per_step * self.tokens_per_pack,
-            tokens_per_pack=self.tokens_per_pack,
-            seed=self.seed,
-            epochs=self.epochs,
-        )
+        packer = _LengthPacker(self, lengths)
         num_packs = 0
-        while twin._next_group():
+        while packer._next_group():
             num_packs += 1
+        if not num_packs:
+            num_rows = sum(map(len, self.datasets))
+            raise RecipeError(
+                f"train.epochs: {self.epochs:g} of {num_rows:,} rows gives nothing to train on\n"
+                "  next: raise it, or give train.steps"
+            )
         return -(-num_packs // self.packs_per_step)
 
     def state(self) -> dict[str, Any]:
@@ -303,3 +306,24 @@ class PackedStream:
             raise DataError(f"a whole epoch of {self.statistics.rows:,} rows gave no sample to train on\n  {found}")
         self._epoch, self._cursor = self._epoch + 1, 0
         self._order = EpochOrder(self.datasets, self.seed, self._epoch)
+
+
+class _LengthPacker(PackedStream):
+    """The packs of a stream, all ranks' and from its beginning, made of lengths alone."""
+
+    def __init__(self, stream: PackedStream, lengths: Lengths) -> None:
+        super().__init__(
+            stream.datasets,
+            tokens_per_step=stream.packs_per_step * stream.tokens_per_pack,
+            tokens_per_pack=stream.tokens_per_pack,
+            seed=stream.seed,
+            epochs=stream.epochs,
+        )
+        self._lengths = lengths
+
+    def _read_row(self) -> None:
+        dataset, row = self._order[self._cursor]
+        for length in filter(None, self._lengths[dataset][row].tolist()):
+            self.statistics.samples += 1
+            self._window.add(length, None)
+        self._cursor += 1

@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import pairwise, zip_longest
+from time import monotonic
 from typing import NamedTuple
 
 from rich.console import Console, ConsoleRenderable, Group
+from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
@@ -21,6 +25,7 @@ from ossia.data.sample import Sample
 from ossia.harmony.vocab import Vocabulary
 
 TRAINED, CONTEXT = "+", "."
+_SAY_EVERY_S = 10.0
 LEGEND = f"{TRAINED} trained   {CONTEXT} context only   A→B: token A is predicted as B"
 _STYLES = {
     ("assistant", "analysis"): "yellow",
@@ -91,6 +96,31 @@ def json_lines(datasets: Iterable[Dataset], limit: int | None) -> Iterator[str]:
         if number == limit:
             return
         yield json.dumps(sample.to_json())
+
+
+@contextmanager
+def row_bar(datasets: Iterable[Dataset]) -> Iterator[Callable[[int], None]]:
+    """Progress on stderr, a bar in a terminal and else a line now and then; yields what to call with the rows read."""
+    total = sum(map(len, datasets))
+    if not sys.stderr.isatty():
+        yield _RowLines(total).read
+        return
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("reading rows", total=total)
+        yield lambda rows: progress.update(task, completed=rows)
+
+
+class _RowLines:
+    """A line on stderr every ten seconds, for those who wait without a terminal."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._said_s = total, monotonic()
+
+    def read(self, rows: int) -> None:
+        now = monotonic()
+        if now - self._said_s >= _SAY_EVERY_S:
+            self._said_s = now
+            print(f"reading rows: {rows:,} of {self._total:,}", file=sys.stderr, flush=True)
 
 
 def describe(sample: Sample) -> str:

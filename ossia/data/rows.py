@@ -37,6 +37,11 @@ class Rows(Protocol):
         """Changes when the content does; a resumed run compares it."""
         ...
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user has to know of how these rows are read."""
+        ...
+
     def __len__(self) -> int: ...
 
     def row(self, index: int) -> Row:
@@ -84,6 +89,7 @@ class FileRows:
     lines: NDArray[np.int32] | None
     checksum: int
     stamp: _Stamp
+    remarks: tuple[str, ...] = ()
     keep: IO[bytes] | None = field(default=None, repr=False)
 
     def __len__(self) -> int:
@@ -269,6 +275,11 @@ class ChainedRows:
     def fingerprint(self) -> str:
         """Number of rows and a checksum of the content."""
         return "; ".join(part.fingerprint for part in self.parts)
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """Those of the parts, each once."""
+        return tuple(dict.fromkeys(remark for part in self.parts for remark in part.remarks))
 
     def row(self, index: int) -> Row:
         """One row; DataError with its place if it is no JSON object."""

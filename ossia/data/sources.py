@@ -2,6 +2,9 @@
 
 What has no lines to jump to (Parquet, gzip) is unpacked once into a temporary JSON Lines file and read from there: a
 seeded shuffle reads rows in any order, and a Parquet row group would be decoded again for every single one.
+Tables (Parquet, a hub dataset) give every object of a column all the members that any of them has, null where it has
+none. Which nulls were there before nobody can tell, so all of them are read as absent, and where that may change what a
+model learns to write, in the arguments of tool calls, the user is told.
 """
 
 from __future__ import annotations
@@ -9,12 +12,13 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import sys
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +26,9 @@ from numpy.typing import NDArray
 from ossia.config import is_hub_name
 from ossia.data.rows import ChainedRows, FileRows, Row, Rows, index_json, index_lines, row_hash
 from ossia.errors import DataError, MissingExtraError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
 _PACKED = (".zst", ".bz2", ".xz", ".zip", ".gz")
@@ -71,7 +78,7 @@ def _open_file(file: Path, name: str) -> Rows:
     if file.name.endswith(".jsonl.gz"):
         return _unpacked(name, _gzip_chunks(file, name))
     if file.name.endswith(".parquet"):
-        return _unpacked(name, _parquet_lines(file, name))
+        return _open_parquet(file, name)
     next_step = "unpack it first" if file.name.endswith(_PACKED) else "convert it, or rename it"
     raise DataError(f"{name}: unknown kind of data file\n  allowed: {', '.join(SUFFIXES)}\n  next: {next_step}")
 
@@ -100,8 +107,7 @@ def _gzip_chunks(file: Path, name: str) -> Iterator[bytes]:
         raise DataError(f"{name}: not a whole gzip file: {error}") from error
 
 
-def _parquet_lines(file: Path, name: str) -> Iterator[bytes]:
-    """A batch of rows at a time."""
+def _open_parquet(file: Path, name: str) -> FileRows:
     try:
         from pyarrow import ArrowInvalid
         from pyarrow.parquet import ParquetFile
@@ -109,8 +115,9 @@ def _parquet_lines(file: Path, name: str) -> Iterator[bytes]:
         raise MissingExtraError(f"{name}: reading Parquet needs pyarrow: pip install 'ossia[data]'") from error
     try:
         with ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(batch_size=1024):
-                yield b"".join(map(_json_line, batch.to_pylist()))
+            batches = (batch.to_pylist() for batch in parquet.iter_batches(batch_size=1024))
+            rows = _unpacked(name, (b"".join(map(_json_line, batch)) for batch in batches))
+            return replace(rows, remarks=_remarks(parquet.schema_arrow))
     except ArrowInvalid as error:
         raise DataError(f"{name}: not a Parquet file that can be read: {error}") from error
 
@@ -129,9 +136,41 @@ def _without_nulls(value: Any) -> Any:
     return value
 
 
+def _remarks(schema: pyarrow.Schema) -> tuple[str, ...]:
+    """A word about nulls, if the arguments of tool calls are objects of the table."""
+    if not _has_struct("arguments", schema):
+        return ()
+    return (
+        "the arguments of its tool calls are columns of a table, in which a null can't be told from an absent key: "
+        "nulls are read as absent (to keep them, store arguments as JSON text)",
+    )
+
+
+def _has_struct(name: str, fields: Iterable[pyarrow.Field]) -> bool:
+    """Whether a field of this name, at any depth, holds objects."""
+    from pyarrow import types
+
+    for member in fields:
+        kind = member.type
+        while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+            kind = kind.value_type
+        if types.is_struct(kind) and (member.name == name or _has_struct(name, kind)):
+            return True
+    return False
+
+
+class HubFeatures(Protocol):
+    """What is used of a `datasets.Features`."""
+
+    @property
+    def arrow_schema(self) -> pyarrow.Schema: ...
+
+
 class HubTable(Protocol):
     """What is used of a `datasets.Dataset`."""
 
+    @property
+    def features(self) -> HubFeatures: ...
     @property
     def _fingerprint(self) -> str: ...
     def __len__(self) -> int: ...
@@ -144,6 +183,11 @@ class HubRows:
 
     name: str
     table: HubTable
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a user has to know of how these rows are read."""
+        return _remarks(self.table.features.arrow_schema)
 
     def __len__(self) -> int:
         return len(self.table)
@@ -173,10 +217,14 @@ def _open_hub(name: str, split: str) -> Rows:
         from datasets import load_dataset
         from datasets.exceptions import DatasetNotFoundError
         from huggingface_hub.errors import HfHubHTTPError
+        from huggingface_hub.utils import logging
     except ImportError as error:
         raise MissingExtraError(
             f"{name}: no such file; to load it from the Hugging Face hub: pip install 'ossia[hub]'"
         ) from error
+    print(f"{name}: not a file or folder here; asking the Hugging Face hub for it", file=sys.stderr, flush=True)
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # it would tell of each of its attempts; what came of them is told below
     try:
         table = load_dataset(name, split=split)
     except (DatasetNotFoundError, HfHubHTTPError, ConnectionError, ValueError) as error:
@@ -184,6 +232,8 @@ def _open_hub(name: str, split: str) -> Rows:
         raise DataError(
             f"{name}: neither a file or folder here, nor a hub dataset with a split `{split}` that loads: {reason}"
         ) from error
+    finally:
+        logging.set_verbosity(verbosity)
     if not len(table):
         raise DataError(f"{name}: split `{split}` holds no rows")
     return HubRows(f"{name}/{split}", table)

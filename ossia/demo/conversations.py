@@ -44,11 +44,16 @@ class DemoData:
 
 @dataclass(frozen=True, slots=True)
 class DemoFiles:
-    """Where `write` put the rows."""
+    """Where `write` puts the rows."""
 
     train: Path
     heldout: Path
     questions: Path
+
+    @classmethod
+    def within(cls, folder: Path) -> DemoFiles:
+        """The files of that folder, whether written yet or not."""
+        return cls(folder / "train.jsonl", folder / "heldout.jsonl", folder / "questions.jsonl")
 
 
 def make_data(seed: int, sizes: Sizes | None = None) -> DemoData:
@@ -73,7 +78,7 @@ def make_data(seed: int, sizes: Sizes | None = None) -> DemoData:
 def write(data: DemoData, folder: Path) -> DemoFiles:
     """Write the three JSONL files into `folder` (made if missing)."""
     folder.mkdir(parents=True, exist_ok=True)
-    files = DemoFiles(folder / "train.jsonl", folder / "heldout.jsonl", folder / "questions.jsonl")
+    files = DemoFiles.within(folder)
     for path, rows in ((files.train, data.train), (files.heldout, data.heldout), (files.questions, data.questions)):
         with path.open("w", encoding="utf-8", newline="\n") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

@@ -1,4 +1,4 @@
-"""A small trained model for tests: rounding changes the routing of random experts, but not of trained ones.
+"""A small trained model for tests: rounding changes the routing of random experts, but hardly that of trained ones.
 
 Trained as the demo is, on less, once per content: the folder's name is a hash of the code, the plan and the seed.
 """
@@ -18,15 +18,19 @@ from ossia.demo.conversations import Sizes
 from ossia.demo.prepare import Plan, prepare
 from ossia.train.events import Event
 
+# Enough for bf16 to predict what float32 predicts on held-out conversations; tests/oracle/test_bf16.py holds that.
 FIXTURE_PLAN = Plan(
     sizes=Sizes(train_sorting=2500, train_chats=400, heldout_sorting=30, heldout_chats=30, questions=40),
-    steps=160,
+    steps=200,
+    tokens_per_step=1024,
     evaluations=1,
 )
+KEPT = 3  # contents in a cache folder
 _DECIDES = (
     "config",
     "data",
     "demo",
+    "export/merge.py",
     "harmony",
     "model",
     "ops",
@@ -38,7 +42,7 @@ _DECIDES = (
 def trained_fixture(cache_dir: Path, *, seed: int = 0, plan: Plan = FIXTURE_PLAN) -> Path:
     """The folder of a trained checkpoint (bf16 layout), its data beside it in `../data`; trained if it isn't there yet.
 
-    cache_dir  kept between test sessions; stale entries may be deleted at any time
+    cache_dir  kept between test sessions; the contents not asked for longest are deleted from it
     """
     folder = cache_dir / f"demo-{content_hash(plan, seed)}"
     if not folder.is_dir():
@@ -52,6 +56,8 @@ def trained_fixture(cache_dir: Path, *, seed: int = 0, plan: Plan = FIXTURE_PLAN
                 partial.rename(folder)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+    folder.touch()
+    _forget_longest_unused(cache_dir)
     return folder / sft.MODEL
 
 
@@ -67,6 +73,13 @@ def _sources(package: Path) -> Iterator[Path]:
     for name in _DECIDES:
         path = package / name
         yield from sorted(path.rglob("*.py")) if path.is_dir() else (path,)
+
+
+def _forget_longest_unused(cache_dir: Path) -> None:
+    """Every change of the code makes another content: a few stay, for whoever goes back and forth."""
+    latest_first = sorted(cache_dir.glob("demo-*"), key=lambda folder: folder.stat().st_mtime_ns, reverse=True)
+    for stale in latest_first[KEPT:]:
+        shutil.rmtree(stale, ignore_errors=True)  # another session may be deleting it too
 
 
 class _Silent:

@@ -1,14 +1,19 @@
-"""What the demo trains on and from, as files: conversations, a small vocabulary, an untrained checkpoint, a recipe."""
+"""What the demo trains on and from, as files: conversations, a small vocabulary, an untrained checkpoint, a recipe.
+
+`python -m ossia.demo.prepare FOLDER` writes them and trains nothing; recipes/ has recipes that start from runs/demo.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ossia.demo.conversations import DemoFiles, Sizes, make_data, write
 from ossia.demo.start import write_untrained
 from ossia.demo.vocabulary import write_vocabulary
+from ossia.errors import UserError
 
 DATA, START, RECIPE = "data", "start", "demo.yaml"
 
@@ -45,13 +50,25 @@ class Plan:
 
 
 def prepare(folder: Path, *, seed: int, plan: Plan) -> tuple[DemoFiles, Path]:
-    """Write data, vocabulary, untrained checkpoint and recipe into `folder`; the data files and the recipe's file."""
+    """Write data, vocabulary, untrained checkpoint and recipe into `folder`; the data files and the recipe's file.
+
+    Raises UserError, with nothing written, if one of them is there already
+    """
+    for there in (folder / name for name in (DATA, START, RECIPE) if (folder / name).exists()):
+        raise UserError(f"{there} is there already; name another folder, or remove it first")
     data = make_data(seed, plan.sizes)
     files = write(data, folder / DATA)
     tokenizer = write_vocabulary((*data.train, *data.heldout), folder / DATA / "tokenizer.json")
     write_untrained(folder / START, tokenizer, seed=seed)
     recipe_file = folder / RECIPE
-    text = _RECIPE_TEXT.format(
+    recipe_file.write_text(recipe_text(folder, seed=seed, plan=plan), encoding="utf-8")
+    return files, recipe_file
+
+
+def recipe_text(folder: Path, *, seed: int, plan: Plan) -> str:
+    """The recipe that trains in `folder` on what `prepare` writes there."""
+    files = DemoFiles.within(folder / DATA)
+    return _RECIPE_TEXT.format(
         model=json.dumps(str(folder / START)),
         train=json.dumps(str(files.train)),
         heldout=json.dumps(str(files.heldout)),
@@ -63,5 +80,18 @@ def prepare(folder: Path, *, seed: int, plan: Plan) -> tuple[DemoFiles, Path]:
         learning_rate=plan.learning_rate,
         seed=seed,
     )
-    recipe_file.write_text(text, encoding="utf-8")
-    return files, recipe_file
+
+
+def main() -> None:
+    """Write into the folder that the command line names, with the demo's seed and plan; prints the recipe's file."""
+    if len(sys.argv) != 2:
+        raise SystemExit("python -m ossia.demo.prepare FOLDER: name one folder, such as runs/demo")
+    try:
+        print(prepare(Path(sys.argv[1]), seed=0, plan=Plan())[1])
+    except UserError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+if __name__ == "__main__":
+    main()

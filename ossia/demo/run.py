@@ -20,10 +20,13 @@ from typing import Any
 from ossia import sft
 from ossia.batch import generate_file
 from ossia.config import check_recipe, load_recipe
-from ossia.demo.prepare import DATA, RECIPE, START, Plan, prepare
+from ossia.config.check import RECIPE_IN_RUN
+from ossia.demo.prepare import DATA, RECIPE, START, Plan, prepare, recipe_text
+from ossia.disk import why_no_folder
 from ossia.errors import UserError
 from ossia.model.checkpoint import Checkpoint
 from ossia.train.events import EVENTS, Sink, read_events
+from ossia.train.report import write_report
 
 ANSWERS = "answers"
 MAX_ANSWER_TOKENS = 80  # a right answer has 54
@@ -48,15 +51,26 @@ class DemoResult:
 
 
 def run_demo(folder: Path, *, seed: int = 0, plan: Plan | None = None, sink: Sink | None = None) -> DemoResult:
-    """Tell the whole story in `folder` (made anew); the story goes to stdout, progress to stderr.
+    """Tell the whole story in `folder`; the story goes to stdout, progress to stderr.
 
+    An earlier demo there stays as it is until this one is done: this one is made beside it and then takes its place.
     sink    hears the training's events instead of the terminal
     Raises  UserError if `folder` holds something else than an earlier demo; what `sft.run` raises
     """
-    started = time.monotonic()
-    _make_room(folder)
+    started, plan = time.monotonic(), plan or Plan()
+    place = _make_room(folder)
+    before, after = _tell(place, seed=seed, plan=plan, sink=sink)
+    if place != folder:
+        _take_place(place, folder, seed=seed, plan=plan)
+    print(f"\nThe report: {folder / 'report.html'}\nTalk to it: ossia chat {folder / sft.MODEL}")
+    print(f"All of this took {time.monotonic() - started:.0f} s.")
+    return DemoResult(folder, folder / sft.MODEL, before, after)
+
+
+def _tell(folder: Path, *, seed: int, plan: Plan, sink: Sink | None) -> tuple[Score, Score]:
+    """The story in an empty folder; the scores before and after training."""
     print(f"1. Data and an untrained gpt-oss model, from seed {seed}")
-    files, recipe_file = prepare(folder, seed=seed, plan=plan or Plan())
+    files, recipe_file = prepare(folder, seed=seed, plan=plan)
     trained_on, held_out, asked = map(_num_lines, (files.train, files.heldout, files.questions))
     print(f"   {folder / DATA}: {trained_on:,} conversations to train on, {held_out:,} held out, {asked:,} questions")
     print(f"   {folder / START}: {_describe(folder / START)}")
@@ -77,9 +91,7 @@ def run_demo(folder: Path, *, seed: int = 0, plan: Plan | None = None, sink: Sin
     _show_turn(after[0])
     scores = Score(losses[0], exact_match(before)), Score(losses[-1], exact_match(after))
     _show_scores(*scores, num_questions=asked)
-    print(f"\nThe report: {folder / 'report.html'}\nTalk to it: ossia chat {trained}")
-    print(f"All of this took {time.monotonic() - started:.0f} s.")
-    return DemoResult(folder, trained, *scores)
+    return scores
 
 
 def exact_match(answered: list[dict[str, Any]]) -> float:
@@ -93,13 +105,38 @@ def _final_text(messages: list[dict[str, Any]]) -> str | None:
     return next((m["content"] for m in reversed(messages) if m.get("content") and "channel" not in m), None)
 
 
-def _make_room(folder: Path) -> None:
-    """An empty `folder`: what an earlier demo left is removed, anything else is left alone and refused."""
-    if folder.exists() and any(folder.iterdir()):
-        if not (folder / RECIPE).is_file():
-            raise UserError(f"{folder}: holds something else than a demo; name another folder with --output")
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+def _make_room(folder: Path) -> Path:
+    """The empty folder to make a demo in: `folder`, or one beside it where an earlier demo is to stay until then.
+
+    What an unfinished demo left is removed; anything else is left alone and refused.
+    """
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(f"{folder}: the current folder or one around it; name another folder with --output")
+    place = folder
+    if (folder / RECIPE).is_file() and (folder / sft.MODEL).is_dir():
+        place = folder.with_name(f"{folder.name}.new")
+        print(f"{folder} holds an earlier demo, which stays as it is until this one is done. It is made in {place}")
+    if place.exists() and (not place.is_dir() or any(place.iterdir())):
+        if not (place / RECIPE).is_file():
+            raise UserError(f"{place}: holds something else than a demo; name another folder with --output")
+        print(f"{place}: an unfinished demo; begun anew")
+        shutil.rmtree(place)
+    if why := why_no_folder(place):
+        raise UserError(f"{place}: can't be made: {why}; name another folder with --output")
+    place.mkdir(parents=True, exist_ok=True)
+    return place
+
+
+def _take_place(place: Path, folder: Path, *, seed: int, plan: Plan) -> None:
+    """Put a finished demo where an earlier one is, and remove that; what names the folder is written again."""
+    before = place / ".before"  # so that both are in one folder, should this end between the two renames
+    folder.rename(before)
+    place.rename(folder)
+    (folder / RECIPE).write_text(recipe_text(folder, seed=seed, plan=plan), encoding="utf-8")
+    (folder / RECIPE_IN_RUN).write_text(load_recipe(folder / RECIPE).to_yaml(), encoding="utf-8")
+    write_report(folder)
+    shutil.rmtree(folder / before.name)
+    print(f"\n{folder} is this one now; the earlier one is gone.", end="")
 
 
 def _answer(model: Path, questions: Path, target: Path) -> list[dict[str, Any]]:

@@ -8,35 +8,18 @@ biases 0.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ossia.model.arch import Arch, alternating_layers
+from ossia.model.arch import SHAPES, Arch
 from ossia.model.checkpoint import write_checkpoint
 from ossia.model.template import vocabulary_size
 from ossia.ops.mxfp4 import quantize_mxfp4
 
-HIDDEN = 128
-WEIGHT_STD = 0.08  # near 1 / sqrt(HIDDEN)
-
-
-def demo_arch(vocab_size: int) -> Arch:
-    """gpt-oss at 3.4 million parameters besides the embeddings: 4 layers, 32 experts of which a token uses 4."""
-    return Arch(
-        hidden_size=HIDDEN,
-        intermediate_size=64,
-        num_layers=4,
-        num_heads=4,
-        num_kv_heads=2,
-        head_dim=32,
-        num_experts=32,
-        experts_per_token=4,
-        sliding_window=128,
-        vocab_size=vocab_size,
-        layer_types=alternating_layers(4),
-    )
+WEIGHT_STD = 0.08  # near 1 / sqrt(hidden)
 
 
 def write_untrained(path: Path, tokenizer: Path, *, seed: int) -> Arch:
@@ -44,7 +27,7 @@ def write_untrained(path: Path, tokenizer: Path, *, seed: int) -> Arch:
 
     Raises CheckpointError as `write_checkpoint`.
     """
-    arch = demo_arch(vocabulary_size(tokenizer))
+    arch = replace(SHAPES["demo"], vocab_size=vocabulary_size(tokenizer))
     write_checkpoint(path, arch, _tensors(arch, seed), "mxfp4", tokenizer_from=tokenizer)
     return arch
 

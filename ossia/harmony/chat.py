@@ -10,6 +10,8 @@
 | assistant content                        | final                                                                |
 
 An assistant row may name a `channel` (and `recipient`, `content_type`) itself. Any row may have `train` and `weight`.
+A key whose value is null is an absent key, in a row, a call and a tool: tables (Arrow, Parquet, what is exported from
+them) give every object the keys that any of them has. Only inside the arguments of a call is null a value like others.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from ossia.errors import HarmonyError
 from ossia.harmony.messages import CHANNELS, CONSTRAIN_JSON, ROLES, Conversation, Effort, Message, System, Tool
+from ossia.harmony.vocab import check_field
 
 THINKING = ("thinking", "reasoning", "reasoning_content")
 ASSISTANT_KEYS = (*THINKING, "tool_calls", "channel", "recipient", "content_type", "refusal")
@@ -31,6 +34,7 @@ IGNORED_KEYS = ("id", "annotations", "metadata", "timestamp")  # bookkeeping tha
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 USER_NAME = re.compile(r"[^\s<|\\/>]+")
 INSTRUCTIONS = "# Instructions\n\n"
+_NULL_SAYS_SOMETHING = ("default", "const")  # in a JSON Schema; under any other key null is no schema and no setting
 
 
 def conversation_from_messages(
@@ -77,9 +81,10 @@ def tools_from_openai(tools: Sequence[Mapping[str, Any]]) -> tuple[Tool, ...]:
             _fail(f"{field}.description", f"expected text, found {_seen(description)}")
         if not isinstance(parameters, Mapping | None):
             _fail(f"{field}.parameters", f"expected a JSON Schema object, found {_seen(parameters)}")
+        _check_texts(function, field)
         if name in found:
             _fail(f"{field}.name", f"the tool {name} is listed twice")
-        found[name] = Tool(name, description or "", None if parameters is None else dict(parameters))
+        found[name] = Tool(name, description or "", None if parameters is None else _without_nulls(parameters))
     return tuple(found.values())
 
 
@@ -123,6 +128,7 @@ class _Reader:
             text, name = _text(row.get("content"), f"{field}.content"), row.get("name") or None
             if name is not None and not (isinstance(name, str) and USER_NAME.fullmatch(name)):
                 _fail(f"{field}.name", f"expected a name without spaces or any of <>|/\\, found {_seen(name)}")
+            check_field(name or "", f"{field}.name")
             self._add(row, field, Message("user", text, name=name))
         elif self.messages:
             self._add(row, field, Message("developer", INSTRUCTIONS + _text(row.get("content"), f"{field}.content")))
@@ -167,6 +173,7 @@ class _Reader:
             _fail(f"{field}.recipient", f"expected a name like functions.get_weather, found {_seen(recipient)}")
         if not isinstance(content_type, str | None):
             _fail(f"{field}.content_type", f"expected text like <|constrain|>json, found {_seen(content_type)}")
+        check_field(content_type or "", f"{field}.content_type")
         message = Message("assistant", content, channel, recipient, content_type=content_type)
         self._add(row, field, message)
         if recipient is not None:
@@ -248,18 +255,21 @@ def _thinking(row: Mapping[str, Any], field: str) -> str | None:
 def _text(value: Any, field: str) -> str:
     """Text, or a list of text parts, as one string."""
     if isinstance(value, str):
+        check_field(value, field)
         return value
     if not isinstance(value, Sequence) or isinstance(value, bytes):
         _fail(field, f"expected text or a list of text parts, found {_seen(value)}")
     texts = []
     for index, part in enumerate(value):
         if isinstance(part, str):
+            check_field(part, f"{field}[{index}]")
             texts.append(part)
             continue
         kind = part.get("type") if isinstance(part, Mapping) else None
         if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             expected = 'expected {"type": "text", "text": ...} (gpt-oss reads text only)'
             _fail(f"{field}[{index}]", f"{expected}, found {_seen(part)}")
+        check_field(part["text"], f"{field}[{index}].text")
         texts.append(part["text"])
     return "".join(texts)
 
@@ -270,9 +280,9 @@ def _function(value: Any, field: str) -> tuple[Mapping[str, Any], str]:
         _fail(field, f"expected an object with a function, found {_seen(value)}")
     if value.get("type", "function") not in ("function", None):
         _fail(f"{field}.type", f"found {_seen(value['type'])}; allowed: function")
-    if "function" not in value:
+    function = value.get("function")
+    if function is None:
         return value, field
-    function = value["function"]
     if not isinstance(function, Mapping):
         _fail(f"{field}.function", f"expected an object with a name, found {_seen(function)}")
     return function, f"{field}.function"
@@ -287,15 +297,47 @@ def _name(value: Any, field: str) -> str:
 def _arguments(value: Any, field: str) -> str:
     """Arguments as text: a string is kept as it is, an object becomes compact JSON."""
     if isinstance(value, str):
+        check_field(value, field)
         return value
     if value is None:
         return "{}"
     if not isinstance(value, Mapping):
         _fail(field, f"expected a JSON object or its text, found {_seen(value)}")
     try:
-        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     except (TypeError, ValueError) as error:
         _fail(field, f"can't be written as JSON: {error}")
+    check_field(text, field)
+    return text
+
+
+def _check_texts(value: Any, field: str) -> None:
+    """Raise HarmonyError, naming the field, for a text anywhere inside `value` that isn't Unicode."""
+    if isinstance(value, str):
+        check_field(value, field)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_texts(key, field)
+            _check_texts(item, f"{field}.{key}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _check_texts(item, f"{field}[{index}]")
+
+
+def _without_nulls(schema: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON Schema without the keys and properties that are null, which no schema has on purpose."""
+    kept: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in ("properties", "patternProperties", "$defs", "definitions") and isinstance(value, Mapping):
+            schemas = {name: inner for name, inner in value.items() if inner is not None}
+            kept[key] = {name: _without_nulls(s) if isinstance(s, Mapping) else s for name, s in schemas.items()}
+        elif key in ("items", "additionalProperties", "not") and isinstance(value, Mapping):
+            kept[key] = _without_nulls(value)
+        elif key in ("oneOf", "anyOf", "allOf", "prefixItems") and isinstance(value, list):
+            kept[key] = [_without_nulls(inner) if isinstance(inner, Mapping) else inner for inner in value]
+        elif value is not None or key in _NULL_SAYS_SOMETHING:
+            kept[key] = value
+    return kept
 
 
 def _check_keys(row: Mapping[str, Any], role: str, field: str) -> None:

@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from ossia.errors import MissingExtraError, TokenizerError
+from ossia.harmony.tokenizer_json import RELEASED_SHA256, SPLIT
 from ossia.harmony.vocab import Vocabulary, byte_to_char
 
 RANKS_SHA256 = "446a9538cb6c348e3516120d7c08b09f57c36495e2acfffe59a5bf8b0cfb1a2d"
-TOKENIZER_SHA256 = "0614fe83cadab421296e664e1f48f4261fa8fef6e03e63bb75c20f38e37d07d3"
 MODEL_ROWS = 201_088  # embedding rows of the released models; the ids from 200,019 on are padding that no text gives
 
 FIRST_SPECIAL = 199_998
@@ -42,21 +42,6 @@ NAMED_SPECIALS = {
     200_012: "<|call|>",
     200_018: "<|endofprompt|>",
 }
-# How text is cut into words before merging: words by case with an English contraction, numbers of up to three digits,
-# runs of punctuation, line ends, spaces.
-CONTRACTION = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
-UPPER, LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-PATTERN = "|".join(
-    [
-        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}*{LOWER}+{CONTRACTION}",
-        rf"[^\r\n\p{{L}}\p{{N}}]?{UPPER}+{LOWER}*{CONTRACTION}",
-        r"\p{N}{1,3}",
-        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
-        r"\s*[\r\n]+",
-        r"\s+(?!\S)",
-        r"\s+",
-    ]
-)
 
 
 def o200k_ranks_file() -> bytes:
@@ -96,7 +81,7 @@ def o200k_harmony_tokenizer_json() -> str:
         for number in range(FIRST_SPECIAL, max(NAMED_SPECIALS) + 1)
     ]
     text = _dump(_layout(added), vocab, merges)
-    assert hashlib.sha256(text.encode()).hexdigest() == TOKENIZER_SHA256
+    assert hashlib.sha256(text.encode()).hexdigest() == RELEASED_SHA256
     return text
 
 
@@ -188,8 +173,7 @@ def _special(number: int, name: str) -> dict[str, Any]:
 def _layout(added: list[dict[str, Any]]) -> dict[str, Any]:
     """Everything of the file but the vocabulary and the merges, in the order that the released file has."""
     byte_level = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
-    split = {"type": "Split", "pattern": {"Regex": PATTERN}, "behavior": "Isolated", "invert": False}
-    steps = [split, {**byte_level, "add_prefix_space": False, "use_regex": False}]
+    steps = [SPLIT, {**byte_level, "add_prefix_space": False, "use_regex": False}]
     return {
         "version": "1.0",
         "truncation": None,

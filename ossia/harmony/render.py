@@ -19,10 +19,11 @@ from typing import Literal, NamedTuple
 from ossia.errors import HarmonyError, TokenizerError
 from ossia.harmony.messages import CHANNELS, Conversation, Message, System, Tool
 from ossia.harmony.tools import builtin_tools, function_tools
-from ossia.harmony.vocab import Vocabulary, check_text
+from ossia.harmony.vocab import Vocabulary, check_field
 
 CONSTRAIN = "<|constrain|>"
 CACHE_ENTRIES = 4096
+MOST_SAMPLES = 2  # of one conversation, as above
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +176,7 @@ class Renderer:
             bodies = self._vocab.encode_batch(texts)
         except TokenizerError:
             for index, text in enumerate(texts):
-                _check(text, f"messages[{index}].content")
+                check_field(text, f"messages[{index}].content")
             raise
         for message, body in zip(messages, bodies, strict=True):
             role, channel = message.role, message.channel
@@ -190,7 +191,7 @@ class Renderer:
         """A system or developer message; it is remembered, because a data set repeats few of them."""
         part = self._texts.get((role, text))
         if part is None:
-            _check(text, role)
+            check_field(text, role)
             if len(self._texts) >= CACHE_ENTRIES:
                 self._texts.clear()
             ids = [*self._header(Message(role, "")), *self._vocab.encode(text), self._end]
@@ -293,10 +294,3 @@ def _message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[flo
             wanted = index >= first and (message.channel is None or message.channel in train_on.channels)
         weights.append(message.weight if wanted else 0.0)
     return weights
-
-
-def _check(text: str, field: str) -> None:
-    try:
-        check_text(text)
-    except TokenizerError as error:
-        raise HarmonyError(str(error), field) from None

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from ossia.errors import TokenizerError
+from ossia.errors import HarmonyError, TokenizerError
+from ossia.harmony.tokenizer_json import TOKENIZER, TokenizerFile, is_released, read_tokenizer_text, tokenizer_file
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -75,33 +76,27 @@ class Vocabulary:
     @classmethod
     def from_file(cls, path: Path) -> Vocabulary:
         """Read a checkpoint folder's `tokenizer.json`, or that file itself. Raises TokenizerError."""
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        if not file.is_file():
-            raise TokenizerError(
-                f"{file}: no such file; a gpt-oss checkpoint has its tokenizer.json beside config.json"
-            )
-        try:
-            text = file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise TokenizerError(
-                f"{file}: is not UTF-8 text ({error.reason} at byte {error.start}); get it anew"
-            ) from None
-        return cls.from_text(text, str(file))
+        file = tokenizer_file(path)
+        return cls.from_text(read_tokenizer_text(file), str(file))
 
     @classmethod
-    def from_text(cls, tokenizer_json: str, where: str = "tokenizer.json") -> Vocabulary:
+    def from_text(cls, tokenizer_json: str, where: str = TOKENIZER) -> Vocabulary:
         """Read the text of a `tokenizer.json`; `where` names it in errors. Raises TokenizerError."""
         from tokenizers import Tokenizer
 
-        text = tokenizer_json.strip()
-        if text.startswith("version https://git-lfs"):
-            raise TokenizerError(f"{where}: is a Git LFS pointer, not the file; run `git lfs pull` in that folder")
-        if not (text.startswith("{") and text.endswith("}")):
-            raise TokenizerError(f"{where}: is not a whole JSON object ({len(text):,} characters); get it anew")
-        if '"added_tokens"' not in text or '"model"' not in text:
-            raise TokenizerError(f"{where}: is not a tokenizer.json (it has no added_tokens and model); get it anew")
-        return cls(Tokenizer.from_str(text), where)
+        if is_released(tokenizer_json):
+            return cls(Tokenizer.from_str(tokenizer_json), where)
+        file = TokenizerFile.parse(tokenizer_json, where)
+        tokenizer = Tokenizer.from_str(file.library_text(where))
+        vocabulary = cls(tokenizer, where)
+        for name, number in file.added.items():
+            if (found := tokenizer.token_to_id(name)) != number:
+                raise TokenizerError(
+                    f"{where}: the added token {name} has the id {number:,}, but the library that encodes text gives "
+                    f"it {found:,}: added tokens have the ids right after the vocabulary, in their order\n"
+                    "  next: number them so in added_tokens"
+                )
+        return vocabulary
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text; text that spells a special token is encoded letter by letter like any other."""
@@ -157,3 +152,11 @@ def check_text(text: str) -> None:
             f"the text has a lone surrogate {found} at character {error.start}, which no encoding can hold; "
             "repair the \\uD83D-like escape in the data"
         ) from None
+
+
+def check_field(text: str, field: str) -> None:
+    """`check_text` for a part of a conversation: raises HarmonyError that names `field`."""
+    try:
+        check_text(text)
+    except TokenizerError as error:
+        raise HarmonyError(str(error), field) from None

@@ -218,14 +218,14 @@ def alternating_layers(num_layers: int) -> tuple[LayerType, ...]:
     return tuple("full_attention" if layer % 2 else "sliding_attention" for layer in range(num_layers))
 
 
-def _shape(hidden: int, width: int, layers: int, experts: int, heads: int, kv_heads: int) -> Arch:
+def _shape(hidden: int, width: int, layers: int, experts: int, heads: int, kv_heads: int, head_dim: int = 64) -> Arch:
     return Arch(
         hidden_size=hidden,
         intermediate_size=width,
         num_layers=layers,
         num_heads=heads,
         num_kv_heads=kv_heads,
-        head_dim=64,
+        head_dim=head_dim,
         num_experts=experts,
         experts_per_token=4,
         sliding_window=128,
@@ -234,10 +234,11 @@ def _shape(hidden: int, width: int, layers: int, experts: int, heads: int, kv_he
     )
 
 
-# The released models, and small ones for the demo and the benchmarks; YaRN and vocabulary as released.
+# The released models, and small ones for the demo and the benchmarks; YaRN and vocabulary as released. "demo" is what
+# `ossia demo` trains, and benchmarks of the demo shape run, there with a small vocabulary in the released one's place.
 SHAPES: Mapping[str, Arch] = MappingProxyType(
     {
-        "demo": _shape(128, 128, 4, 32, 8, 2),
+        "demo": _shape(128, 64, 4, 32, 4, 2, head_dim=32),
         "B1": _shape(256, 256, 8, 16, 8, 2),
         "B2": _shape(512, 512, 12, 32, 8, 2),
         "20b": _shape(2880, 2880, 24, 32, 64, 8),

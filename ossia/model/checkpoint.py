@@ -14,7 +14,6 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -23,13 +22,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ossia.disk import sync_to_disk
-from ossia.errors import CheckpointError
+from ossia.errors import CheckpointError, first_few
 from ossia.model.arch import Arch, Layout, TensorSpec
 from ossia.model.template import write_companions
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"BF16": torch.bfloat16, "U8": torch.uint8}
-_SHOWN = 8  # findings in one message
 _MARGIN_BYTES = 64 << 20  # beside the weights: tokenizer, configs, file system
 
 
@@ -310,9 +308,7 @@ def _compare(
 
 
 def _listing(path: Path, layout: Layout, problems: list[str]) -> str:
-    lines = [f"{path}: the files don't hold the {layout} checkpoint that {CONFIG} describes", *islice(problems, _SHOWN)]
-    if len(problems) > _SHOWN:
-        lines.append(f"and {len(problems) - _SHOWN} more")
+    lines = [f"{path}: the files don't hold the {layout} checkpoint that {CONFIG} describes", *first_few(problems)]
     if any("_blocks`" in problem and " BF16; by" in problem for problem in problems):
         lines.append(
             "bf16 weights under MXFP4 names are what transformers 5 saves of an MXFP4 model that it dequantised; "

@@ -18,6 +18,7 @@ from ossia.model.checkpoint import CONFIG, Checkpoint
 from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
+from ossia.ops.memory import machine_memory
 
 WeightsChoice = Literal["auto", "resident", "mmap", "bf16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -108,18 +109,6 @@ def expanded_expert_bytes(arch: Arch, dtype: torch.dtype) -> int:
     """Bytes of all expert matrices in `dtype`."""
     per_expert = 3 * arch.hidden_size * arch.intermediate_size
     return arch.num_layers * arch.num_experts * per_expert * dtype.itemsize
-
-
-def machine_memory() -> tuple[int, int]:
-    """Memory of the machine in bytes, all and free; that of the control group where the process is held to one."""
-    lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
-    meminfo = {words[0].rstrip(":"): int(words[1]) * 1024 for words in lines if len(words) > 1}
-    total, free = meminfo["MemTotal"], meminfo["MemAvailable"]
-    limit, used = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
-    if limit.is_file() and (text := limit.read_text().strip()) != "max":
-        total = min(total, int(text))
-        free = min(free, total - int(used.read_text()))
-    return total, max(free, 0)
 
 
 def _device(choice: str) -> torch.device:

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from ossia.config import load_recipe
 from ossia.disk import sync_to_disk
-from ossia.errors import AdapterError
+from ossia.errors import AdapterError, first_few
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import MODULE_OF, TARGETS, Lora, LoraSpec, Site, sites
@@ -46,7 +46,6 @@ _PARAMETERS = {  # targets that aren't linear modules in transformers, by PEFT's
 }
 _PREFIX = "base_model.model."
 _HEAD_COPY = f"{_PREFIX}lm_head.base_layer.weight"  # PEFT saves the base's head beside an adapter on it
-_SHOWN = 8  # findings in one message
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -267,8 +266,7 @@ def _compare(handle: safe_open, shapes: Mapping[str, tuple[int, ...]], present: 
         elif part.get_dtype() not in ("F32", "BF16", "F16"):
             problems.append(f"`{name}` is {part.get_dtype()}; allowed: F32, BF16, F16")
     if problems:
-        more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
-        lines = [f"{file}: the tensors are not those of this adapter on this model", *problems[:_SHOWN], *more]
+        lines = [f"{file}: the tensors are not those of this adapter on this model", *first_few(problems)]
         raise AdapterError("\n  ".join([*lines, "next: name the model that it was trained on, or copy it again"]))
 
 

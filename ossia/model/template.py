@@ -11,11 +11,10 @@ import json
 import shutil
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from ossia.errors import TokenizerError
+from ossia.harmony.tokenizer_json import TOKENIZER, TokenizerFile, read_tokenizer_text, tokenizer_file
 
-TOKENIZER = "tokenizer.json"
 _BOS, _EOS, _PAD = "<|startoftext|>", "<|return|>", "<|endoftext|>"
 _STOPS = (_EOS, _PAD, "<|call|>")
 
@@ -27,7 +26,8 @@ def chat_template() -> str:
 
 def vocabulary_size(source: Path) -> int:
     """One more than the largest id of a tokenizer. `source` as in `write_companions`."""
-    return 1 + max(token_id for ids in _tokenizer(source) for token_id in ids.values())
+    tokenizer = _tokenizer(source)
+    return 1 + max(max(ids.values(), default=0) for ids in (tokenizer.vocab, tokenizer.added))
 
 
 def write_companions(source: Path, folder: Path, max_positions: int) -> dict[str, int]:
@@ -38,9 +38,9 @@ def write_companions(source: Path, folder: Path, max_positions: int) -> dict[str
     Returns        the token ids that config.json names: bos_token_id, eos_token_id, pad_token_id
     Raises         TokenizerError if there is no tokenizer.json, or one without the special tokens that these files name
     """
-    _, ids = _tokenizer(source)
+    ids = _tokenizer(source).added
     if lacking := sorted({_BOS, *_STOPS} - ids.keys()):
-        raise TokenizerError(f"{_file(source)}: no special tokens {lacking}; use a gpt-oss {TOKENIZER}")
+        raise TokenizerError(f"{tokenizer_file(source)}: no special tokens {lacking}; use a gpt-oss {TOKENIZER}")
     special = {"bos_token": _BOS, "eos_token": _EOS, "pad_token": _PAD}
     made = {
         "special_tokens_map.json": special,
@@ -66,22 +66,10 @@ def write_companions(source: Path, folder: Path, max_positions: int) -> dict[str
             shutil.copyfile(source / name, folder / name)
         else:
             (folder / name).write_text(text, encoding="utf-8")
-    shutil.copyfile(_file(source), folder / TOKENIZER)
+    shutil.copyfile(tokenizer_file(source), folder / TOKENIZER)
     return {"bos_token_id": ids[_BOS], "eos_token_id": ids[_EOS], "pad_token_id": ids[_PAD]}
 
 
-def _tokenizer(source: Path) -> tuple[dict[str, int], dict[str, int]]:
-    """A tokenizer's ordinary and its added tokens, text to id."""
-    try:
-        layout: dict[str, Any] = json.loads(_file(source).read_text(encoding="utf-8"))
-        return layout["model"]["vocab"], {token["content"]: token["id"] for token in layout["added_tokens"]}
-    except (ValueError, KeyError, TypeError) as error:
-        raise TokenizerError(f"{_file(source)} is no {TOKENIZER} ({error!r}); copy or download it again") from error
-
-
-def _file(source: Path) -> Path:
-    """The tokenizer.json that `source`, a checkpoint folder or the file itself, stands for."""
-    file = source / TOKENIZER if source.is_dir() else source
-    if not file.is_file():
-        raise TokenizerError(f"{file} is missing; name a checkpoint folder or a {TOKENIZER}")
-    return file
+def _tokenizer(source: Path) -> TokenizerFile:
+    file = tokenizer_file(source)
+    return TokenizerFile.parse(read_tokenizer_text(file), str(file))

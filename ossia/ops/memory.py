@@ -1,10 +1,55 @@
-"""Memory that the process holds and doesn't use."""
+"""Memory: how much the process may use, and giving back what it holds and doesn't use."""
 
 from __future__ import annotations
 
 import ctypes
+import os
+from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+
+# Where Linux has a control group's limit and use: version 2 (its line names no controller), and version 1.
+_GROUP_FILES = {
+    "": ("sys/fs/cgroup", "memory.max", "memory.current"),
+    "memory": ("sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
+}
+
+
+def machine_memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Memory in bytes, all and free: the machine's, or that of the control group where the process is held to less.
+
+    root  where the system's `proc` and `sys` are
+    A system without /proc/meminfo doesn't say what is free: there all of it is counted as free.
+    """
+    meminfo = root / "proc/meminfo"
+    if not meminfo.is_file():
+        total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return total, total
+    lines = (line.split() for line in meminfo.read_text().splitlines())
+    kib = {words[0].rstrip(":"): int(words[1]) for words in lines if len(words) > 1}
+    total, free = kib["MemTotal"] * 1024, kib["MemAvailable"] * 1024
+    for limit, used in _control_groups(root):
+        total, free = min(total, limit), min(free, limit - used)
+    return total, max(free, 0)
+
+
+def _control_groups(root: Path) -> Iterator[tuple[int, int]]:
+    """Limit and use, in bytes, of every control group that the process is in and that has a limit.
+
+    A group inside another is held to both; in a container only the outermost may be visible.
+    """
+    listing = root / "proc/self/cgroup"
+    for line in listing.read_text().splitlines() if listing.is_file() else ():
+        _, controllers, path = line.split(":", 2)
+        for controller in _GROUP_FILES.keys() & set(controllers.split(",")):
+            folder, limit_file, used_file = _GROUP_FILES[controller]
+            top = root / folder
+            inner = top / path.lstrip("/")
+            for group in (inner, *inner.parents[: len(inner.parts) - len(top.parts)]):
+                limit, used = group / limit_file, group / used_file
+                if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
+                    yield int(text), int(used.read_text())
 
 
 def return_freed_memory(device: torch.device) -> None:

@@ -24,7 +24,7 @@ import platform
 import resource
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib import metadata
 from pathlib import Path
@@ -33,7 +33,8 @@ from typing import Any, Protocol, Self
 import torch
 
 from ossia.errors import RunError
-from ossia.train.state import checkpoint_paths, storage_error
+from ossia.ops.memory import machine_memory
+from ossia.train.state import checkpoint_paths, storage_error, write_file
 
 EVENTS, ENV = "events.jsonl", "env.json"
 Event = Mapping[str, Any]
@@ -64,6 +65,11 @@ class EventLog:
             # Unbuffered: what a full disk refused must not be tried again when the file is closed.
             self._file = (run / EVENTS).open("ab", buffering=0)
         except OSError as error:
+            if not run.is_dir():
+                raise RunError(
+                    f"{run}: can't be written: {error.strerror}\n"
+                    "  next: mend that, or choose another `output`; nothing had begun"
+                ) from error
             raise self._broken(error) from error
         try:
             _lock(self._file.fileno(), run)
@@ -159,6 +165,7 @@ def peak_bytes(device: torch.device) -> int:
 def environment(device: torch.device) -> dict[str, Any]:
     """What a result depends on besides the recipe: versions, device, cores. No names of hosts, users or folders."""
     versions = {name: _version(name) for name in ("ossia", "torch", "numpy", "safetensors", "tokenizers")}
+    versions["torch"] = str(torch.__version__)  # the build too (+cpu, +cu130), which the package index doesn't tell
     return {
         **versions,
         "python": platform.python_version(),
@@ -167,28 +174,38 @@ def environment(device: torch.device) -> dict[str, Any]:
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "memory_bytes": machine_memory()[0],
         **_commit(Path(__file__).parent),
     }
 
 
-def write_env(run: Path, env: Mapping[str, Any], *, now: datetime, resumed_from: int | None = None) -> None:
+def write_env(
+    run: Path, env: Mapping[str, Any], *, now: datetime, resumed_from: int | None = None, say: Callable[[str], None]
+) -> None:
     """Write RUN/env.json: `env` and when the run started; for a resumed run, its own `resumed` entry is added.
 
-    A resumed run keeps what it was started with; an entry holds the step, the time and what differs since.
+    A resumed run keeps what it was started with; an entry holds the step, the time and what differs since. Where the
+    file is damaged `say` is told, and `env` takes its place with `started` null: nothing but a reader depends on it.
     """
     path, at = run / ENV, now.isoformat(timespec="seconds")
     content: dict[str, Any] = {**env, "started": at, "resumed": []}
     if resumed_from is not None and path.exists():
-        content = json.loads(path.read_text())
+        try:
+            content = _read_env(path)
+        except (ValueError, TypeError) as error:
+            say(f"{path}: can't be read ({error}); written anew, so with what the run was started is lost")
+            content["started"] = None
         changed = {key: value for key, value in env.items() if content.get(key) != value}
         content["resumed"].append({"step": resumed_from, "at": at, **changed})
-    partial = path.with_name(f".{ENV}")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n")
-        os.replace(partial, path)
-    except OSError as error:
-        raise storage_error(error, saving=str(path), need=4096, safe=checkpoint_paths(run)) from error
+    write_file(path, json.dumps(content, indent=2) + "\n")
+
+
+def _read_env(path: Path) -> dict[str, Any]:
+    """An env.json as `write_env` wrote it; ValueError or TypeError for anything else."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict) or not isinstance(content.get("resumed"), list):
+        raise TypeError("no object with a list `resumed`")
+    return content
 
 
 def _version(package: str) -> str | None:

@@ -102,7 +102,16 @@ def find_start(run: Path, *, resume: bool, say: Callable[[str], None]) -> SavedS
     """
     if resume:
         saved = newest_checkpoint(run, say)
-        say(f"{run}: going on from step {saved.step}" if saved else f"{run}: no checkpoint yet, starting from step 0")
+        if saved is None:
+            say(f"{run}: no checkpoint yet, starting from step 0")
+            return None
+        say(f"{run}: going on from step {saved.step}")
+        there, written = (run / EVENTS).stat().st_size, saved.progress["events_bytes"]
+        if there < written:
+            say(
+                f"{run / EVENTS}: {there:,} bytes, where the checkpoint of step {saved.step} was saved with "
+                f"{written:,}: events before it are missing, and the report's curves with them"
+            )
         return saved
     if checkpoint_paths(run) or (run / EVENTS).stat().st_size:
         raise RunError(f"{run} already holds a run; add --resume to go on with it, or choose another `output`")
@@ -151,7 +160,9 @@ def _begin(job: Job, log: EventLog, saved: SavedState | None) -> tuple[int, int 
         log.write({"event": "start", "step": 0, "steps": job.steps, **job.about})
         return 0, None, None
     if saved.step > job.steps:
-        raise RunError(f"{saved.path} is past train.steps ({job.steps}); ask for more steps, or start another run")
+        raise RunError(
+            f"{saved.path} is past train.steps ({job.steps}); a run keeps its length: put it back, or start another run"
+        )
     saved.restore(job.params, job.optimizer)
     job.data.load_state(saved.progress["data"])
     log.cut(saved.progress["events_bytes"])

@@ -36,6 +36,12 @@ def open_sinks(names: Sequence[str], run: Path, config: dict[str, Any], *, step:
     return [kinds[name](run, config, step=step) for name in names]
 
 
+def check_sinks(names: Sequence[str]) -> None:
+    """Raises MissingExtraError if the package of a sink isn't installed, before anything is written."""
+    for name in names:
+        _optional(name)
+
+
 class TensorBoardSink:
     """Scalars under RUN/tensorboard, `train/loss` and so on."""
 

@@ -144,7 +144,7 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> SavedState | Non
     """The newest checkpoint whose every byte is right; None if there is none at all.
 
     A bad one is set aside under the ending `.corrupt`, and `say` is told which and why.
-    Raises RunError if there are checkpoints but no good one.
+    Raises RunError if there are checkpoints, or were before they were set aside, but no good one.
     """
     paths = checkpoint_paths(run)
     for path in reversed(paths):
@@ -155,10 +155,12 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> SavedState | Non
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(path, aside)
         say(f"{path}: {problem}; set aside as {aside.name}, trying the checkpoint before it")
-    if paths:
+    set_aside = len(list((run / "checkpoints").glob("step-*.corrupt")))
+    if set_aside:
         raise RunError(
-            f"{run}: none of its {len(paths)} checkpoints is whole (they are kept as checkpoints/*.corrupt); "
-            "start the run again in an empty `output` folder"
+            f"{run}: none of its {set_aside} checkpoints is whole (they are kept as checkpoints/*.corrupt)\n"
+            "  next: start the run again in another `output` folder; or, to begin at step 0 here and lose its events, "
+            f"remove {run / 'checkpoints'}/*.corrupt"
         )
     return None
 
@@ -195,6 +197,22 @@ def storage_error(error: Exception, *, saving: str, need: int, safe: list[Path])
         f"can't save {saving}: {why}\n  needed: {human_bytes(need)}\n  safe: {newest}\n"
         f"  next: {todo}, then run the same command with --resume to {goes_on}"
     )
+
+
+def write_file(path: Path, text: str) -> Path:
+    """Write a file right inside a run's folder, replacing an older one at once when all is written; `path`.
+
+    Raises RunError, and leaves the older one, if the disk refuses it
+    """
+    content, partial = text.encode(), path.with_name(f".{path.name}")
+    try:
+        partial.write_bytes(content)
+        os.replace(partial, path)
+    except OSError as error:
+        partial.unlink(missing_ok=True)  # a part of it would only take the room
+        safe = checkpoint_paths(path.parent)
+        raise storage_error(error, saving=str(path), need=len(content), safe=safe) from error
+    return path
 
 
 def human_bytes(num: float) -> str:

@@ -93,7 +93,10 @@ def test_an_output_that_holds_another_run_is_refused_and_told_what_differs(check
     begin_run(place, TEXT)
     told = check(TEXT, "train.steps=5")
     assert "`output`: runs/a holds a run of another recipe (train.steps: null there, 5 here" in told
-    assert "resumed with the recipe it began with" in check(TEXT, "train.steps=5", resume=True)
+    assert "resumed with the recipe it began with" in check(TEXT, "train.steps=5", "train.seed=1", resume=True)
+    many = ("train.steps=5", "train.seed=1", "dtype=float32", "on_long=drop", "log.sinks=[wandb]")
+    assert "(dtype: bfloat16 there, float32 here; on_long: error there, drop here; train.steps:" in check(TEXT, *many)
+    assert "; and 3 more)" in check(TEXT, *many)  # the seed, the sinks, and epochs, which steps replaced
 
 
 def test_the_same_run_needs_resume(check: Check, place: Path) -> None:
@@ -114,6 +117,36 @@ def test_a_run_that_stopped_before_its_first_step_can_be_started_again(check: Ch
 def test_looking_at_data_does_not_mind_the_output_folder(check: Check, place: Path) -> None:
     begin_run(place, TEXT)
     assert check(TEXT, "train.steps=5", writes=False) == ""
+
+
+def test_an_output_that_is_the_current_folder_or_one_around_it_is_refused(check: Check, place: Path) -> None:
+    for folder in (".", "./", "rows/..", "..", str(place)):
+        assert "everything here would be in the run folder; name one of its own" in check(TEXT, f"output={folder}")
+    assert check(TEXT, "output=rows") == check(TEXT, "output=new/run") == ""
+
+
+def test_an_output_that_cannot_be_written_is_refused_and_nothing_is_left_there(check: Check, place: Path) -> None:
+    assert "`output`: rows/train.jsonl/x can't be a folder: Not a directory" in check(TEXT, "output=rows/train.jsonl/x")
+    assert "`output`: /proc/x can't be a folder: " in check(TEXT, "output=/proc/x")
+    assert check(TEXT, "output=/proc/x", writes=False) == ""
+    assert check(TEXT, "output=new/run") == ""
+    assert not (place / "new").exists()
+
+
+def test_a_link_that_leads_nowhere_is_told_as_one(check: Check, place: Path) -> None:
+    (place / "link").symlink_to("gone")
+    assert "`model`: link is a link to gone, which is not there" in check(TEXT, "model=link")
+
+
+def test_a_run_cannot_be_made_longer_and_what_to_do_instead_is_told(check: Check, place: Path) -> None:
+    begin_run(place, f"{TEXT}adapter: {{rank: 2}}\n")
+    told = check(f"{TEXT}adapter: {{rank: 2}}\n", "train.steps=5", resume=True)
+    assert "a run keeps its length, as the learning rate of every step depends" in told
+    assert "to train on, start another run with adapter.init_from=runs/a" in told
+    (place / "runs" / "a" / "recipe.yaml").unlink()
+    (place / "runs" / "a").rename(place / "old")
+    begin_run(place, TEXT)
+    assert "start another run with model=runs/a/model" in check(TEXT, "train.epochs=2.0", resume=True)
 
 
 def test_an_output_that_is_a_file_is_refused(check: Check, place: Path) -> None:

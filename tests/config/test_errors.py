@@ -44,7 +44,7 @@ def errors_of(folder: Path, text: str, *overrides: str) -> list[str]:
 def test_all_mistakes_of_a_file_are_told_at_once_in_its_order_with_their_lines(tmp_path: Path) -> None:
     found = errors_of(tmp_path, BAD)
     lines = [int(re.match(r"my\.yaml:(\d+): ", line).group(1)) for line in found]  # type: ignore[union-attr]
-    assert lines == [2, 4, 5, 6, 9, 10, 11, 12, 13, 15, 16, 17]
+    assert lines == [2, 4, 5, 6, 9, 10, 11, 12, 13, 14, 15, 15, 16, 17]
 
 
 @pytest.mark.parametrize(
@@ -62,6 +62,8 @@ def test_all_mistakes_of_a_file_are_told_at_once_in_its_order_with_their_lines(t
         (11, "unknown key `data.1.formt`; did you mean `format`? / allowed here: path, format"),
         (12, "`max_length` is the text '4096'; write it without quotes / expected: whole number, at least 2"),
         (13, "`eval.split` and `eval.data` are both given; keep one"),
+        (14, "`train.steps` and `train.epochs` are both given; keep one"),
+        (15, "`train.warmup` is 1.5; below 1 it is a share of all steps"),
         (15, "unknown key `train.lr`; did you mean `learning_rate`? / allowed here: steps, epochs"),
         (
             16,
@@ -110,7 +112,41 @@ def with_train(text: str) -> str:
         ("model: m\ndata: {path: a}\nadapter: {rslora: yes}\n", 3, "`adapter.rslora` is the text 'yes'; write true"),
         ("model: m\ndata: {path: a}\nadapter:\n  targets:\n    experst: {}\n", 5, "`adapter.targets` has no `experst`"),
         ("model: m\ndata: {path: a}\nadapter: {targets: []}\n", 3, "`adapter.targets` is an empty list"),
-        ("model: m\ndata: {path: a}\n<<: {x: 1}\n", 3, "unknown key `<<`"),
+        (
+            "model: m\ndata: {path: a}\nx: &x {rank: 1}\nadapter:\n  <<: *x\n",
+            5,
+            "`<<` merges keys, which Ossia does not",
+        ),
+        (
+            with_train("threads: 100000"),
+            4,
+            "`train.threads` is 100000 / expected: whole number, at least 1, at most 1024",
+        ),
+        (
+            with_train("seed: 18446744073709551616"),
+            4,
+            "expected: whole number, at least 0, at most 9223372036854775807",
+        ),
+        (with_train(f"steps: {'9' * 5000}"), 4, "a number of 5,000 digits"),
+        (with_train("steps: 1__0"), 4, "`train.steps` is the text '1__0' / expected"),
+        (with_train("steps: 1_"), 4, "`train.steps` is the text '1_' / expected"),
+        (with_train("learning_rate: '1e-5'"), 4, "`train.learning_rate` is the text '1e-5'; write it without quotes"),
+        (f"model: m\ndata: {'[' * 2000}", 2, "nested deeper than 50 levels"),
+        (f"model: m\ndata:\n  {'{a: ' * 3000}", 3, "nested deeper than 50 levels"),
+        ("model: m\ndata:\n  path: a\x00b\n", 3, "not valid YAML: special characters are not allowed"),
+        (
+            "model: m\ndata: a\nadapter:\n  targets:\n    attention: 8\n",
+            5,
+            "is 8 / expected: a section with rank, alpha",
+        ),
+        (
+            "model: m\ndata: a\nadapter: {targets: [router, experts, router]}\n",
+            3,
+            "`adapter.targets` names router twice",
+        ),
+        ("model: m\ndata: a\nharmony: {current_date: yesterday}\n", 3, "is yesterday; write a day as YYYY-MM-DD"),
+        ("model: m\ndata: a\nharmony: {current_date: 2024-13-01}\n", 3, "is 2024-13-01; write a day as YYYY-MM-DD"),
+        ("model: m\ndata: a\noutput: ''\n", 3, "`output` is empty"),
         ("model: m\ndata: {path: a}\n? [a]\n: 1\n", 3, "a key must be plain text"),
     ],
 )
@@ -138,6 +174,8 @@ def test_mutual_mistakes_of_one_section_are_told_together(tmp_path: Path) -> Non
         ("data.0.pth=x", "unknown key `data.0.pth`; did you mean `path`?"),
         ("model.x=1", "`model` is 'm', which has no keys inside it"),
         ("train.seed=[1", "the value of `train.seed` is not valid YAML"),
+        ("log.sinks.0=wandb", "`log.sinks` is a list, which is set as a whole: log.sinks=[wandb]"),
+        ("adapter.targets.0=router", "`adapter.targets` is a list, which is set as a whole: adapter.targets=[router]"),
     ],
 )
 def test_a_wrong_override_is_named_by_itself(tmp_path: Path, override: str, words: str) -> None:
@@ -149,6 +187,16 @@ def test_a_wrong_override_is_named_by_itself(tmp_path: Path, override: str, word
 def test_a_key_that_two_overrides_set_is_an_error(tmp_path: Path) -> None:
     found = errors_of(tmp_path, "model: m\ndata: {path: a}\n", "train.steps=3", "train.steps=4")
     assert found == ["command line, train.steps=4: `train.steps` is set twice, also by train.steps=3; keep one"]
+
+
+def test_a_key_inside_what_another_override_set_is_an_error_only_if_that_set_it(tmp_path: Path) -> None:
+    file = tmp_path / "my.yaml"
+    file.write_text("model: m\ndata: a\n")
+    with pytest.raises(RecipeError, match=r"`adapter\.rank` is set twice, also by adapter=\{rank: 4\}; keep one"):
+        load_recipe(file, ["adapter={rank: 4}", "adapter.rank=5"])
+    adapter = load_recipe(file, ["adapter={alpha: 4}", "adapter.rank=5", "adapter.dropout=0.5"]).adapter
+    assert adapter is not None
+    assert (adapter.rank, adapter.alpha, adapter.dropout) == (5, 4.0, 0.5)
 
 
 def test_what_an_override_replaced_is_not_looked_for_in_the_file(tmp_path: Path) -> None:

@@ -62,6 +62,28 @@ def test_overrides_reach_sections_lists_and_whole_values(tmp_path: Path) -> None
     assert recipe_in(tmp_path, text, "data.path=x.jsonl").data[0].path == "x.jsonl"
 
 
+def test_overrides_reach_into_sources_that_are_written_as_a_path_alone(tmp_path: Path) -> None:
+    lone, listed = "model: m\ndata: a.jsonl\n", "model: m\ndata: [a.jsonl, b.jsonl]\n"
+    for override in ("data.0.path=x.jsonl", "data.path=x.jsonl"):
+        assert recipe_in(tmp_path, lone, override).data[0].path == "x.jsonl"
+    weighted = recipe_in(tmp_path, lone, "data.0.weight=2.0").data[0]
+    assert (weighted.path, weighted.weight) == ("a.jsonl", 2.0)
+    assert [source.path for source in recipe_in(tmp_path, listed, "data.1.path=x.jsonl").data] == ["a.jsonl", "x.jsonl"]
+    held_out = recipe_in(tmp_path, f"{lone}eval: {{data: b.jsonl}}\n", "eval.data.0.weight=0.5").eval.data
+    assert held_out is not None
+    assert (held_out[0].path, held_out[0].weight) == ("b.jsonl", 0.5)
+
+
+def test_a_section_with_nothing_in_it_has_its_defaults(tmp_path: Path) -> None:
+    empty = "train:\neval:\nlog:\nharmony:\n"
+    assert recipe_in(tmp_path, SMALL + empty) == recipe_in(tmp_path, SMALL)
+    assert recipe_in(tmp_path, f"{SMALL}harmony: {{train: }}\n") == recipe_in(tmp_path, SMALL)
+    given = "adapter:\n  targets:\n    attention:\n    experts: {rank: 2}\n"
+    assert recipe_in(tmp_path, SMALL + given) == recipe_in(
+        tmp_path, SMALL + given.replace("attention:", "attention: {}")
+    )
+
+
 def test_an_equals_sign_in_an_override_belongs_to_its_value(tmp_path: Path) -> None:
     assert recipe_in(tmp_path, SMALL, "harmony.identity=a=b").harmony.identity == "a=b"
 

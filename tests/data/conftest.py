@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 
 from ossia.config import Recipe
+from ossia.data.dataset import in_order, open_datasets
+from ossia.data.sample import Sample
 from ossia.harmony.vocab import HARMONY_SPECIALS, Vocabulary, byte_to_char
 
 
@@ -84,3 +86,19 @@ def make_recipe() -> Callable[..., Recipe]:
         return Recipe.model_validate({"model": "some/model", "data": data, **keys})
 
     return make
+
+
+Read = Callable[..., list[Sample]]
+
+
+@pytest.fixture
+def read(write_rows: Callable[..., str], make_recipe: Callable[..., Recipe], vocab: Vocabulary) -> Read:
+    """The samples of rows, read under a recipe whose data source has the given keys."""
+    count = iter(range(100))
+
+    def read_(*rows: dict[str, Any], harmony: dict[str, Any] | None = None, **source: Any) -> list[Sample]:
+        path = write_rows(rows, f"rows{next(count)}.jsonl")
+        recipe = make_recipe({"path": path, **source}, harmony=harmony or {})
+        return list(in_order(open_datasets(recipe, vocab).train))
+
+    return read_

@@ -19,24 +19,12 @@ from ossia.errors import DataError, RecipeError
 from ossia.harmony.messages import Conversation, Message, System, Tool
 from ossia.harmony.render import Renderer, TrainOn
 from ossia.harmony.vocab import Vocabulary
+from tests.data.conftest import Read
 
-Read = Callable[..., list[Sample]]
 USER, ANSWER = {"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}
 WEATHER = {"type": "function", "function": {"name": "weather", "description": "of a city", "parameters": None}}
+CALL = {"id": "1", "function": {"name": "weather", "arguments": "{}"}}
 DATE = {"type": "function", "function": {"name": "date", "description": "today", "parameters": None}}
-
-
-@pytest.fixture
-def read(write_rows: Callable[..., str], make_recipe: Callable[..., Recipe], vocab: Vocabulary) -> Read:
-    """The samples of rows, read under a recipe whose data source has the given keys."""
-    count = iter(range(100))
-
-    def read_(*rows: dict[str, Any], harmony: dict[str, Any] | None = None, **source: Any) -> list[Sample]:
-        path = write_rows(rows, f"rows{next(count)}.jsonl")
-        recipe = make_recipe({"path": path, **source}, harmony=harmony or {})
-        return list(in_order(open_datasets(recipe, vocab).train))
-
-    return read_
 
 
 def same(one: list[Sample], two: list[Sample]) -> bool:
@@ -282,7 +270,7 @@ def turns(*pairs: tuple[object, object]) -> dict[str, Any]:
         (turns(("human", "?"), ("function_call", "f()")), r"conversations\[1\].value: a function_call has to be JSON"),
         (turns(("human", "?"), ("function_call", '{"f": 1}')), r'conversations\[1\].value: expected {"name"'),
         ({"instruction": "?", "output": ""}, r"output: an assistant message needs content"),
-        ({"instruction": "?", "output": "!", "thinking": 4}, r"output.thinking: expected text"),
+        ({"instruction": "?", "output": "!", "thinking": 4}, r"thinking: expected text"),
         ({"instruction": ["?"], "output": "!"}, r"instruction: expected text, found a list"),
         ({"prompt": {}, "completion": "!"}, r"prompt: expected a list of messages, found an object"),
         ({"prompt": "?", "completion": [{"role": "assistant"}]}, r"completion\[0\]: an assistant message needs"),
@@ -318,7 +306,6 @@ JUNK = st.recursive(
     ),
     max_leaves=6,
 )
-CALL = {"id": "1", "function": {"name": "weather", "arguments": "{}"}}
 WHOLE_ROWS = [
     messages(
         {"role": "system", "content": "Be brief."},
@@ -377,3 +364,10 @@ def test_whatever_a_row_holds_it_gives_samples_or_a_data_error(
         assert len(list(token_texts(sample, vocab, 0, len(sample)))) == len(sample)
         assert sum(run.end - run.start for run in runs(sample)) == len(sample)
         json.dumps(sample.to_json())
+
+
+@pytest.mark.parametrize("day", ["yesterday", "2024-13-45", "20240105", "2024-W01-1", ""])
+def test_a_rows_date_has_to_be_a_day_of_the_calendar(read: Read, day: str) -> None:
+    with pytest.raises(DataError, match=r"current_date: expected a day as YYYY-MM-DD, found "):
+        read(messages(USER, ANSWER, current_date=day))
+    assert read(messages(USER, ANSWER, current_date="2024-02-29"))

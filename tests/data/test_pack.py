@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ossia.config import Recipe
-from ossia.data.dataset import Dataset, in_order, open_datasets
+from ossia.data.dataset import Dataset, Datasets, Lengths, in_order, measure, open_datasets
 from ossia.data.pack import Pack, PackedStream, Window, pack_samples
 from ossia.data.sample import Sample
 from ossia.errors import DataError, RecipeError, RunError
@@ -242,16 +242,38 @@ def test_a_state_of_other_data_or_sizes_is_refused(open_lengths: Open) -> None:
         stream(open_lengths([10] * 30, weight=2, name="twice.jsonl")).load_state(state)
 
 
+def lengths_of(datasets: tuple[Dataset, ...]) -> Lengths:
+    return measure(Datasets(datasets, (), datasets, []), None)[2]
+
+
 @pytest.mark.parametrize("epochs", [0.3, 1, 2])
+@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
 def test_the_number_of_steps_is_known_before_the_first_and_still_in_the_middle(
-    open_lengths: Open, epochs: float
+    open_lengths: Open, epochs: float, rank: int, world: int
 ) -> None:
-    datasets = open_lengths(lognormal_lengths(300, 400))
-    stream = PackedStream(datasets, tokens_per_step=2048, tokens_per_pack=512, seed=0, epochs=epochs)
-    before = stream.count_steps()
+    datasets = (*open_lengths(lognormal_lengths(300, 400)), *open_lengths([90, 20] * 30, weight=1.5, name="b.jsonl"))
+    lengths = lengths_of(datasets)
+    sizes = {"tokens_per_step": 2048, "tokens_per_pack": 512}
+    stream = PackedStream(datasets, **sizes, seed=3, epochs=epochs, rank=rank, world=world)
+    before = stream.count_steps(lengths)
     stream.next_step()
-    assert stream.count_steps() == before
+    assert stream.count_steps(lengths) == before
     assert before == 1 + len(steps_of(stream))
+
+
+def test_rows_of_two_samples_and_of_none_are_counted_as_they_are_packed(
+    write_rows: Callable[..., str], make_recipe: Callable[..., Recipe], vocab: Vocabulary
+) -> None:
+    def turn(number: int, **more: Any) -> list[dict[str, Any]]:
+        return [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!" * number, **more}]
+
+    rows = [{"messages": turn(n, thinking="hm") + turn(2 * n, thinking="so")} for n in range(1, 40)]
+    rows += [{"messages": turn(n, train=False)} for n in range(1, 10)]
+    datasets = open_datasets(make_recipe(write_rows(rows), max_length=512), vocab).train
+    stream = PackedStream(datasets, tokens_per_step=1024, tokens_per_pack=512, seed=0, epochs=2)
+    lengths = lengths_of(datasets)
+    assert [(row > 0).sum() for row in lengths[datasets[0]]] == [2] * 39 + [0] * 9
+    assert stream.count_steps(lengths) == len(steps_of(stream)) > 10
 
 
 def test_a_stream_without_an_end_goes_on_and_has_no_number_of_steps(open_lengths: Open) -> None:
@@ -260,7 +282,7 @@ def test_a_stream_without_an_end_goes_on_and_has_no_number_of_steps(open_lengths
     assert set(seen.values()) == {10}
     assert not stream.finished
     with pytest.raises(RunError, match="without an end"):
-        stream.count_steps()
+        stream.count_steps({})
 
 
 def test_a_stream_in_which_nothing_is_left_to_train_on_ends_in_an_error(open_lengths: Open) -> None:

@@ -106,6 +106,24 @@ def test_a_hub_dataset_gives_the_same_rows(tmp_path: Path, monkeypatch: pytest.M
         _open_hub(str(folder), "nope")
 
 
+def test_a_hub_that_cannot_be_reached_is_told_in_two_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import datasets
+    from huggingface_hub.utils import logging
+
+    def unreachable(name: str, **_: object) -> None:
+        logging.get_logger("huggingface_hub.utils._http").warning("Retrying in 1s [Retry 1/5].")
+        raise ConnectionError(f"Couldn't reach '{name}' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    before = logging.get_verbosity()
+    with pytest.raises(DataError, match=r"owner/rows: neither a file or folder here, nor a hub .*Couldn't reach"):
+        open_rows("owner/rows")
+    assert capsys.readouterr().err == "owner/rows: not a file or folder here; asking the Hugging Face hub for it\n"
+    assert logging.get_verbosity() == before
+
+
 def test_a_folder_is_its_data_files_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "b").mkdir()
     (tmp_path / "b" / "2.jsonl").write_text(as_text(ROWS[:2]))

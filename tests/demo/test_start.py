@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ossia.config import check_recipe, load_recipe
 from ossia.demo.conversations import read_rows
-from ossia.demo.prepare import RECIPE
-from ossia.demo.start import demo_arch, write_untrained
+from ossia.demo.prepare import RECIPE, main
+from ossia.demo.start import write_untrained
 from ossia.demo.vocabulary import conversation_of
 from ossia.harmony.render import Renderer
 from ossia.harmony.vocab import Vocabulary
+from ossia.model.arch import SHAPES
 from ossia.model.checkpoint import Checkpoint
 from ossia.ops.mxfp4 import dequantize_mxfp4
 
@@ -66,6 +68,18 @@ def test_a_digit_of_a_question_is_one_token(prepared):
     assert [vocab.token(number) for number in vocab.encode("4 0 7")] == ["4", " ", "0", " ", "7"]
 
 
+def test_nothing_is_written_where_something_is_and_the_command_says_so(tmp_path, monkeypatch, capsys):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("mine")
+    monkeypatch.setattr("sys.argv", ["prepare", str(tmp_path)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == f"{tmp_path / 'data'} is there already; name another folder, or remove it first\n"
+    assert [file.name for file in tmp_path.rglob("*")] == ["data", "train.jsonl"]
+    assert (tmp_path / "data" / "train.jsonl").read_text() == "mine"
+
+
 def test_the_recipe_passes_its_own_checks(prepared):
     recipe = load_recipe(prepared / RECIPE)
     check_recipe(recipe)
@@ -74,7 +88,9 @@ def test_the_recipe_passes_its_own_checks(prepared):
     assert recipe.train.tokens_per_pack == recipe.train.tokens_per_step == 512
 
 
-def test_the_demo_shape_has_the_architecture_that_the_design_asks_for():
-    arch = demo_arch(1000)
+def test_the_untrained_model_is_the_demo_shape_with_its_own_vocabulary(prepared):
+    vocab_size = Vocabulary.from_file(prepared / "start").size
+    arch = Checkpoint.open(prepared / "start").arch
+    assert arch == replace(SHAPES["demo"], vocab_size=vocab_size)
     assert (arch.num_layers, arch.num_experts, arch.experts_per_token, arch.sliding_window) == (4, 32, 4, 128)
     assert arch.layer_types[:2] == ("sliding_attention", "full_attention")

@@ -17,9 +17,13 @@ from ossia import batch
 from ossia.batch import completion_messages, generate_file, score, score_file
 from ossia.data.pack import Pack
 from ossia.data.sample import Sample
+from ossia.engine import Engine, Request, Sampling, harmony_stops
+from ossia.engine.engine import DecoderChoice
 from ossia.errors import DataError, Interrupted, UserError
 from ossia.harmony import Renderer, conversation_from_messages
 from tests.e2e.conftest import GREETING, ROOT, WEATHER, Command, Talker
+from tests.engine.support import decoders
+from tests.oracle.model_pairs import held_out
 
 FLOAT32 = ("--dtype", "float32")
 
@@ -149,15 +153,24 @@ def test_many_sequences_are_scored_in_their_order_across_packs(model: ossia.api.
         assert together[number][1:] == pytest.approx(alone[1:], abs=1e-5)
 
 
-def test_sampling_in_bf16_agrees_with_the_training_forward(talker: Talker) -> None:
-    """Mean KL, estimated from the sampled tokens: r - 1 - ln r with r = p_train / p_sample."""
-    model = ossia.load(talker.model, adapter=talker.run)
-    prompt = Renderer(model.vocabulary).completion(conversation_from_messages(GREETING[:1]))
-    sampled = model.generate([prompt] * 8, max_tokens=60, sampling=ossia.engine.Sampling(seed=0))
-    scored = score(model.transformer, [prompt + one.ids for one in sampled])
+@pytest.mark.parametrize("decoder", decoders())
+def test_sampling_in_bf16_agrees_with_the_training_forward(trained: Path, decoder: DecoderChoice) -> None:
+    """Mean KL, estimated from the sampled tokens: r - 1 - ln r with r = p_train / p_sample.
+
+    Of a trained model: a random one's router flips under rounding, and one flip outweighs a thousand tokens. It flips
+    now and then here too, so that a mean over thousands of tokens is still uncertain by some 20%.
+    """
+    model = ossia.load(trained)
+    prompts = [sample.ids[: int(np.flatnonzero(sample.weights)[0])].tolist() for sample in held_out(trained, 40)] * 3
+    requests = [Request(ids, Sampling(seed=i), 60, harmony_stops(model.vocabulary)) for i, ids in enumerate(prompts)]
+    sampled = Engine(model.transformer, decoder=decoder).generate(requests)
+    scored = score(model.transformer, [ids + one.ids for ids, one in zip(prompts, sampled, strict=True)])
     ours = np.concatenate([one.logprobs for one in sampled])
-    log_ratio = np.concatenate([row[len(prompt) :] for row in scored]).astype(float) - ours
-    assert float(np.mean(np.exp(log_ratio) - 1 - log_ratio)) <= 3e-4
+    theirs = np.concatenate([row[len(ids) :] for ids, row in zip(prompts, scored, strict=True)]).astype(float)
+    assert len(ours) >= 3000
+    kl = np.exp(theirs - ours) - 1 - (theirs - ours)
+    assert kl.mean() - 2 * kl.std() / np.sqrt(len(kl)) <= 3e-4, kl.mean()
+    assert np.median(kl) <= 5e-5
 
 
 BAD_ROWS = {

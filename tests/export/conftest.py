@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +13,8 @@ from ossia.config import Recipe
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec
-from tests.oracle.model_pairs import CPU, SMALL
+from tests.oracle.model_pairs import CPU
 
-ARCH = dataclasses.replace(SMALL, num_layers=2, layer_types=SMALL.layer_types[:2], num_experts=6, experts_per_token=2)
 EVERYTHING = LoraSpec(dict.fromkeys(TARGETS, (3, 6.0)))
 
 

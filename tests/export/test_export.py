@@ -25,8 +25,9 @@ from ossia.ops.mxfp4 import dequantize_mxfp4
 from ossia.train.optim import AdamW
 from ossia.train.state import TRAINABLE, save_checkpoint
 from tests.conftest import MakeTiny
-from tests.export.conftest import ARCH, EVERYTHING, MakeRun, arch_of, random_lora
+from tests.export.conftest import EVERYTHING, MakeRun, arch_of, random_lora
 from tests.oracle.model_pairs import load
+from tests.shapes import SHALLOW
 
 ATTENTION = LoraSpec(dict.fromkeys(("q_proj", "v_proj"), (4, 8.0)))
 TEXT_FILES = {
@@ -60,7 +61,7 @@ def unchanged(base: Checkpoint, exported: Checkpoint, name: str) -> bool:
 def test_every_merged_weight_is_the_base_plus_the_delta_rounded_once(
     tiny: MakeTiny, tmp_path: Path, layout: str
 ) -> None:
-    path = tiny(ARCH, layout)
+    path = tiny(SHALLOW, layout)
     lora = random_lora(arch_of(path))
     save_adapter(tmp_path / "adapter", lora, base_model=str(path))
     export_model(str(path), to="hf-bf16", output=tmp_path / "out", adapter=str(tmp_path / "adapter"))
@@ -80,7 +81,7 @@ def test_every_merged_weight_is_the_base_plus_the_delta_rounded_once(
 
 @pytest.mark.parametrize("layout", ["mxfp4", "bf16"])
 def test_untouched_tensors_and_text_files_are_those_of_the_base(tiny: MakeTiny, tmp_path: Path, layout: str) -> None:
-    path = tiny(ARCH, layout)
+    path = tiny(SHALLOW, layout)
     lora = random_lora(arch_of(path), ATTENTION)
     save_adapter(tmp_path / "adapter", lora, base_model=str(path))
     export_model(str(path), to="hf-bf16", output=tmp_path / "out", adapter=str(tmp_path / "adapter"))
@@ -92,14 +93,14 @@ def test_untouched_tensors_and_text_files_are_those_of_the_base(tiny: MakeTiny, 
 
 
 def test_a_model_without_an_adapter_is_exported_as_it_is(tiny: MakeTiny, tmp_path: Path) -> None:
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     export_model(str(path), to="hf-bf16", output=tmp_path / "out", adapter=None)
     base, exported = Checkpoint.open(path), Checkpoint.open(tmp_path / "out")
     assert all(unchanged(base, exported, name) for name in exported.specs)
 
 
 def test_the_bytes_of_experts_that_were_not_trained_survive_in_mxfp4(tiny: MakeTiny, tmp_path: Path) -> None:
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     base = Checkpoint.open(path)
     model = load(path, lora=random_lora(base.arch, ATTENTION))
     write_model(tmp_path / "out", model, tokenizer_from=path, layout="mxfp4")
@@ -115,19 +116,19 @@ def test_the_bytes_of_experts_that_were_not_trained_survive_in_mxfp4(tiny: MakeT
 
 
 def test_mxfp4_is_refused_where_experts_were_trained_or_are_bf16(tiny: MakeTiny, tmp_path: Path) -> None:
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     adapted, whole = load(path, lora=random_lora(arch_of(path))), load(path)
     whole.train_all_weights()
     for model in (adapted, whole):
         with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.experts\.gate_up_proj and 3 more .* were trained"):
             write_model(tmp_path / "out", model, tokenizer_from=path, layout="mxfp4")
     with pytest.raises(CheckpointError, match="are in bf16"):
-        write_model(tmp_path / "out", load(tiny(ARCH, "bf16")), tokenizer_from=path, layout="mxfp4")
+        write_model(tmp_path / "out", load(tiny(SHALLOW, "bf16")), tokenizer_from=path, layout="mxfp4")
     assert not (tmp_path / "out").exists()
 
 
 def test_a_model_trained_whole_is_written_with_every_weight_rounded_once(tiny: MakeTiny, tmp_path: Path) -> None:
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     model = load(path)
     model.train_all_weights()
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +156,7 @@ def same_files(one: Path, other: Path) -> bool:
 def test_a_run_with_an_adapter_is_exported_from_its_result_and_before_that_from_its_newest_checkpoint(
     tiny: MakeTiny, tmp_path: Path, make_run: MakeRun, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     run = make_run(path, adapter={"rank": 4, "alpha": 8.0, "targets": ["attention", "experts"]}, held_out=True)
     spec = LoraSpec({t: (4, 8.0) for t in TARGETS if t not in ("router", "lm_head")})
     loras = {step: random_lora(arch_of(path), spec, seed=step) for step in (3, 12)}
@@ -191,7 +192,7 @@ def test_a_run_with_an_adapter_is_exported_from_its_result_and_before_that_from_
 def test_a_run_that_trained_all_weights_is_exported_from_its_model_or_its_newest_checkpoint(
     tiny: MakeTiny, tmp_path: Path, make_run: MakeRun
 ) -> None:
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     run = make_run(path)
     model = load(path)
     model.train_all_weights()
@@ -213,9 +214,9 @@ def test_a_run_that_trained_all_weights_is_exported_from_its_model_or_its_newest
 def test_what_cannot_be_exported_is_said_before_anything_is_written(
     tiny: MakeTiny, tmp_path: Path, make_run: MakeRun
 ) -> None:
-    path, out = tiny(ARCH), tmp_path / "out"
+    path, out = tiny(SHALLOW), tmp_path / "out"
     run = make_run(path, adapter={})
-    other = tiny(dataclasses.replace(ARCH, hidden_size=96))
+    other = tiny(dataclasses.replace(SHALLOW, hidden_size=96))
     save_adapter(tmp_path / "adapter", random_lora(arch_of(path), ATTENTION), base_model=str(path))
     cases = [
         ({"source": str(path), "to": "gguf"}, UserError, "no such format; allowed: hf-bf16"),
@@ -233,7 +234,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(
 
 
 def test_an_exported_model_that_answers_otherwise_is_refused(tiny: MakeTiny, tmp_path: Path) -> None:
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     base = Checkpoint.open(path)
     model = load(path, lora=random_lora(base.arch, size=0.1))
     write_model(tmp_path / "right", model, tokenizer_from=path)
@@ -252,7 +253,7 @@ def test_an_exported_model_that_answers_otherwise_is_refused(tiny: MakeTiny, tmp
 
 
 def test_an_adapter_that_diverged_is_refused_and_leaves_nothing_behind(tiny: MakeTiny, tmp_path: Path) -> None:
-    path = tiny(ARCH)
+    path = tiny(SHALLOW)
     lora = random_lora(arch_of(path))
     lora.trainable.tensors["model.layers.1.mlp.experts.down_proj.lora_B"][3, 2, 1] = torch.inf
     save_adapter(tmp_path / "adapter", lora, base_model=str(path))
@@ -262,8 +263,8 @@ def test_an_adapter_that_diverged_is_refused_and_leaves_nothing_behind(tiny: Mak
 
 
 def test_a_checkpoint_of_another_model_is_refused(tiny: MakeTiny, tmp_path: Path, make_run: MakeRun) -> None:
-    run = make_run(tiny(dataclasses.replace(ARCH, hidden_size=96)))
-    model = load(tiny(ARCH))
+    run = make_run(tiny(dataclasses.replace(SHALLOW, hidden_size=96)))
+    model = load(tiny(SHALLOW))
     model.train_all_weights()
     params = model.trainable.tensors
     save_checkpoint(run, step=1, params=params, optimizer=optimizer_of(params), progress={}, keep=1)
@@ -309,7 +310,7 @@ print(status("VmHWM") - start)
 def test_memory_does_not_grow_with_the_model(small_tokenizer: Path, tmp_path: Path) -> None:
     sizes = {"hidden_size": 128, "intermediate_size": 320, "num_experts": 32}
     for depth, layers in (("shallow", 2), ("deep", 16)):
-        arch = dataclasses.replace(ARCH, num_layers=layers, layer_types=alternating_layers(layers), **sizes)
+        arch = dataclasses.replace(SHALLOW, num_layers=layers, layer_types=alternating_layers(layers), **sizes)
         arch = make_tiny(tmp_path / f"{depth}-model", arch, tokenizer=small_tokenizer)
         spec = LoraSpec({**ATTENTION.targets, "gate_up_proj": (1, 1.0), "down_proj": (1, 1.0)})
         # zeros in B go the same way, and no router of the deep random model can decide otherwise after rounding

@@ -16,7 +16,8 @@ from ossia.model.lora import TARGETS, Lora, LoraSpec, sites
 from ossia.ops.linear import Dropout
 from ossia.train.schedule import forward_backward
 from tests.conftest import MakeTiny
-from tests.oracle.model_pairs import CPU, SMALL, documents, load, pack_of, relative_error
+from tests.oracle.model_pairs import CPU, documents, load, pack_of, relative_error
+from tests.shapes import SMALL
 
 EVERYTHING = LoraSpec(dict.fromkeys(TARGETS, (3, 6.0)), dropout=0.25)
 

@@ -16,10 +16,11 @@ from ossia.errors import AdapterError, CheckpointError, UserError
 from ossia.model import open as opening
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import Lora, LoraSpec
-from ossia.model.open import choose_placement, expanded_expert_bytes, machine_memory, model_folder, open_model
+from ossia.model.open import choose_placement, expanded_expert_bytes, model_folder, open_model
 from ossia.model.peft import save_adapter
 from tests.conftest import MakeTiny
-from tests.oracle.model_pairs import CPU, SMALL
+from tests.oracle.model_pairs import CPU
+from tests.shapes import SMALL
 
 
 def test_a_folder_opens_with_its_tokenizer_and_the_adapter_named(tiny: MakeTiny, tmp_path: Path) -> None:
@@ -102,9 +103,3 @@ def test_auto_expands_experts_only_where_memory_is_plenty(tiny: MakeTiny, monkey
     for total, placement in ((4 * needed + 4, "bf16"), (4 * needed, "mmap")):
         monkeypatch.setattr(opening, "machine_memory", lambda total=total: (total, total))
         assert choose_placement(checkpoint, torch.bfloat16, CPU) == placement
-
-
-def test_the_machines_memory_is_a_sensible_number_of_bytes() -> None:
-    total, free = machine_memory()
-    assert 0 <= free <= total
-    assert total > 100 * 2**20

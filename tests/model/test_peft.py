@@ -108,6 +108,10 @@ FILE_FAULTS: dict[str, tuple[Callable[[Tensors], Tensors], str]] = {
     "missing": (without(Q), rf"`{re.escape(Q)}` \[1, 64\] is missing"),
     "left over": (with_one("base_model.model.model.embed_tokens.weight", torch.zeros(2)), "embed_tokens.weight` would"),
     "misshapen": (with_one(Q, torch.zeros(2, 64)), r"is \[2, 64\]; for this model and rank it must be \[1, 64\]"),
+    "another model's": (
+        lambda tensors: {f"x.{name}": tensor for name, tensor in tensors.items()},
+        rf"`{re.escape(Q)}` \[1, 64\] is missing(\n  `.*` .* is missing){{7}}\n  and \d+ more\n  next: name the model",
+    ),
     "integers": (with_one(Q, torch.zeros(1, 64, dtype=torch.int32)), "is I32; allowed: F32, BF16, F16"),
     "another head": (
         with_one("base_model.model.lm_head.base_layer.weight", torch.zeros(3, 64)),

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ossia.errors import MissingExtraError
+from ossia.errors import MissingExtraError, UserError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.arch import SHAPES, Arch
 from ossia.model.checkpoint import Checkpoint
@@ -78,6 +78,21 @@ def test_the_vocabulary_is_the_tokenizers_own(small_tokenizer: Path, tmp_path: P
     assert (config["eos_token_id"], config["pad_token_id"]) == (stops, special["<|endoftext|>"])
     config = json.loads((tmp_path / "demo" / "config.json").read_text())
     assert (config["eos_token_id"], config["bos_token_id"]) == (special["<|return|>"], special["<|startoftext|>"])
+
+
+def test_a_vocabulary_may_have_rows_beyond_the_tokenizers_and_never_fewer(
+    small: Arch, small_tokenizer: Path, tmp_path: Path
+) -> None:
+    size = Vocabulary.from_file(small_tokenizer).size
+    arch = make_tiny(tmp_path / "padded", small, tokenizer=small_tokenizer, vocab_rows=size + 37)
+    checkpoint = Checkpoint.open(tmp_path / "padded")
+    assert arch.vocab_size == checkpoint.arch.vocab_size == size + 37
+    padding = checkpoint.tensor("lm_head.weight")[size:].float()
+    assert padding.std() * small.hidden_size**0.5 == pytest.approx(1, abs=0.1)  # rows like the others
+    for tokenizer, tokens in ((small_tokenizer, size), (None, 200019)):
+        with pytest.raises(UserError, match=rf"of {tokens - 1:,} rows is too small for the {tokens:,} tokens of "):
+            make_tiny(tmp_path / "short", small, tokenizer=tokenizer, vocab_rows=tokens - 1)
+    assert [found.name for found in tmp_path.iterdir()] == ["padded"]
 
 
 def test_progress_counts_to_the_last_byte(small: Arch, small_tokenizer: Path, tmp_path: Path) -> None:

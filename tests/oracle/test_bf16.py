@@ -1,8 +1,8 @@
 """bf16 beside bf16: a trained model's logits and gradients against those of transformers and peft, tensor by tensor.
 
-Both round everywhere, each in its own places, so neither is the truth. That is our float32 (which equals theirs, see
-test_model.py and test_peft.py): we must be no further from it than they are, and no further from them than rounding
-puts either. What is wrong by more than rounding shows, also where only the bf16 path is wrong.
+Both round everywhere, each in its own places, so neither is the truth. That is float32, where both agree: we must be
+hardly further from it than they are, and no further from them than rounding puts either. What is wrong by more than
+rounding shows, also where only the bf16 path is wrong.
 
 Ours are packed, theirs a batch with padding. `free` routers choose for themselves; `held` ones choose in both programs
 what float32 chose, so that the bounds are close (see held_routers.py). For gradients the clamp is set where it bites:
@@ -239,6 +239,7 @@ def test_float32_is_the_truth_because_transformers_has_the_same_gradient(case: C
 def test_no_tensors_gradient_is_much_further_from_float32_than_in_transformers(gradients: Gradients) -> None:
     off = {name: relative_error(theirs, exact) for name, exact, _, theirs in gradients.by_tensor()}
     usual = median(off.values())  # in a tensor of four numbers they may be right by luck
+    # three sets of 20 conversations gave at most 1.9 with held routers, and 3.1 with free ones
     factor, least_cosine = (2.5, 0.97) if gradients.routers == "held" else (5.0, 0.9)
     for name, exact, ours, theirs in gradients.by_tensor():
         allowed = factor * max(off[name], usual)
@@ -248,7 +249,8 @@ def test_no_tensors_gradient_is_much_further_from_float32_than_in_transformers(g
 
 
 def test_over_all_layers_gradients_are_as_close_to_float32_as_in_transformers(gradients: Gradients) -> None:
-    factor = 1.6 if gradients.routers == "held" else 3.0
+    # three sets of 20 conversations gave at most 1.43 with held routers (the head; 1.3 elsewhere), 2.7 with free ones
+    factor = 1.8 if gradients.routers == "held" else 4.0
     for kind, exact, ours, theirs in gradients.by_kind():
         if len(exact) > 100:  # the sinks of all layers are 16 numbers, too few to speak of averages
             allowed = factor * relative_error(theirs, exact)

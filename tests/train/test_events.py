@@ -24,6 +24,10 @@ def step_event(step: int) -> dict[str, float | str]:
     return {"event": "step", "step": step, "loss": 1.0 / step}
 
 
+def never(text: str) -> None:
+    raise AssertionError(text)
+
+
 class Memory:
     """A sink that keeps what it hears."""
 
@@ -134,12 +138,16 @@ def test_the_environment_names_versions_and_machine_but_no_host_user_or_folder()
     assert env["device"] == "cpu"
     assert env["threads"] == torch.get_num_threads()
     assert 1 <= env["cores"] <= 4096
-    assert env["memory_bytes"] > 2**28
     text = json.dumps(env)
     assert socket.gethostname() not in text
     assert str(Path.home()) not in text
     assert str(Path(__file__).parent) not in text
     assert getuser() not in [value for value in env.values() if isinstance(value, str)]
+
+
+def test_the_environment_says_the_memory_that_the_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ossia.train.events.machine_memory", lambda: (3 * 2**30, 0))  # a control group's, say
+    assert environment(CPU)["memory_bytes"] == 3 * 2**30
 
 
 def test_the_environment_holds_the_commit_only_of_a_checkout_that_tracks_the_code(tmp_path: Path) -> None:
@@ -167,11 +175,35 @@ def test_the_environment_holds_the_commit_only_of_a_checkout_that_tracks_the_cod
 
 def test_env_json_keeps_how_a_run_began_and_adds_what_differed_when_it_was_resumed(tmp_path: Path) -> None:
     first = {"torch": "2.13.0", "threads": 2}
-    write_env(tmp_path, first, now=NOON)
-    write_env(tmp_path, first | {"threads": 1}, now=NOON, resumed_from=100)
+    write_env(tmp_path, first, now=NOON, say=never)
+    write_env(tmp_path, first | {"threads": 1}, now=NOON, resumed_from=100, say=never)
     assert json.loads((tmp_path / "env.json").read_text()) == {
         "torch": "2.13.0",
         "threads": 2,
         "started": "2025-01-02T12:00:00+00:00",
         "resumed": [{"step": 100, "at": "2025-01-02T12:00:00+00:00", "threads": 1}],
     }
+
+
+@pytest.mark.parametrize("damage", [b"garbage", b"[1]", b"{}", b'{"resumed": 3}', b"\xff\xfe"])
+def test_an_env_json_that_cannot_be_read_is_said_and_written_anew(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "env.json").write_bytes(damage)
+    said: list[str] = []
+    write_env(tmp_path, {"threads": 2}, now=NOON, resumed_from=7, say=said.append)
+    (line,) = said
+    assert line.startswith(f"{tmp_path / 'env.json'}: can't be read")
+    assert json.loads((tmp_path / "env.json").read_text()) == {
+        "threads": 2,
+        "started": None,
+        "resumed": [{"step": 7, "at": "2025-01-02T12:00:00+00:00"}],
+    }
+
+
+def test_a_folder_that_cannot_be_made_is_told_as_one_before_anything_began(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError) as caught:
+        EventLog(tmp_path / "file" / "run")
+    assert str(caught.value) == (
+        f"{tmp_path / 'file' / 'run'}: can't be written: Not a directory\n"
+        "  next: mend that, or choose another `output`; nothing had begun"
+    )

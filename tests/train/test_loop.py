@@ -115,6 +115,21 @@ def test_a_run_stopped_before_its_first_checkpoint_starts_again_and_says_so(tmp_
     assert left_behind(tmp_path / "run") == left_behind(tmp_path / "untouched")
 
 
+@pytest.mark.parametrize("kept", [0, 1])
+def test_events_that_are_gone_when_a_run_is_resumed_are_said(tmp_path: Path, kept: int) -> None:
+    train(tmp_path)
+    events = tmp_path / "events.jsonl"
+    lines = events.read_text().splitlines(keepends=True)
+    events.write_text("".join(lines[:kept]))
+    said: list[str] = []
+    train(tmp_path, resume=True, said=said)
+    size = sum(map(len, lines[:kept]))
+    assert said[1] == (
+        f"{events}: {size:,} bytes, where the checkpoint of step {STEPS} was saved with {sum(map(len, lines)):,}: "
+        "events before it are missing, and the report's curves with them"
+    )
+
+
 def test_a_corrupt_newest_checkpoint_is_named_and_the_run_repeats_the_steps_since_the_one_before(
     tmp_path: Path,
 ) -> None:
@@ -132,7 +147,7 @@ def test_a_corrupt_newest_checkpoint_is_named_and_the_run_repeats_the_steps_sinc
 
 def test_a_checkpoint_past_the_steps_asked_for_is_refused(tmp_path: Path) -> None:
     train(tmp_path)
-    with pytest.raises(RunError, match=r"step-00000006 is past train.steps \(3\)"):
+    with pytest.raises(RunError, match=r"step-00000006 is past train.steps \(3\).*start another run"):
         train(tmp_path, resume=True, steps=3)
 
 

@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("report") / "a & b"
     train(run)
     (run / "recipe.yaml").write_text("method: sft\nmodel: <folder>\n")
-    write_env(run, {"torch": "2.13.0", "memory_bytes": 2**34}, now=datetime(2025, 1, 2, tzinfo=UTC))
+    write_env(run, {"torch": "2.13.0", "memory_bytes": 2**34}, now=datetime(2025, 1, 2, tzinfo=UTC), say=print)
     lines = [sample(0, "q1", "bad"), sample(0, "q2", "worse"), sample(3, "q1", "between"), sample(6, "q1", "good")]
     call = {"function": {"name": "look", "arguments": '{"at": "x"}'}}
     lines.append(

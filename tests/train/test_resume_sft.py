@@ -2,107 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from ossia import sft
-from ossia.config import load_recipe
-from ossia.model.arch import Arch
-from tests.conftest import MakeTiny
-from tests.train.small_run import Death, forkserver
+from tests.train.conftest import Outcome, RecipeFor, in_process, outcome
 
-TIMED = {"tokens_per_s", "step_s", "eval_s", "peak_bytes"}
 PLACES = [("after an update", 1), ("half a tensor file", 3), ("before a rename", 3), ("half an event", 9)]
-RECIPE = """
-model: {model}
-dtype: bfloat16
-device: cpu
-adapter: {{rank: 2, targets: [attention, experts], dropout: 0.1}}
-data: {{path: {data}}}
-max_length: 256
-eval: {{split: 0.2, every: 3}}
-train: {{steps: 6, tokens_per_step: 512, tokens_per_pack: 256, learning_rate: 1.0e-3, save_every: 2, threads: 1}}
-output: {output}
-"""
-
-
-@pytest.fixture(scope="module")
-def recipe_for(tiny: MakeTiny, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """`recipe_for(folder)`: a recipe file that trains into that folder, the same model and data each time."""
-    arch = Arch(
-        hidden_size=32,
-        intermediate_size=32,
-        num_layers=2,
-        num_heads=2,
-        num_kv_heads=1,
-        head_dim=16,
-        num_experts=4,
-        experts_per_token=2,
-        sliding_window=16,
-        vocab_size=512,
-        layer_types=("sliding_attention", "full_attention"),
-    )
-    folder = tmp_path_factory.mktemp("kill")
-    rows = [
-        {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"It is {n * n}."}]}
-        for n in range(60)
-    ]
-    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-
-    def make(output: Path) -> Path:
-        file = output.with_suffix(".yaml")
-        file.write_text(RECIPE.format(model=tiny(arch), data=folder / "rows.jsonl", output=output))
-        return file
-
-    return make
-
-
-def fine_tune(recipe: Path, kind: str, number: int, resume: bool) -> None:
-    torch.set_num_threads(1)
-    with Death(kind, number).lurking():
-        sft.run(load_recipe(recipe), resume=resume)
-
-
-def in_process(recipe: Path, kind: str = "", number: int = 0, resume: bool = False) -> int | None:
-    """The exit code of fine-tuning in a process of its own that may be killed at a chosen place."""
-    process = forkserver().Process(target=fine_tune, args=(recipe, kind, number, resume))
-    process.start()
-    process.join()
-    return process.exitcode
-
-
-def outcome(run: Path) -> tuple[dict[str, bytes], list[dict[str, Any]]]:
-    """The bytes of the adapter and of every checkpoint's tensors, data position and generators; untimed events."""
-    kept = ("adapter_model.safetensors", "trainable.safetensors", "optimizer.safetensors")
-    files = {str(f.relative_to(run)): f.read_bytes() for f in run.rglob("*") if f.name in kept}
-    for file in run.glob("checkpoints/*/state.json"):
-        state = json.loads(file.read_text())
-        del state["progress"]["events_bytes"]  # the length of the timings differs
-        files[str(file.relative_to(run))] = json.dumps(state).encode()
-    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
-    return files, [{key: value for key, value in event.items() if key not in TIMED} for event in events]
-
-
-@pytest.fixture(scope="module")
-def untouched(recipe_for: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, bytes], list]:
-    run = tmp_path_factory.mktemp("untouched") / "run"
-    assert in_process(recipe_for(run)) == 0
-    files, events = outcome(run)
-    assert len(files) == 7  # the adapter, and three of each of two checkpoints
-    assert [event["step"] for event in events if event["event"] == "step"] == [1, 2, 3, 4, 5, 6]
-    return files, events
 
 
 @pytest.mark.parametrize(("kind", "number"), PLACES)
 def test_fine_tuning_killed_and_resumed_ends_in_the_same_bits(
-    kind: str, number: int, recipe_for: Any, untouched: tuple[dict[str, bytes], list], tmp_path: Path
+    kind: str, number: int, recipe_for: RecipeFor, untouched: Outcome, tmp_path: Path
 ) -> None:
     recipe = recipe_for(tmp_path / "run")
     assert in_process(recipe, kind, number) == -signal.SIGKILL
@@ -110,9 +24,7 @@ def test_fine_tuning_killed_and_resumed_ends_in_the_same_bits(
     assert outcome(tmp_path / "run") == untouched
 
 
-def test_the_command_line_resumes_what_was_killed(
-    recipe_for: Any, untouched: tuple[dict[str, bytes], list], tmp_path: Path
-) -> None:
+def test_the_command_line_resumes_what_was_killed(recipe_for: RecipeFor, untouched: Outcome, tmp_path: Path) -> None:
     recipe = recipe_for(tmp_path / "run")
     assert in_process(recipe, "after a rename", 2) == -signal.SIGKILL
     command = [sys.executable, "-m", "ossia", "train", str(recipe), "--resume"]

@@ -12,7 +12,6 @@ gives the same page, byte for byte, also while the run is still going on. A line
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
@@ -25,7 +24,7 @@ from ossia.errors import RunError
 from ossia.train.events import ENV, EVENTS, read_events
 from ossia.train.report.chart import Series, chart_html
 from ossia.train.sinks import human_time
-from ossia.train.state import checkpoint_paths, human_bytes, step_of, storage_error
+from ossia.train.state import checkpoint_paths, human_bytes, step_of, write_file
 
 REPORT, SAMPLES, RECIPE = "report.html", "samples.jsonl", "recipe.yaml"
 _MOST_SAMPLES = 20
@@ -51,15 +50,7 @@ def write_report(run: Path) -> Path:
     """
     if not (run / EVENTS).is_file():
         raise RunError(f"{run}: no {EVENTS} here, so this is not the folder of a run; give the `output` of a recipe")
-    path = run / REPORT
-    page = report_html(run).encode()
-    partial = path.with_name(f".{REPORT}")
-    try:
-        partial.write_bytes(page)
-        os.replace(partial, path)
-    except OSError as error:
-        raise storage_error(error, saving=str(path), need=len(page), safe=checkpoint_paths(run)) from error
-    return path
+    return write_file(run / REPORT, report_html(run))
 
 
 def report_html(run: Path) -> str:
