@@ -24,6 +24,7 @@ from ossia.ops.rope import rope_tables
 
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
 _FEW_ROWS = 8
+_THREAD_PRODUCTS = 4_000_000  # multiplications of a step that are worth a thread
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
@@ -65,6 +66,9 @@ class NativeDecoder:
         modules = [f"model.layers.{i}.{MODULE_OF[name]}" for i in range(arch.num_layers) for name in native.TARGETS]
         factors = [self._factors(lora, module) for lora in self._adapters for module in modules]
         self._factors_ALM = (native.Factors * len(factors))(*factors)
+        attention = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim
+        experts = 3 * arch.experts_per_token * arch.intermediate_size
+        self._row_products = arch.num_layers * arch.hidden_size * (attention + experts)
         self._struct = native.Model(
             layers=self._layers,
             factors=self._factors_ALM,
@@ -89,7 +93,9 @@ class NativeDecoder:
         self, x_BD: Tensor, position_B: Tensor, adapter_B: Sequence[int], routes_LBk: Tensor | None = None
     ) -> Tensor:
         """See `Decoder.forward`."""
-        num_rows, threads = len(x_BD), torch.get_num_threads()
+        num_rows = len(x_BD)
+        # a second thread has to be woken, which takes longer than a small step
+        threads = max(1, min(torch.get_num_threads(), num_rows * self._row_products // _THREAD_PRODUCTS))
         x_BD, position_B = x_BD.contiguous(), position_B.contiguous()
         assert x_BD.dtype == self._model.dtype, x_BD.dtype
         assert position_B.dtype == torch.int64, position_B.dtype

@@ -1,8 +1,8 @@
 /* One new token of each running sequence through all layers of a gpt-oss model, on the CPU, in one call.
  *
  * In plain torch a decode step is some thirty-five small operators a layer, and on a small model their number is its
- * time. Here a step is one parallel region, with a barrier where a stage needs all of the one before it. Weights are
- * read where they lie (a memory-mapped checkpoint included), once for all rows of the batch: float32, bfloat16, or
+ * time. Here a step is one parallel region, whose threads meet where a stage needs all of the one before it. Weights
+ * are read where they lie (a memory-mapped checkpoint included), once for all rows of the batch: float32, bfloat16, or
  * MXFP4 codes, which are expanded in registers. Of the experts, only the chosen ones are touched.
  *
  * Numbers: sums are float32; activations are held as floats, and rounded to bfloat16 wherever torch's path would have
@@ -14,6 +14,8 @@
  */
 #include "parts.h"
 #include <omp.h>
+#include <sched.h>
+#include <stdatomic.h>
 
 enum { SLOTS = 512 }; /* of the cache that attention takes at a time, as torch's flash attention for the CPU */
 
@@ -129,13 +131,33 @@ int64_t ossia_workspace(const Model *m, int32_t rows, int32_t threads) {
     return share_out(m, &call, &shared, 0, threads) - (char *)0;
 }
 
+/* Where threads meet: some fifty times a step, so a waiting one spins a little before it lets others have its core.
+   OpenMP's own barrier sleeps at once where OMP_WAIT_POLICY is passive, and is woken in longer than a stage takes. */
+typedef struct { atomic_int arrived, turn; } Meeting;
+enum { SPINS = 4000 };
+
+static void meet(Meeting *m, int threads) {
+    if (threads == 1) return;
+    const int turn = atomic_load(&m->turn);
+    if (atomic_fetch_add(&m->arrived, 1) == threads - 1) {
+        atomic_store(&m->arrived, 0);
+        atomic_store(&m->turn, turn + 1);
+        return;
+    }
+    for (int spins = 0; atomic_load(&m->turn) == turn; spins++)
+        if (spins >= SPINS) sched_yield();
+}
+
 typedef struct { /* what a stage reads */
     const Model *model;
     const Call *call;
     Shared shared;
     Private mine;
+    Meeting *meeting;
     int32_t thread, threads, layer;
 } Step;
+
+static void wait_for_all(const Step *s) { meet(s->meeting, s->threads); }
 
 typedef struct { int32_t begin, end; } Part;
 
@@ -238,8 +260,8 @@ static void lower(Step *s, int target, const Batch *batch, const float *x, int64
     }
 }
 
-/* Results begin .. end - 1 of one input, whose sums are in y: bias and adapter, rounded where training rounds: an expert
-   adds its adapter, rounded too, before the bias (ops/moe.py), a dense matrix after it (ops/linear.py). */
+/* Results begin .. end - 1 of one input, whose sums are in y: bias and adapter, rounded where training rounds. An
+   expert adds its adapter, rounded too, before the bias (ops/moe.py), a dense matrix after it (ops/linear.py). */
 static void finish(const Step *s, int target, const Run *run, const float *low, float *y, int begin, int end) {
     const Matrix *m = &s->model->layers[s->layer].matrix[target];
     const Factors *f = factors_of(s, run->adapter, target);
@@ -294,10 +316,10 @@ static void project_all(Step *s, int target, const Batch *batch, const float *x,
                         float *y) {
     if (is_adapted(s, target)) {
         lower(s, target, batch, x, stride, s->shared.low);
-#pragma omp barrier
+        wait_for_all(s);
     }
     project(s, target, batch, x, packed, stride, s->shared.low, y);
-#pragma omp barrier
+    wait_for_all(s);
 }
 
 /* ---- The parts of a layer ---- */
@@ -403,19 +425,20 @@ static void attention_part(Step *s, const Layer *layer, Part rows) {
         const int64_t b = s->mine.order[i];
         rms_norm(m->bf16, a->x + b * D, layer->input_norm, m->hidden, m->rms_eps, a->normed + b * D);
     }
-#pragma omp barrier
+    wait_for_all(s);
     if (is_adapted(s, Q) || is_adapted(s, K_) || is_adapted(s, V_)) {
         for (int target = Q; target <= V_; target++) lower(s, target, &batch, a->normed, D, low[target]);
-#pragma omp barrier
+        wait_for_all(s);
     }
-    for (int target = Q; target <= V_; target++) project(s, target, &batch, a->normed, 0, D, low[target], results[target]);
-#pragma omp barrier
+    for (int target = Q; target <= V_; target++)
+        project(s, target, &batch, a->normed, 0, D, low[target], results[target]);
+    wait_for_all(s);
     const int parts = B < s->threads ? m->num_kv_heads : 1; /* of a row: its heads lie side by side in the cache */
     for (int unit = s->thread; unit < B * parts; unit += s->threads) {
         const int begin = unit % parts;
         attend(s, unit / parts, parts == 1 ? (Part){0, m->num_kv_heads} : (Part){begin, begin + 1});
     }
-#pragma omp barrier
+    wait_for_all(s);
     project_all(s, O, &batch, a->attended, 0, m->num_heads * d, a->y);
 }
 
@@ -450,16 +473,16 @@ static void experts_part(Step *s, const Layer *layer, Part rows) {
     Shared *a = &s->shared;
     const int I = m->width, N = s->call->rows * m->top_k;
     route(s, layer, rows);
-#pragma omp barrier
+    wait_for_all(s);
     sort_pairs(s);
     const Batch tokens = {s->mine.token, 0, s->mine.pairs, s->mine.num_pairs};
     const Batch pairs = {0, 0, s->mine.pairs, s->mine.num_pairs};
     if (is_adapted(s, GATE_UP)) {
         lower(s, GATE_UP, &tokens, a->normed, m->hidden, a->low);
-#pragma omp barrier
+        wait_for_all(s);
     }
     project(s, GATE_UP, &tokens, a->normed, a->normed_packed, m->hidden, a->low, a->gate_up);
-    const Part part = part_of(s, I, MX_BLOCK); /* as in `project`, so that no barrier is needed */
+    const Part part = part_of(s, I, MX_BLOCK); /* as in `project`, so that nobody has to wait */
     for (int64_t n = 0; n < N; n++) {
         const float *gates = a->gate_up + n * 2 * I + part.begin;
         float *hidden = a->hidden + n * I + part.begin;
@@ -468,16 +491,18 @@ static void experts_part(Step *s, const Layer *layer, Part rows) {
         if (layer->matrix[DOWN].kind == MXFP4)
             pack_row(a->hidden_packed + n * I + part.begin, hidden, part.end - part.begin);
     }
-#pragma omp barrier
+    wait_for_all(s);
     project_all(s, DOWN, &pairs, a->hidden, a->hidden_packed, I, a->y);
     for (int i = rows.begin; i < rows.end; i++) combine(s, s->mine.order[i]);
 }
 
 /* A step: keys and values of the new tokens go into the caches, the last layer's output (before the final norm) out. */
 void ossia_decode(const Model *m, const Call *c) {
+    Meeting meeting = {0, 0};
 #pragma omp parallel num_threads(c->threads)
     {
-        Step s = {.model = m, .call = c, .thread = omp_get_thread_num(), .threads = omp_get_num_threads()};
+        Step s = {.model = m, .call = c, .meeting = &meeting};
+        s.thread = omp_get_thread_num(), s.threads = omp_get_num_threads();
         share_out(m, c, &s.shared, &s.mine, s.threads);
         sort_rows(&s);
         const Part rows = part_of(&s, c->rows, 1);

@@ -1,8 +1,8 @@
 /* Matrices times a few rows, on the CPU: weights in float32, bfloat16 or MXFP4, rows and sums in float32.
  *
  * A weight is read once for all rows. bfloat16 and MXFP4 become floats in registers, or, where many rows need them, in
- * a buffer that stays in the first-level cache. A result is one sum over the inputs, in lanes that are added pairwise at
- * the end: the same order whatever tile it is computed in, so its bits don't depend on what is computed beside it.
+ * a buffer that stays in the first-level cache. A result is one sum over the inputs, in lanes that are added pairwise
+ * at the end: the same order whatever tile it is computed in, so its bits don't depend on what is computed beside it.
  */
 #pragma once
 #include <stdint.h>

@@ -1,5 +1,5 @@
-/* The parts of a layer that are no matrix: pure functions on rows of floats, rounded to bfloat16 where `bf16` says so and
- * where torch's own operations would round.
+/* The parts of a layer that are no matrix: pure functions on rows of floats. Where `bf16` is set they round to bfloat16
+ * as often as torch's own operations do.
  */
 #pragma once
 #include "matrix.h"
@@ -72,9 +72,9 @@ static void insert_sorted(const float *logits, int32_t *ids, int begin, int end)
     }
 }
 
-/* The k largest of a row's logits to the front of `ids`, the largest first. In bfloat16 many logits are equal, and which
-   of them is chosen must be what training's torch.topk chooses: so this is its quick select, the median of three the
-   pivot, down to three that are inserted. */
+/* The k largest of a row's logits to the front of `ids`, the largest first. In bfloat16 many logits are equal, and
+   which of them is chosen must be what training's torch.topk chooses: so this is its quick select, the median of three
+   the pivot, down to three that are inserted. */
 static void select_top(const float *logits, int32_t *ids, int count, int k) {
     for (int i = 0; i < count; i++) ids[i] = i;
     int first = 0, last = count;
