@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.engine.cache import Cache, Holding
@@ -357,7 +358,7 @@ class Session:
         if failed:
             logits_BV = logits_BV.nan_to_num()
         self._ids_B = sampler.draw(logits_BV, _masks(rows, failed))
-        logprobs = (self._own_logits(h_BD, rows) - lse_B).tolist()
+        logprobs = _logprobs(self._own_logits(h_BD, rows), logits_BV, lse_B, self._ids_B).tolist()
         top = _top(logits_BV, lse_B, [row.request.top_logprobs for row in rows])
         tokens = []
         for i, (row, number, logprob) in enumerate(zip(rows, self._ids_B.tolist(), logprobs, strict=True)):
@@ -406,6 +407,13 @@ class Session:
         longest = max(map(len, stops)) - 1
         row.tail = said[-longest:] if longest else b""
         return any(stop in said for stop in stops)
+
+
+def _logprobs(own_B: Tensor, logits_BV: Tensor, lse_B: Tensor, ids_B: Tensor) -> Tensor:
+    """ln p of each token from its logit anew: as in `ops.loss` it is left out of the sum of the rounded ones."""
+    rounded_B = logits_BV.gather(-1, ids_B[:, None])[:, 0]
+    others_B = lse_B + torch.log1p(-(rounded_B - lse_B).exp().clamp(max=1.0))
+    return F.logsigmoid(own_B - others_B)
 
 
 def _masks(rows: Sequence[_Sequence], failed: dict[int, str]) -> dict[int, Tensor]:

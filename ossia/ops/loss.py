@@ -2,15 +2,17 @@
 
 The vocabulary is walked in blocks with a running maximum, as flash attention walks its keys: a block of logits lives in
 cache, its exponentials are summed in float32, and the expected head row E = sum_v p_v W_v is gathered on the way. Then
-d logp / d hidden = W[target] - E, so the backward of a frozen head is one multiplication. `F.cross_entropy` needs the
-(T, V) logits and two more passes over them; `F.linear_cross_entropy` (torch 2.13) is several times slower on CPU.
-Losses are pure functions of the log-probabilities; each is a sum over one denominator that the whole step shares.
-Letters: N rows, D hidden, V vocabulary.
+d logp / d hidden = W[target] - E, so the backward of a frozen head is one multiplication. Sums leave the target out: if
+it is all but sure, what counts is the mass of the others, and 1 - p of rounded logits is mostly rounding.
+`F.cross_entropy` needs the (T, V) logits and two more passes over them; `F.linear_cross_entropy` (torch 2.13) is slower
+on CPU by several times. Losses are pure functions of the log-probabilities; each is a sum over one denominator that the
+whole step shares. Letters: N rows, D hidden, V vocabulary, B tokens of a block.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 VOCAB_BLOCK = 4096
@@ -45,12 +47,13 @@ class _LinearLogprob(torch.autograd.Function):
         slope_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
         for start in range(0, len(h_ND), ROW_BLOCK):
             rows = slice(start, start + ROW_BLOCK)
-            h, target_rows = h_ND[rows], head_VD[targets_N[rows]]
-            lse_N[rows], expected = _scan_vocabulary(h, head_VD, want_expected=slope_ND is not None)
-            logp_N[rows] = (h.float() * target_rows.float()).sum(-1) - lse_N[rows]
-            if slope_ND is not None:
-                slope_ND[rows] = (target_rows.float() - expected).to(h.dtype)
-        ctx.save_for_backward(slope_ND, *((h_ND, head_VD, targets_N, lse_N) if ctx.needs_input_grad[1] else ()))
+            h, target_rows = h_ND[rows], head_VD[targets_N[rows]].float()
+            others_N, expected = _scan_others(h, head_VD, targets_N[rows], want_expected=slope_ND is not None)
+            target_N = (h.float() * target_rows).sum(-1)
+            logp_N[rows], lse_N[rows] = F.logsigmoid(target_N - others_N), torch.logaddexp(target_N, others_N)
+            if expected is not None:
+                slope_ND[rows] = ((target_rows - expected) * (others_N - target_N).sigmoid()[:, None]).to(h.dtype)
+        ctx.save_for_backward(slope_ND, *((h_ND, head_VD, targets_N, lse_N, logp_N) if ctx.needs_input_grad[1] else ()))
         return logp_N
 
     @staticmethod
@@ -60,8 +63,8 @@ class _LinearLogprob(torch.autograd.Function):
         return dh, _head_gradient(*rest, grad_N) if rest else None, None
 
 
-def _scan_vocabulary(h_ND: Tensor, head_VD: Tensor, want_expected: bool) -> tuple[Tensor, Tensor | None]:
-    """log-sum-exp of the logits (N,) float32, and the expected head row (N, D) float32."""
+def _scan_others(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, want_expected: bool) -> tuple[Tensor, Tensor | None]:
+    """Over all tokens but each row's target: log-sum-exp of the logits (N,), expected head row (N, D); both float32."""
     num_rows, num_vocab = len(h_ND), len(head_VD)
     h_ND = h_ND if h_ND.dtype != torch.float16 else h_ND.float()
     top_N1 = torch.full((num_rows, 1), -torch.inf, dtype=h_ND.dtype, device=h_ND.device)
@@ -72,6 +75,7 @@ def _scan_vocabulary(h_ND: Tensor, head_VD: Tensor, want_expected: bool) -> tupl
         block_BD = head_VD[start : start + VOCAB_BLOCK].to(h_ND.dtype)
         logits_NB = buffer if len(block_BD) == buffer.shape[1] else torch.empty_like(buffer[:, : len(block_BD)])
         torch.mm(h_ND, block_BD.t(), out=logits_NB)
+        _put_at_targets(logits_NB, targets_N - start, torch.full_like(total_N, -torch.inf))
         new_top_N1 = torch.maximum(top_N1, logits_NB.amax(1, keepdim=True))
         shrink_N1 = (top_N1.float() - new_top_N1.float()).exp()
         top_N1 = new_top_N1
@@ -83,15 +87,26 @@ def _scan_vocabulary(h_ND: Tensor, head_VD: Tensor, want_expected: bool) -> tupl
     return lse_N, None if expected_ND is None else expected_ND.div_(total_N[:, None])
 
 
-def _head_gradient(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, lse_N: Tensor, grad_N: Tensor) -> Tensor:
+def _put_at_targets(block_NB: Tensor, column_N: Tensor, values_N: Tensor) -> None:
+    """Set each row's element in its target's column, where the block has that column."""
+    inside_N = (column_N >= 0) & (column_N < block_NB.shape[1])
+    # every row is indexed, whether it is inside or not: a GPU would have to wait for how many are
+    at_N = torch.arange(len(block_NB), device=block_NB.device), column_N.clamp(0, block_NB.shape[1] - 1)
+    block_NB[at_N] = torch.where(inside_N, values_N.to(block_NB.dtype), block_NB[at_N])
+
+
+def _head_gradient(
+    h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, lse_N: Tensor, logp_N: Tensor, grad_N: Tensor
+) -> Tensor:
     """sum_n grad_n (onehot(target_n) - p_n) h_n: the logits once more, block by block, accumulated in float32."""
     dhead_VD = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device)
     weighted_ND = (h_ND.float() * grad_N[:, None]).to(h_ND.dtype)
+    at_target_N = torch.expm1(logp_N)
     for start in range(0, len(head_VD), VOCAB_BLOCK):
         block_BD = head_VD[start : start + VOCAB_BLOCK]
         for first in range(0, len(h_ND), ROW_BLOCK):
             rows = slice(first, first + ROW_BLOCK)
-            p_NB = (h_ND[rows] @ block_BD.t()).float().sub_(lse_N[rows, None]).exp_().to(h_ND.dtype)
-            dhead_VD[start : start + VOCAB_BLOCK] -= p_NB.t() @ weighted_ND[rows]
-    dhead_VD.index_add_(0, targets_N, weighted_ND.float())
+            p_NB = (h_ND[rows] @ block_BD.t()).float().sub_(lse_N[rows, None]).exp_()
+            _put_at_targets(p_NB, targets_N[rows] - start, at_target_N[rows])
+            dhead_VD[start : start + VOCAB_BLOCK] -= p_NB.to(h_ND.dtype).t() @ weighted_ND[rows]
     return dhead_VD.to(head_VD.dtype)

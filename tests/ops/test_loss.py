@@ -53,6 +53,20 @@ def test_flat_and_extreme_logits_stay_exact(spread: float) -> None:
     assert float((torch.autograd.grad(logp, h, grad)[0].double() - dh).norm() / dh.norm()) <= 1e-5
 
 
+@pytest.mark.usefixtures("_blocks")
+@pytest.mark.parametrize("sure", [0.5, 1.0])
+def test_in_bf16_what_a_sure_prediction_still_lacks_is_as_exact_as_the_rest(sure: float) -> None:
+    h, head, targets, _ = problem(torch.bfloat16)
+    h = (h.detach() * 0.1 + sure * head[targets].detach()).requires_grad_()
+    logp = linear_logprob(h, head, targets)
+    assert bool((logp <= 0).all()), "a probability above 1"
+    weights = -1 / logp.detach().expm1()  # every row counts the same, however sure
+    found = (logp.detach() * weights, *torch.autograd.grad(logp, (h, head), weights))
+    true, *grads = expected(h, head, targets, weights)
+    for mine, exact in zip(found, (true * weights, *grads), strict=True):
+        assert float((mine.double() - exact).norm() / exact.norm()) <= 0.05
+
+
 def test_a_frozen_head_gets_no_gradient_and_no_second_pass_over_the_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
     h, head, targets, _ = problem(torch.float32)
     monkeypatch.setattr(ossia.ops.loss, "_head_gradient", lambda *_: pytest.fail("the head is frozen"))

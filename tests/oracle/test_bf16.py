@@ -31,6 +31,7 @@ from ossia.model.peft import load_adapter, save_adapter
 from ossia.model.transformer import Transformer
 from ossia.model.weights import EXPERT_WEIGHTS
 from ossia.ops.mxfp4 import quantize_mxfp4
+from ossia.train.schedule import forward_logprobs
 from tests.oracle.held_routers import held, hold_in_transformers, recorded
 from tests.oracle.model_pairs import (
     CPU,
@@ -103,6 +104,20 @@ def test_on_held_out_conversations_bf16_predicts_what_float32_predicts(logits: L
         same_R = found_TV[logits.counted_T].argmax(-1) == exact_RV.argmax(-1)
         assert float(same_R.float().mean()) > 0.985
         assert same_R[sure_R].all()
+
+
+@pytest.mark.parametrize("logits", ["free"], indirect=True)
+def test_a_tokens_log_probability_is_as_exact_as_in_transformers(trained: Path, logits: Logits) -> None:
+    pack = pack_of(held_out(trained, 60))
+    targets_R1 = pack.targets[logits.counted_T, None]
+    exact_R, theirs_R = (
+        x[logits.counted_T].float().log_softmax(-1).gather(-1, targets_R1)[:, 0] for x in (logits.exact, logits.theirs)
+    )
+    (ours_R,) = forward_logprobs(load(trained, torch.bfloat16), [pack])
+    assert bool((ours_R <= 0).all()), "a probability above 1"
+    ours_off_R, theirs_off_R = (ours_R - exact_R).abs(), (theirs_R - exact_R).abs()
+    assert float(ours_off_R.median()) <= 1.5 * float(theirs_off_R.median())
+    assert float(ours_off_R.mean()) <= 2.0 * float(theirs_off_R.mean())
 
 
 def test_in_bf16_too_a_conversation_has_the_same_logits_in_a_pack_as_alone(trained: Path) -> None:
