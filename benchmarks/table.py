@@ -45,6 +45,26 @@ def sft_rows() -> Iterator[str]:
         yield f"| {words}{trained} | {mine} | {theirs} | {found['speedup']:.1f}x | {found['memory_ratio']:.2f}x |"
 
 
+DECODE_WORDS = {
+    "demo-1": "demo shape, float32, 1 request",
+    "demo-16": "demo shape, float32, 16 requests",
+    "demo-64": "demo shape, float32, 64 requests",
+    "b1-1": "B1, bf16, 1 request",
+    "b1-16": "B1, bf16, 16 requests",
+    "rollout": "demo shape, 64 answers of mixed lengths, as TRL generates",
+}
+
+
+def decode_rows() -> Iterator[str]:
+    """The lines of the generation table, prefill included."""
+    yield "| greedy, CPU | Ossia | transformers `generate` | faster |"
+    yield "|---|---|---|---|"
+    for case, words in DECODE_WORDS.items():
+        if (found := load(f"decode_cpu-{case}")) is not None:
+            mine, theirs = (f"{found['tokens_per_s'][side]:,.0f} tok/s" for side in ("ossia", "peer"))
+            yield f"| {words} | {mine} | {theirs} | {found['speedup']:.1f}x |"
+
+
 def page() -> str:
     """docs/benchmarks.md."""
     lines = [
@@ -61,19 +81,23 @@ def page() -> str:
         "tok/s are trained tokens; memory is each process's own peak resident set. Both sides' first losses agree.",
         "",
     ]
+    lines += ["## Generation, side by side in one run (`benchmarks/decode_cpu.py`)", "", *decode_rows(), ""]
     if demo := load("demo"):
         lines += [
             "## The demo (`benchmarks/demo.py`)",
             "",
-            "| seed | held-out loss | exact match | wall |",
-            "|---|---|---|---|",
+            "| seed | held-out loss | exact match | CPU time | wall | peak memory |",
+            "|---|---|---|---|---|---|",
         ]
         for run in demo["runs"]:
             losses, match = [*run["held_out_loss"].values()], run["exact_match"]
             lines.append(
                 f"| {run['seed']} | {losses[0]:.2f} → {losses[-1]:.3f} "
-                f"| {match['before']:.2f} → {match['after']:.2f} of {run['questions']} | {run['wall_s']:.0f} s |"
+                f"| {match['before']:.2f} → {match['after']:.2f} of {run['questions']} "
+                f"| {run['cpu_s']:.0f} s | {run['wall_s']:.0f} s | {run['peak_bytes'] / 1e9:.2f} GB |"
             )
+        threads = demo["config"]["threads"]
+        lines += ["", f"Threads: {threads}. Wall times are of a machine that did other work as well; CPU times count."]
         lines.append("")
     if startup := load("startup"):
         lines += [

@@ -1,76 +1,110 @@
-"""Export, top to bottom: open the source, write the folder, read it back, compare it, and only then give it its name.
+"""Export, top to bottom: open the source, write it, read it back, compare it, and only then give it its name.
 
-One entry of `_FORMATS` a format; each writes a folder of which `Checkpoint.open` makes a model again.
+One entry of `_FORMATS` a folder that `Checkpoint.open` makes a model of again; beside them GGUF, a file.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ossia.errors import CheckpointError, UserError
+from ossia.errors import CheckpointError, MissingExtraError, UserError
+from ossia.export.merge import Progress as Report
 from ossia.export.merge import write_merged
 from ossia.export.source import Source, open_source
 from ossia.export.verify import Agreement, changed_model, compare, fixed_texts, held_out_texts
 from ossia.harmony import Vocabulary
 from ossia.model.arch import Layout
 from ossia.model.checkpoint import Checkpoint
+from ossia.model.transformer import Transformer
 
 _FORMATS: dict[str, Layout] = {"hf-bf16": "bf16"}
 # How far an export may be from what was trained: KL divergence in nats, mean over the positions compared. A share of
 # what training changed, between what rounding alone does to untrained routers and what nobody should deploy.
 MAX_SHARE = 0.05
 MIN_KL, MAX_KL = 0.002, 0.02
+MIN_KL_Q8_0 = 0.01  # eight bits a weight cost more than bfloat16's rounding
 
 
-def export_model(source: str, *, to: str, output: Path, adapter: str | None = None) -> Path:
+def export_model(
+    source: str, *, to: str, output: Path, adapter: str | None = None, gguf_type: str | None = None
+) -> Path:
     """Write a model as other programs load it, verified by reading it back.
 
-    source   a run folder, or a model (a checkpoint's folder, or owner/name on the hub)
-    to       hf-bf16: a Hugging Face folder with everything merged, in bfloat16
-    output   a folder that isn't there yet
-    adapter  of a model: a run folder or an adapter's folder
-    Returns  the folder
-    Raises   UserError for what can't be exported; CheckpointError if what was written isn't the model that
-             was trained, see `verify_export`, or can't be written. Nothing is left behind then.
+    source     a run folder, or a model (a checkpoint's folder, or owner/name on the hub)
+    to         hf-bf16: a Hugging Face folder with everything merged, in bfloat16; gguf: a file for llama.cpp, MXFP4
+               experts that weren't trained as they are, the rest merged
+    output     a folder, for gguf a file, that isn't there yet
+    adapter    of a model: a run folder or an adapter's folder
+    gguf_type  of gguf: what matrices are written as, "bf16" (None), "f16", "q8_0" or "f32"
+    Returns    the folder or file
+    Raises     UserError for what can't be exported; CheckpointError if what was written isn't the model that
+               was trained, see `verify_export`, or can't be written; MissingExtraError for gguf without its package.
+               Nothing is left behind then.
     """
-    if to not in _FORMATS:
-        raise UserError(f"--to {to}: no such format; allowed: {', '.join(_FORMATS)}")
+    if to not in (*_FORMATS, "gguf"):
+        raise UserError(f"--to {to}: no such format; allowed: {', '.join((*_FORMATS, 'gguf'))}")
+    if to != "gguf" and gguf_type is not None:
+        raise UserError(f"--gguf-type {gguf_type} is for --to gguf; leave it out")
+    if to == "gguf" and find_spec("gguf") is None:
+        raise MissingExtraError("writing GGUF needs the package gguf: pip install 'ossia[gguf]'")
     output = Path(output).expanduser()
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CheckpointError(f"{output} exists already; name a new folder or remove it first")
+    if output.exists() and (to == "gguf" or not output.is_dir() or any(output.iterdir())):
+        what = "name a new file" if to == "gguf" else "name a new folder"
+        raise CheckpointError(f"{output} exists already; {what} or remove it first")
     opened = open_source(source, adapter, _say)
     unverified = output.absolute().with_name(f".{output.name}.unverified")
-    shutil.rmtree(unverified, ignore_errors=True)  # what a killed export left
+    _remove(unverified)  # what a killed export left
     try:
-        with Progress(
-            TextColumn("writing"),
-            BarColumn(),
-            DownloadColumn(),
-            TimeRemainingColumn(),
-            console=Console(stderr=True),
-            transient=True,
-            disable=not sys.stderr.isatty(),
-        ) as bar:
-            task = bar.add_task("write")
-            write_merged(
-                unverified,
-                opened.base,
-                opened.changes,
-                opened.base.path,
-                _FORMATS[to],
-                lambda done, total: bar.update(task, completed=done, total=total),
-            )
-        verify_export(opened, unverified, _say)
+        if to == "gguf":
+            _export_gguf(unverified, opened, output.stem, gguf_type or "bf16")
+        else:
+            with _bar() as report:
+                write_merged(unverified, opened.base, opened.changes, opened.base.path, _FORMATS[to], report)
+            verify_export(opened, unverified, _say)
         unverified.rename(output.absolute())
     finally:
-        shutil.rmtree(unverified, ignore_errors=True)
+        _remove(unverified)
     return output
+
+
+def _export_gguf(path: Path, source: Source, name: str, kind: str) -> None:
+    from ossia.export.gguf import write_gguf
+    from ossia.export.gguf_read import gguf_model
+
+    if not path.parent.is_dir():
+        raise CheckpointError(f"{path.parent} is no folder; make it first, or name another --output")
+    with _bar() as report:
+        write_gguf(path, source.base, source.changes, name=name, dense=kind, progress=report)
+    _judge(source, gguf_model(path, source.base), _say, MIN_KL_Q8_0 if kind == "q8_0" else MIN_KL)
+    if not source.base.arch.rope_truncate:
+        _say(
+            "mind: llama.cpp rounds YaRN's range outwards, which no key of a GGUF file turns off; "
+            "its logits differ a little from these, more at later positions"
+        )
+
+
+@contextmanager
+def _bar() -> Iterator[Report]:
+    """A progress bar over bytes where stderr is a terminal."""
+    columns = (TextColumn("writing"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+        task = bar.add_task("write")
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def verify_export(source: Source, folder: Path, say: Callable[[str], None]) -> Agreement:
@@ -79,23 +113,27 @@ def verify_export(source: Source, folder: Path, say: Callable[[str], None]) -> A
     Raises  CheckpointError if the folder doesn't open, or its KL divergence from what was trained is over
             MAX_SHARE of that between base and trained, at least MIN_KL and at most MAX_KL nats
     """
+    return _judge(source, changed_model(Checkpoint.open(folder)), say, MIN_KL)
+
+
+def _judge(source: Source, exported: Transformer, say: Callable[[str], None], min_kl: float) -> Agreement:
     vocab = Vocabulary.from_file(source.base.path)
     packs = [] if source.recipe is None else held_out_texts(source.recipe, vocab)
     texts = f"{len(packs)} held-out texts" if packs else "fixed texts"
     packs = packs or fixed_texts(vocab)
     trained = changed_model(source.base, source.changes)
-    found, before = compare(trained, [changed_model(Checkpoint.open(folder)), changed_model(source.base)], packs)
+    found, before = compare(trained, [exported, changed_model(source.base)], packs)
     say(f"read back and compared with what was trained, on {texts}: {found}")
-    allowed = min(max(MAX_SHARE * before.kl, MIN_KL), MAX_KL)
+    allowed = min(max(MAX_SHARE * before.kl, min_kl), MAX_KL)
     if not found.kl <= allowed:  # written so that nan fails it
         raise CheckpointError(
             f"the exported model isn't the one that was trained: {found}\n"
             f"  allowed: a KL divergence of {allowed:.2e} nats, training itself made {before.kl:.2e}\n"
             "  next: check that the base model is the one it was trained on, or try an earlier checkpoint"
         )
-    if found.kl > MAX_SHARE * before.kl:
+    if found.kl > MAX_SHARE * before.kl > 0:
         say(
-            f"mind: training moved the model by a KL of only {before.kl:.2e} nats, and rounding to bfloat16 loses part "
+            f"mind: training moved the model by a KL of only {before.kl:.2e} nats, and rounding the weights loses part "
             "of that; an adapter kept apart loses nothing"
         )
     return found

@@ -98,24 +98,33 @@ def _require_packed_experts(base: Checkpoint, changes: Changes) -> None:
 def merged_tensors(base: Checkpoint, changes: Changes, layout: Layout) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the merged checkpoint, in the pieces that `write_checkpoint` takes: slices of the first axis."""
     for name in base.arch.tensor_specs(layout):
-        leaf = name.rpartition(".")[2]
-        changed = changes.touch(name.removesuffix(".weight"))
-        if ".mlp.experts." in name and leaf in EXPERT_WEIGHTS:
-            pieces = _experts(base, changes, name)
-        elif name in changes.tensors:
-            tensor = changes.tensors[name]
-            pieces = _rounded(interleave_gate_up(tensor) if leaf == "gate_up_proj_bias" else tensor)
-        elif changed and name.endswith(".weight"):
-            pieces = _linear(base, changes, name)
-        else:
-            pieces, changed = iter((_mapped(base, name),)), False
-        for piece in pieces:
-            if changed and not piece.isfinite().all():
-                raise CheckpointError(f"`{name}` would hold inf or nan: the run diverged; export an earlier checkpoint")
+        for piece in merged_tensor(base, changes, name):
             yield name, piece
 
 
-def _mapped(base: Checkpoint, name: str) -> Tensor:
+def merged_tensor(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
+    """One tensor of the merged checkpoint, by its name in either layout: slices of its first axis, bfloat16.
+
+    Raises  CheckpointError for a weight that is not finite
+    """
+    leaf = name.rpartition(".")[2]
+    changed = changes.touch(name.removesuffix(".weight"))
+    if ".mlp.experts." in name and leaf in EXPERT_WEIGHTS:
+        pieces = _experts(base, changes, name)
+    elif name in changes.tensors:
+        tensor = changes.tensors[name]
+        pieces = _rounded(interleave_gate_up(tensor) if leaf == "gate_up_proj_bias" else tensor)
+    elif changed and name.endswith(".weight"):
+        pieces = _linear(base, changes, name)
+    else:
+        pieces, changed = iter((mapped_tensor(base, name),)), False
+    for piece in pieces:
+        if changed and not piece.isfinite().all():
+            raise CheckpointError(f"`{name}` would hold inf or nan: the run diverged; export an earlier checkpoint")
+        yield piece
+
+
+def mapped_tensor(base: Checkpoint, name: str) -> Tensor:
     """A tensor on a mapping of its own: the file's pages leave memory with it, and don't add up over a model."""
     with safe_open(base.file_of(name), framework="pt", device="cpu") as file:
         return file.get_tensor(name)
@@ -130,7 +139,7 @@ def _rounded(tensor: Tensor) -> Iterator[Tensor]:
 def _linear(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
     """Rows of a matrix (O, D) with its adapter's delta."""
     assert changes.lora is not None
-    module, weight_OD = name.removesuffix(".weight"), _mapped(base, name)
+    module, weight_OD = name.removesuffix(".weight"), mapped_tensor(base, name)
     a_rD, b_Or, scale = _factors(changes.lora, module)
     rows = max(1, _PIECE // weight_OD.shape[1])
     for weight, b in zip(weight_OD.split(rows), b_Or.split(rows), strict=True):
@@ -142,7 +151,7 @@ def _experts(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
     changed_EOD = changes.tensors.get(name)
     factors = _factors(changes.lora, name) if changes.lora is not None and name in changes.lora.sites else None
     parts = (name,) if base.layout == "bf16" else (f"{name}_blocks", f"{name}_scales")
-    held = [_mapped(base, part) for part in parts] if changed_EOD is None else []
+    held = [mapped_tensor(base, part) for part in parts] if changed_EOD is None else []
     in_turn = interleave_gate_up if name.endswith("gate_up_proj") else lambda x: x
     for expert in range(base.arch.num_experts):
         one = slice(expert, expert + 1)

@@ -28,6 +28,7 @@ from ossia.harmony import Renderer
 from ossia.model.lora import Lora
 from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice, open_model
 from ossia.model.peft import find_adapter, load_adapter
+from ossia.web.address import listen, open_to_all
 from ossia.web.app import Server, create_app
 from ossia.web.protocol.errors import ApiError
 from ossia.web.protocol.prompts import Served
@@ -68,7 +69,7 @@ def run_server(
     if name in named:
         raise UserError(f"--adapter {name}=...: the model itself has that name; choose another")
     _log_to_stderr()
-    with _listen(host, port) as listener:
+    with listen(host, port) as listener:
         transformer, vocab = open_model(model, dtype=dtype, weights=weights, device=device)
         arch, base = transformer.arch, transformer.weights.checkpoint
         most = arch.max_positions
@@ -91,7 +92,8 @@ def run_server(
             (model,),
         )
         engine = Engine(transformer, vocab=vocab, adapters=loras, max_batch=max_batch)
-        _warn_if_open(host, api_key)
+        if warning := open_to_all(host, api_key):
+            log.warning(warning)
         server = Server(served, Worker(engine, max_queue=max_queue), api_key=api_key)
         serve(server, listener, drain_s=drain_s)
 
@@ -155,17 +157,6 @@ class _Http(uvicorn.Server):
         return await super().on_tick(counter) or worker.dead
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A listening socket. Raises UserError where there can't be one: better before the model is loaded."""
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise UserError(
-            f"can't listen on {host} port {port}: {error.strerror or error}\n"
-            "  next: choose another --port (0 takes any that is free) or --host"
-        ) from None
-
-
 def _named(adapters: Sequence[str]) -> dict[str, Path]:
     """NAME=DIR each -> where they are. Raises UserError."""
     found: dict[str, Path] = {}
@@ -177,15 +168,6 @@ def _named(adapters: Sequence[str]) -> dict[str, Path]:
             raise UserError(f"--adapter {given}: {name} is named twice")
         found[name] = find_adapter(folder)
     return found
-
-
-def _warn_if_open(host: str, api_key: str | None) -> None:
-    if api_key is None and host not in ("127.0.0.1", "::1", "localhost"):
-        log.warning(
-            "WARNING: the server listens on %s without a key: whoever reaches this machine can use it.\n"
-            "         Give it one with --api-key, or leave --host out to serve this machine alone.",
-            host,
-        )
 
 
 def _log_to_stderr() -> None:

@@ -219,7 +219,7 @@ def test_what_cannot_be_exported_is_said_before_anything_is_written(
     other = tiny(dataclasses.replace(SHALLOW, hidden_size=96))
     save_adapter(tmp_path / "adapter", random_lora(arch_of(path), ATTENTION), base_model=str(path))
     cases = [
-        ({"source": str(path), "to": "gguf"}, UserError, "no such format; allowed: hf-bf16"),
+        ({"source": str(path), "to": "onnx"}, UserError, "no such format; allowed: hf-bf16, gguf"),
         ({"source": str(path), "output": path}, CheckpointError, "exists already"),
         ({"source": str(tmp_path / "nowhere")}, CheckpointError, "no such folder"),
         ({"source": str(run), "adapter": str(run)}, UserError, "leave --adapter out"),

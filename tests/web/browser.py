@@ -71,6 +71,11 @@ class Browser:
             result: dict[str, Any] = answer["result"]
             return result
 
+    def wait_event(self, method: str, session: str, since: int) -> None:
+        """Read until an event has come; `since` is how many were there before it could."""
+        while not any((e["method"], e.get("sessionId")) == (method, session) for e in self.events[since:]):
+            self.events.append(self._read())
+
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
             ready, _, _ = select.select([self._into], [], [], _LIMIT_S)
@@ -99,8 +104,7 @@ class Page:
             self.call(f"{domain}.enable")
         self.call("Page.addScriptToEvaluateOnNewDocument", source=_FIND)
         self.size(1280, 860)
-        self.call("Page.navigate", url=url)
-        self.wait("document.readyState === 'complete'")
+        self._load("Page.navigate", url=url)
 
     def call(self, method: str, **params: Any) -> dict[str, Any]:
         """A command of the protocol, for this page."""
@@ -117,17 +121,16 @@ class Page:
         assert "exceptionDetails" not in found, f"{expression}\n{found['exceptionDetails']}"
         return found["result"].get("value")
 
-    def wait(self, expression: str) -> Any:
-        """Until an expression is true; its value."""
+    def wait(self, expression: str) -> None:
+        """Until an expression is true."""
         end = time.monotonic() + _LIMIT_S
-        while not (value := self.js(expression)):
+        while not self.js(f"Boolean({expression})"):
             assert time.monotonic() < end, f"never true: {expression}\n{self.js('document.body.innerText')}"
             time.sleep(0.02)
-        return value
 
     def wait_for(self, selector: str, words: str = "") -> None:
         """Until such an element is shown."""
-        self.wait(f"Boolean(find({json.dumps(selector)}, {json.dumps(words)}))")
+        self.wait(f"find({json.dumps(selector)}, {json.dumps(words)})")
 
     def shown(self, selector: str, words: str = "") -> bool:
         """Whether such an element is shown."""
@@ -190,9 +193,12 @@ class Page:
 
     def reload(self) -> None:
         """Load it again."""
-        self.js("globalThis.before = true")
-        self.call("Page.reload")
-        self.wait("globalThis.before === undefined && document.readyState === 'complete'")
+        self._load("Page.reload")
+
+    def _load(self, method: str, **params: Any) -> None:
+        since = len(self._browser.events)
+        self.call(method, **params)
+        self._browser.wait_event("Page.loadEventFired", self._session, since)
 
     def size(self, width: int, height: int) -> None:
         """Resize the window."""
@@ -200,8 +206,10 @@ class Page:
         self.call("Emulation.setDeviceMetricsOverride", **about)
 
     def scheme(self, name: str) -> None:
-        """What the system prefers: light or dark."""
-        self.call("Emulation.setEmulatedMedia", features=[{"name": "prefers-color-scheme", "value": name}])
+        """What the system prefers: light or dark, and as little motion as possible."""
+        wishes = {"prefers-color-scheme": name, "prefers-reduced-motion": "reduce"}
+        features = [{"name": wish, "value": value} for wish, value in wishes.items()]
+        self.call("Emulation.setEmulatedMedia", features=features)
 
     def shot(self, file: Path) -> None:
         """A picture of it."""

@@ -34,6 +34,7 @@ from ossia.web.protocol.prompts import Served
 from ossia.web.worker import Worker
 from tests.conftest import MakeTiny
 from tests.e2e.conftest import ARCH
+from tests.web.browser import Browser, Page, chromium
 
 GREET = {"role": "user", "content": "hi"}
 WEATHER_TOOL = {
@@ -205,3 +206,28 @@ def wait_until(holds: Any, timeout_s: float = 20.0) -> None:
     while not holds():
         assert time.monotonic() < end, "it never came true"
         time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
+    """One for all tests here; each has a page with a storage of its own."""
+    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
+        yield browser
+
+
+@pytest.fixture
+def page(browser: Browser, live: Live) -> Iterator[Page]:
+    """The page, freshly opened, with the model that talks and no chance in it; nothing may go wrong inside."""
+    page = browser.new_page(live.url)
+    from tests.web.page_steps import begin  # it needs this file
+
+    begin(page)
+    yield page
+    assert page.problems() == []
+    page.close()
+
+
+@pytest.fixture
+def chatter(model: Model, endless: dict[str, int]) -> dict[str, int]:
+    """The `logit_bias` with which a message never ends."""
+    return endless | {str(model.vocab.special[name]): -100 for name in ("<|end|>", "<|start|>")}

@@ -4,143 +4,28 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
-import subprocess
-import tarfile
-from collections.abc import Iterator
+import time
 from pathlib import Path
-from typing import Any
 
-import httpx2
 import pytest
 
 from ossia.config.schema import DataSourceConfig, HarmonyConfig
 from ossia.data.formats import Encoder, build, recognise
 from ossia.data.sources import open_rows
 from ossia.harmony import Renderer, TrainOn
-from ossia.web.app import PAGE
-from tests.web.browser import ALT, CHROMIUM, CTRL, SHIFT, Browser, Page, chromium
+from tests.web.browser import ALT, CHROMIUM, CTRL, SHIFT, Browser, Page
 from tests.web.conftest import WEATHER_TOOL, Live, Model, serving, wait_until
+from tests.web.page_steps import ATTACK, IDLE, PLAN, answers, ask, begin, change_requests, edit, set_up
 
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="needs chromium to open the page"),
     pytest.mark.filterwarnings("ignore::ResourceWarning"),
 ]
-AXE = "4.14.1"
-ATTACK = "<img src=x onerror='globalThis.hacked=1'><script>globalThis.hacked=1</script>"
-PLAN = """A **bold** _plan_ with `code <b>`, [a link](https://example.com/a) and [none](javascript:alert(1)).
-
-## Steps
-1. first
-2. second
-   - inner **x**
-
-```python
-if a < b: print("**not bold**")
-```
-| shape | tokens/s |
-|:--|--:|
-| B1 | 345 |
-> said
-"""
-IDLE = "[...document.querySelectorAll('.answer')].every((one) => one.getAttribute('aria-busy') === 'false')"
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    """One for all tests here; each has a page with a storage of its own."""
-    with chromium(tmp_path_factory.mktemp("chromium")) as browser:
-        yield browser
-
-
-@pytest.fixture
-def page(browser: Browser, live: Live) -> Iterator[Page]:
-    """The page, freshly opened, with the model that talks and no chance in it; nothing may go wrong inside."""
-    page = browser.new_page(live.url)
-    begin(page)
-    yield page
-    assert page.problems() == []
-    page.close()
-
-
-@pytest.fixture(scope="module")
-def axe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """axe-core's script; npm caches the package."""
-    folder = tmp_path_factory.mktemp("axe")
-    npm = shutil.which("npm")
-    if npm is None:
-        pytest.skip("needs npm to get axe-core")
-    command = [npm, "pack", f"axe-core@{AXE}", "--silent", "--prefer-offline"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
-    if done.returncode:
-        pytest.skip(f"npm can't get axe-core: {done.stderr.strip()[-300:]}")
-    with tarfile.open(folder / f"axe-core-{AXE}.tgz") as archive:
-        script = archive.extractfile("package/axe.min.js")
-        assert script is not None
-        return script.read().decode()
-
-
-def begin(page: Page) -> None:
-    """Choose the model that talks, and leave nothing to chance."""
-    page.wait("document.querySelector('select').length > 1")
-    page.choose("select", "talker")
-    set_up(page, temperature="0")
-
-
-def set_up(page: Page, **fields: str) -> None:
-    """Type into the settings, wherever their panel is."""
-    for name, text in fields.items():
-        field = f"document.querySelector('#settings-form').elements[{json.dumps(name)}]"
-        page.js(f"{field}.value = {json.dumps(text)}")
-        page.js(f"({field}.length ? {field}[0] : {field}).dispatchEvent(new Event('input', {{bubbles: true}}))")
-
-
-def ask(page: Page, text: str) -> None:
-    """Type a message, send it, and wait for every answer."""
-    page.fill("#prompt", text)
-    page.press("Enter")
-    page.wait(IDLE)
-
-
-def answers(page: Page) -> list[str]:
-    """The visible text of the answers, thinking and buttons left out."""
-    return page.texts(".answer .text")
-
-
-def edit(page: Page, which: str, texts: dict[int, str], button: str) -> None:
-    """Open a message's fields, type over some of them, and press a button."""
-    page.click(f"{which} .actions button", "Edit")
-    page.wait_for(".edit")
-    for place, text in texts.items():
-        page.js(f"document.querySelectorAll('.edit textarea')[{place}].select()")
-        page.js(f"document.querySelectorAll('.edit textarea')[{place}].focus()")
-        page.type(text)
-    page.click(".edit button", button)
-
-
-def change_requests(page: Page, **more: Any) -> None:
-    """What the page sends from now on has these fields too; what it sent is kept in `sent`."""
-    page.js(
-        f"""(() => {{
-          globalThis.sent = [];
-          const real = window.fetch;
-          window.fetch = (address, options) => {{
-            if (!options.body) return real(address, options);
-            sent.push(JSON.parse(options.body));
-            return real(address, {{ ...options, body: JSON.stringify({{ ...sent.at(-1), ...{json.dumps(more)} }}) }});
-          }};
-        }})()"""
-    )
-
-
-def slow_down(page: Page) -> None:
-    """A line so slow that an answer can be watched."""
-    page.call("Network.enable")
-    page.call("Network.emulateNetworkConditions", offline=False, latency=0, downloadThroughput=3000, uploadThroughput=-1)
 
 
 def test_an_answer_has_its_thinking_apart_and_closed_above_it(page: Page) -> None:
     ask(page, "hi")
+    assert page.js("document.activeElement.id") == "prompt"
     assert page.text(".question .message") == "hi"
     assert answers(page) == ["Hello!"]
     assert not page.js("document.querySelector('.thinking').open")
@@ -148,45 +33,56 @@ def test_an_answer_has_its_thinking_apart_and_closed_above_it(page: Page) -> Non
     assert page.js("find('.thinking').compareDocumentPosition(find('.text')) === Node.DOCUMENT_POSITION_FOLLOWING")
     page.click(".thinking summary")
     assert page.text(".thought") == "They greet.\nSo do I."
-    assert re.search(r"Thinking \([\d.]+ s, \d+ tokens\)", page.text("summary"))
+    assert re.search(r"^Thinking \(([\d.]+ s, )?\d+ tokens\)$", page.text("summary"))
     assert re.search(r"^\d+ tokens · [\d.]+ tokens/s · first after [\d.]+ s$", page.text(".meta"))
     assert re.search(r"^\d+ of [\d,]+ tokens$", page.text(".used"))
-    assert page.js("document.activeElement.id") == "prompt"
     heard = page.js("[...document.querySelectorAll('#live p')].map((one) => one.textContent)")
-    assert [line for line in heard if line not in ("talker is thinking.", "talker answers.")] == ["Hello!", "talker is done."]
+    assert [line for line in heard if line not in ("talker is thinking.", "talker answers.")] == [
+        "Hello!",
+        "talker is done.",
+    ]
     assert page.js("document.querySelector('#live').ariaLive") == "polite"
 
 
-def test_thinking_and_answer_can_be_watched_as_they_come(page: Page) -> None:
-    slow_down(page)
+def test_thinking_and_answer_can_be_watched_as_they_come(
+    page: Page, live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = live.server.worker._step
+    monkeypatch.setattr(live.server.worker, "_step", lambda *given: (time.sleep(0.03), step(*given))[1])
+    page.js(
+        """(() => {
+          globalThis.seen = [];
+          new MutationObserver(() => seen.push({
+            thought: document.querySelector(".thought")?.textContent ?? "",
+            text: find(".answer .text")?.textContent ?? "",
+            busy: find(".answer")?.ariaBusy ?? "",
+          })).observe(document.querySelector("#columns"), { subtree: true, childList: true, characterData: true });
+        })()"""
+    )
     page.fill("#prompt", "count")
     page.press("Enter")
-    page.wait("find('summary')?.textContent === 'Thinking…'")
-    page.click(".thinking summary")
-    thoughts = set()
-    while not page.js("find('.text')?.textContent"):
-        thoughts.add(page.js("find('.thought').textContent"))
+    page.click(".thinking summary", "Thinking…")
+    page.wait(IDLE)
+    seen = [moment for moment in page.js("seen") if moment["busy"] == "true"]
+    thoughts = {moment["thought"] for moment in seen if moment["thought"] and not moment["text"]}
     assert len(thoughts) > 2, "the thinking came at once"
-    assert page.js("find('.answer').getAttribute('aria-busy')") == "true"
-    parts = set()
-    while not page.js(IDLE):
-        parts.add(page.js("find('.text').textContent"))
-    assert len(parts) > 2, "the answer came at once"
+    assert len({moment["text"] for moment in seen if moment["text"]}) > 2, "the answer came at once"
     assert answers(page) == ["one, two, three, four"]
     assert page.js("document.querySelector('.thinking').open"), "opening it is up to the reader"
 
 
-def test_stopping_keeps_what_came_and_frees_the_engine(page: Page, live: Live, endless: dict[str, int]) -> None:
-    change_requests(page, logit_bias=endless)
+def test_stopping_keeps_what_came_and_frees_the_engine(page: Page, live: Live, chatter: dict[str, int]) -> None:
+    change_requests(page, logit_bias=chatter)
+    page.choose("select", "base")
     page.fill("#prompt", "hi")
     page.click("#send")
-    page.wait("document.querySelector('.answer')?.innerText.length > 80")
+    page.wait("find('.answer .message')?.innerText.length > 40")
     assert page.shown("#stop")
     assert not page.shown("#send")
     page.click("#stop")
     page.wait(IDLE)
     wait_until(lambda: live.server.worker.outstanding == 0)
-    assert re.search(r"^at least \d+ tokens · [\d.]+ s · stopped$", page.text(".meta"))
+    assert re.search(r"^at least \d+ tokens? · [\d.]+ s · stopped$", page.text(".meta"))
     assert page.shown("#send")
     page.press("Escape")
     assert page.js("document.activeElement.id") == "prompt"
@@ -241,7 +137,8 @@ def test_a_call_is_a_card_and_the_result_one_makes_up_goes_on_with_the_turn(page
     assert answers(page)[1] == "It is 19C."
 
 
-def test_two_columns_answer_the_same_prompt_each_on_its_own(page: Page, live: Live) -> None:
+def test_two_columns_answer_the_same_prompt_each_on_its_own(page: Page, live: Live, chatter: dict[str, int]) -> None:
+    change_requests(page, "base", logit_bias=chatter)
     ask(page, "hi")
     page.click("#compare")
     assert page.texts(".column:nth-child(2) .question .message") == ["hi"]
@@ -250,17 +147,21 @@ def test_two_columns_answer_the_same_prompt_each_on_its_own(page: Page, live: Li
     page.wait("document.querySelector('.column:nth-child(2) .answer')?.innerText.length > 20")
     page.press("Escape")
     page.wait(IDLE)
+    page.press("n", ALT)
+    page.click("#compare")
     page.fill("#prompt", "count")
     page.press("Enter")
-    page.wait("document.querySelectorAll('.column:nth-child(1) .answer[aria-busy=false]').length === 2")
-    assert page.texts(".column:nth-child(1) .text")[-1] == "one, two, three, four"
-    assert page.js("document.querySelectorAll('.column:nth-child(2) .question').length") == 2
+    page.wait(
+        "find('.column:nth-child(1) .answer[aria-busy=false]') && find('.column:nth-child(2) .answer[aria-busy=true]')"
+    )
+    assert page.text(".column:nth-child(1) .text") == "one, two, three, four"
+    assert page.texts(".column:nth-child(2) .question .message") == ["count"]
     page.press("Escape")
     page.wait(IDLE)
     wait_until(lambda: live.server.worker.outstanding == 0)
     page.click(".column:nth-child(2) button", "Close this column")
     assert len(page.texts(".column")) == 1
-    assert page.texts(".conversation .title") == ["hi", "hi"]
+    assert page.texts(".conversation .title") == ["count", "count", "hi"]
     page.click("#notice button", "Open it")
     assert page.js("find('select').value") == "base"
 
@@ -268,6 +169,7 @@ def test_two_columns_answer_the_same_prompt_each_on_its_own(page: Page, live: Li
 def test_what_is_set_is_what_is_asked(page: Page) -> None:
     change_requests(page)
     page.click("#open-settings")
+    assert not page.js("document.scrollingElement.scrollHeight > innerHeight"), "only its parts scroll"
     page.click(".segments span", "High")
     page.fill("#system", "You are terse.")
     page.fill("#developer", "Answer in French.")
@@ -322,8 +224,10 @@ def test_a_setting_that_cannot_be_used_is_named_before_anything_is_sent(
     assert page.js("document.querySelector('#prompt').value") == "hi"
 
 
-def test_the_exported_row_is_one_that_training_takes(browser: Browser, page: Page, model: Model, tmp_path: Path) -> None:
-    set_up(page, tools=json.dumps([WEATHER_TOOL]), developer="Be brief.", effort="high")
+def test_the_exported_row_is_one_that_training_takes(
+    browser: Browser, page: Page, model: Model, tmp_path: Path
+) -> None:
+    set_up(page, tools=json.dumps([WEATHER_TOOL]))
     page.click("button", "Export")
     assert page.text("#notice p") == "There is no answer to train on yet."
     ask(page, "Paris?")
@@ -333,6 +237,7 @@ def test_the_exported_row_is_one_that_training_takes(browser: Browser, page: Pag
     page.wait("document.querySelectorAll('.answer').length === 2")
     page.wait(IDLE)
     edit(page, ".answer:last-of-type", {1: "19 °C."}, "Save as a new version")
+    set_up(page, developer="Be brief.", effort="high")
     browser.call(
         "Browser.setDownloadBehavior", behavior="allow", downloadPath=str(tmp_path), browserContextId=page.context
     )
@@ -347,7 +252,7 @@ def test_the_exported_row_is_one_that_training_takes(browser: Browser, page: Pag
     rows = open_rows(str(file))
     layout, _ = recognise(rows, DataSourceConfig(path=str(file)), HarmonyConfig())
     assert layout.format == "messages"
-    assert layout.unused(rows.row(0)) == ()
+    assert layout.ignored(rows.row(0)) == ()
     found = build(layout, rows.row(0), "x:1", Encoder(model.vocab, Renderer(model.vocab), TrainOn("all")))
     for words in ("Be brief.", "Reasoning: high", "get_weather", "19C"):
         assert any(words in model.vocab.decode(sample.ids.tolist()) for sample in found), words
@@ -357,17 +262,17 @@ def test_the_exported_row_is_one_that_training_takes(browser: Browser, page: Pag
 
 
 def test_a_row_with_a_broken_off_answer_says_so(page: Page) -> None:
-    set_up(page, max_tokens="3")
+    set_up(page, max_tokens="16")
     ask(page, "hi")
     page.click("button", "Export")
     assert "breaks off in the middle" in page.text("#export-remarks")
 
 
-def test_a_reload_brings_back_conversation_branch_and_settings(page: Page, endless: dict[str, int]) -> None:
-    set_up(page, system="Be kind.")
+def test_a_reload_brings_back_conversation_branch_and_settings(page: Page, chatter: dict[str, int]) -> None:
     ask(page, "hi")
     page.click(".answer .actions button", "Regenerate")
     page.wait(IDLE)
+    set_up(page, system="Be kind.")
     page.click(".answer .actions button", "Previous answer")
     page.reload()
     page.wait_for(".answer .text")
@@ -375,13 +280,18 @@ def test_a_reload_brings_back_conversation_branch_and_settings(page: Page, endle
     assert page.text(".answer .number") == "1/2"
     assert page.js("document.querySelector('#system').value") == "Be kind."
     assert page.js("find('select').value") == "talker"
-    change_requests(page, logit_bias=endless)
-    page.fill("#prompt", "more")
+    assert page.shown("#list")
+    assert not page.shown("#settings"), "a panel that was closed stays closed"
+    change_requests(page, logit_bias=chatter)
+    page.press("n", ALT)
+    assert page.js("document.querySelector('#system').value") == "Be kind.", "a new one begins as the last one was set"
+    page.choose("select", "base")
+    page.fill("#prompt", "hi")
     page.press("Enter")
-    page.wait("document.querySelectorAll('.answer')[1]?.innerText.length > 40")
+    page.wait("find('.answer .message')?.innerText.length > 40")
     page.reload()
-    page.wait_for(".answer .text")
-    assert page.texts(".meta")[1].endswith("stopped")
+    page.wait_for(".answer .meta")
+    assert page.text(".meta").endswith("stopped")
     assert page.js(IDLE)
 
 
@@ -397,6 +307,22 @@ def test_conversations_are_listed_opened_deleted_and_brought_back(page: Page) ->
     page.click("#notice button", "Undo")
     assert answers(page) == ["Hello!"]
     assert page.texts(".conversation .title") == ["count", "hi"]
+
+
+def test_a_browser_that_keeps_nothing_is_told_so_and_can_chat_all_the_same(page: Page) -> None:
+    page.call("Emulation.setDocumentCookieDisabled", disabled=True)
+    page.reload()
+    begin(page)
+    assert "keeps nothing" in page.text("#list-note")
+    ask(page, "hi")
+    assert answers(page) == ["Hello!"]
+
+
+def test_a_full_storage_is_told_and_stops_nothing(page: Page) -> None:
+    page.js("for (let size = 2 ** 23; size; size >>= 1) try { localStorage[size] = 'x'.repeat(size) } catch {}")
+    ask(page, "hi")
+    assert answers(page) == ["Hello!"]
+    assert "The browser's storage is full" in page.text("#notice p")
 
 
 def test_the_keyboard_alone_is_enough(page: Page) -> None:
@@ -440,7 +366,9 @@ def test_a_narrow_screen_needs_no_scrolling_sideways(page: Page) -> None:
     ask(page, "hi")
     wide = f"{PLAN}\n{'x' * 300}\n\n```\n{'y' * 300}\n```\n|{'z|' * 80}\n|{'-|' * 80}\n"
     edit(page, ".answer", {1: wide}, "Save as a new version")
-    overflow = "document.scrollingElement.scrollWidth > 390 || find('.scroll').scrollWidth > find('.scroll').clientWidth"
+    overflow = (
+        "document.scrollingElement.scrollWidth > 390 || find('.scroll').scrollWidth > find('.scroll').clientWidth"
+    )
     assert not page.js(overflow)
     page.click("#open-list")
     assert page.js("document.querySelector('#list').matches(':modal')")
@@ -467,11 +395,12 @@ def test_markdown_becomes_elements_and_never_more_than_its_own(page: Page) -> No
     )
     assert page.text(".text pre") == 'if a < b: print("**not bold**")'
     assert page.js("[...document.querySelectorAll('.text a')].map((one) => one.href)") == ["https://example.com/a"]
-    assert "[none](javascript:alert(1))" in page.text(".text")
+    assert "[none](javascript:hack)" in page.text(".text")
 
 
 def test_whatever_a_model_says_is_text(page: Page) -> None:
-    schema = {"type": "object", "properties": {"say": {"const": ATTACK}}, "required": ["say"]}
+    say = {"properties": {"say": {"const": ATTACK}}, "required": ["say"]}
+    schema = {"type": "object", "additionalProperties": False, **say}
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
     change_requests(page, response_format=form)
     ask(page, "hi")  # the model itself, held to these words by a grammar
@@ -480,7 +409,12 @@ def test_whatever_a_model_says_is_text(page: Page) -> None:
     page.wait_for(".answer")
     code = f"```{ATTACK.replace(' ', '')}\n{ATTACK}\n```"
     link = f'[{ATTACK}](https://example.com/"onmouseover="x)'
-    edit(page, ".answer", {0: ATTACK, 1: f"{ATTACK}\n\n# {ATTACK}\n- **{ATTACK}**\n\n{link}\n\n{code}"}, "Save as a new version")
+    edit(
+        page,
+        ".answer",
+        {0: ATTACK, 1: f"{ATTACK}\n\n# {ATTACK}\n- **{ATTACK}**\n\n{link}\n\n{code}"},
+        "Save as a new version",
+    )
     page.click("summary")
     assert page.text(".thought") == ATTACK
     ask(page, ATTACK)
@@ -540,70 +474,10 @@ def test_an_error_says_what_to_do_next_and_trying_again_is_a_button(browser: Bro
         assert "the server is shutting down" in page.text(".failure")
         live.server.draining = False
         page.click(".failure button", "Try again")
-        page.wait("document.querySelector('.failure') === null && document.querySelector('.answer .text')?.innerText === 'Hello!'")
+        page.wait("!find('.failure') && find('.answer .text')?.innerText === 'Hello!'")
         assert page.text(".answer .number") == "2/2", "an answer that never began leaves no version"
     page.click(".answer .actions button", "Regenerate")
     page.wait_for(".failure")
     assert "The server doesn't answer." in page.text(".failure")
     assert "Is ossia serve still running?" in page.text(".failure")
     page.close()
-
-
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_axe_finds_nothing_serious(page: Page, axe: str, scheme: str) -> None:
-    page.scheme(scheme)
-    page.js(f"{axe}; 0")
-    found: dict[str, list[str]] = {}
-
-    def look(state: str) -> None:
-        options = "{ resultTypes: ['violations'] }"
-        for finding in page.js(f"axe.run(document, {options}).then(({{ violations }}) => violations)"):
-            if finding["impact"] in ("serious", "critical"):
-                places = [node["html"][:120] for node in finding["nodes"]]
-                found[f"{state}: {finding['help']}"] = places
-
-    look("empty")
-    ask(page, "hi")
-    edit(page, ".answer", {1: PLAN}, "Save as a new version")
-    page.click("summary")
-    page.click("#open-settings")
-    set_up(page, tools="[{")
-    page.js("document.querySelector('#tools').dispatchEvent(new Event('focusout', {bubbles: true}))")
-    page.wait_for("#tools-problem")
-    look("an answer and the settings")
-    set_up(page, tools=json.dumps([WEATHER_TOOL]))
-    page.press("n", ALT)
-    ask(page, "Paris?")
-    page.click(".question .actions button", "Edit")
-    look("a call and an edit")
-    page.press("Escape")
-    page.click("button", "Export")
-    look("the row")
-    page.press("Escape")
-    page.click("#compare")
-    look("two columns")
-    page.size(390, 800)
-    look("two columns, narrow")
-    page.call("Network.enable")
-    page.call("Network.emulateNetworkConditions", offline=True, latency=0, downloadThroughput=-1, uploadThroughput=-1)
-    page.click("#tabs button", "base")
-    page.click(".asking button")
-    page.wait_for(".failure")
-    look("an error")
-    assert found == {}
-    page.problems()  # that the server could not be reached stands in the console too
-
-
-def test_the_pages_files_are_small_and_take_no_shortcut_to_markup(live: Live) -> None:
-    files = sorted(file for file in PAGE.rglob("*") if file.is_file())
-    assert {file.suffix for file in files} == {".html", ".js", ".css", ".svg"}
-    for file in files:
-        text = file.read_text(encoding="utf-8")
-        assert len(text.splitlines()) <= 400, file
-        assert max(map(len, text.splitlines())) <= 160, file
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|new Function", text), file
-        if file.suffix in (".js", ".css"):
-            assert not re.search(r"""["'(]https?://""", text), f"{file}: nothing comes from elsewhere"
-        found = httpx2.get(f"{live.url}/page/{file.relative_to(PAGE)}")
-        assert (found.status_code, found.headers["cache-control"]) == (200, "no-cache")
-    assert "default-src 'none'" in httpx2.get(live.url).text

@@ -25,8 +25,8 @@ from tests.web.conftest import GREET, Talker, wait_until
 class Process:
     """A server that was started as a command."""
 
-    def __init__(self, *arguments: str | Path) -> None:
-        words = [*START, "serve", *map(str, arguments), "--port", "0", "--dtype", "float32"]
+    def __init__(self, *arguments: str | Path, options: tuple[str, ...] = ("--dtype", "float32")) -> None:
+        words = [*START, "serve", *map(str, arguments), "--port", "0", *options]
         self.popen = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
         self.said: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)

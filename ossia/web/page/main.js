@@ -25,7 +25,7 @@ class App {
     this.models = [];
     this.about = null;
     this.columns = [];
-    this.listPanel = new Panel(at("#list"), at("#open-list"), (list) => this.store.prefer({ list }));
+    this.listPanel = new Panel(at("#list"), at("#open-list"), (listOpen) => this.store.prefer({ listOpen }));
     this.settingsPanel = new Panel(at("#settings"), at("#open-settings"), (settings) =>
       this.store.prefer({ settings }),
     );
@@ -41,6 +41,8 @@ class App {
       if (event.key === "Enter" && !event.shiftKey && !isComposing(event)) this.submit(event);
     });
     document.addEventListener("keydown", (event) => this.keyed(event));
+    // before the browser cuts the streams off, which would look as if the server had
+    window.addEventListener("beforeunload", () => this.runs.stopAll());
     window.addEventListener("pagehide", () => this.saveNow());
     window.addEventListener("focus", () => this.readModels());
   }
@@ -49,9 +51,9 @@ class App {
     this.setTheme(this.theme);
     const wanted = this.store.load(this.store.preferences.current ?? "");
     this.show(wanted ?? this.newConversation());
-    const { list = true, settings = false } = this.store.preferences;
-    if (list) this.listPanel.openIfRoomy();
-    if (settings) this.settingsPanel.openIfRoomy();
+    const { listOpen = true, settingsOpen = false } = this.store.preferences;
+    if (listOpen) this.listPanel.openIfRoomy();
+    if (settingsOpen) this.settingsPanel.openIfRoomy();
     this.prompt.focus();
     await this.readModels();
   }
@@ -213,6 +215,7 @@ class App {
     const { conversation, runs } = this;
     const { tree, model } = column.data;
     this.stopIn(tree);
+    this.voice.passed();
     const { values } = readSettings(this.settings);
     const body = requestBody(model, this.settings, values, pathTo(tree, tree.nodes[parent]));
     const node = add(tree, parent, newAnswer(model));
@@ -315,7 +318,6 @@ class App {
         act: () => this.show(other),
       });
     }
-    this.saveNow();
     this.layOut();
     this.saveNow();
     this.list.draw();

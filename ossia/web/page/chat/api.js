@@ -1,9 +1,9 @@
 // The server: what it serves, and answers as they stream in. Addresses are relative, so a proxy may put us anywhere.
 
-/** An answer that is an error: the server's words, and what to do next. */
+/** An answer that is an error: the server's words as a sentence, and what to do next. */
 export class ApiFailure extends Error {
-  constructor(message, { status = 0, code = null, param = null, wait = 0 } = {}) {
-    super(message);
+  constructor(words, { status = 0, code = null, param = null, wait = 0 } = {}) {
+    super(/[.!?]$/.test(words) ? words : `${words}.`);
     this.status = status;
     this.code = code;
     this.param = param;

@@ -33,6 +33,10 @@ export class Runs {
     this.controllers.get(node)?.abort();
   }
 
+  stopAll() {
+    for (const controller of this.controllers.values()) controller.abort();
+  }
+
   /** Fills `node` with the answer to `body`, and calls `changed()` after every piece and at the end. */
   async run(node, body, key, changed) {
     const controller = new AbortController();

@@ -197,9 +197,9 @@ export class Column {
   /** The same button in the message that took another's place, so that the keyboard stays where it was. */
   focusIn(node, role) {
     const { element } = this.views.get(node.id);
-    const buttons = [...element.querySelectorAll(`[data-role=${role}], .versions button, [data-role=edit]`)];
-    const wanted =
-      buttons.find((one) => one.dataset.role === role && !one.disabled) ?? buttons.find((one) => !one.disabled);
+    const wanted = [`[data-role=${role}]`, ".versions button", "[data-role=edit]"]
+      .map((selector) => element.querySelector(`${selector}:enabled`))
+      .find(Boolean);
     (wanted ?? element).focus();
   }
 

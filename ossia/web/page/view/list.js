@@ -6,7 +6,7 @@ const DAY = new Intl.DateTimeFormat(undefined, { month: "short", day: "numeric" 
 const TIME = new Intl.DateTimeFormat(undefined, { hour: "2-digit", minute: "2-digit" });
 
 export class ConversationList {
-  /** `app`: store, conversation, show(conversation), newConversation(), stopIn(tree), isRunning(conversation), voice. */
+  /** `app` is main.js's. */
   constructor(place, note, app) {
     this.place = place;
     this.note = note;

@@ -90,11 +90,10 @@ export class MessageView {
     });
     const parts = [];
     if (!streaming && !this.form) {
-      parts.push(
-        copy,
-        button("Edit", () => this.edit(), { "data-role": "edit" }),
-      );
-      if (!this.isUser) parts.push(button("Regenerate", () => actions.regenerate(node)));
+      if (this.isUser || node.content) parts.push(copy);
+      if (this.isUser || !isEmpty(node)) parts.push(button("Edit", () => this.edit(), { "data-role": "edit" }));
+      // a failure has a button of its own
+      if (!this.isUser && !node.error) parts.push(button("Regenerate", () => actions.regenerate(node)));
     }
     parts.push(...versionButtons(place, this.isUser ? "message" : "answer", (step) => actions.turn(node, step)));
     this.foot.replaceChildren(...parts);
@@ -170,7 +169,7 @@ export class MessageView {
 
 function thinkingText(node) {
   const parts = [];
-  if (node.thinkingSeconds !== null) parts.push(`${node.thinkingSeconds.toFixed(1)} s`);
+  if (node.thinkingSeconds >= 0.1) parts.push(`${node.thinkingSeconds.toFixed(1)} s`);
   if (node.usage?.reasoning) parts.push(`${node.usage.reasoning.toLocaleString("en")} tokens`);
   return parts.length ? `Thinking (${parts.join(", ")})` : "Thinking";
 }

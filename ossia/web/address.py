@@ -1,0 +1,28 @@
+"""The address that a server listens on."""
+
+from __future__ import annotations
+
+import socket
+
+from ossia.errors import UserError
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError where there can't be one: better before the model is loaded."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise UserError(
+            f"can't listen on {host} port {port}: {error.strerror or error}\n"
+            "  next: choose another --port (0 takes any that is free) or --host"
+        ) from None
+
+
+def open_to_all(host: str, api_key: str | None) -> str | None:
+    """A warning where others than this machine can use the server without a key; None where they can't."""
+    if api_key is not None or host in ("127.0.0.1", "::1", "localhost"):
+        return None
+    return (
+        f"WARNING: the server listens on {host} without a key: whoever reaches this machine can use it.\n"
+        "         Give it one with --api-key, or leave --host out to serve this machine alone."
+    )
