@@ -26,8 +26,8 @@ from ossia.errors import UserError
 from ossia.harmony.vocab import Vocabulary
 from ossia.kernels.native import Unavailable
 from ossia.model.lora import Lora
-from ossia.model.open import machine_memory
 from ossia.model.transformer import Transformer
+from ossia.ops.memory import machine_memory
 
 CacheDtype = Literal["model", "int8"]
 DecoderChoice = Literal["auto", "torch", "native"]
