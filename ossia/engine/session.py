@@ -10,9 +10,10 @@ Letters: B sequences, D hidden, V vocabulary, L layers, k experts a token.
 from __future__ import annotations
 
 import random
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -36,7 +37,8 @@ _NOT_FINITE = (
 )
 _JOIN_SHARE = 4  # waiting requests join when a quarter of the batch is free, so that prefills are few
 
-_Key = tuple[int, tuple[int, ...]]
+_Key = tuple[int, tuple[int, ...], bool]
+"""What requests share a prompt by: adapter, ids, and whether its routes are recorded."""
 
 
 @dataclass(slots=True)
@@ -63,7 +65,7 @@ class _Sequence:
     holding: Holding = field(default_factory=list)
     room: float = 0.0
     routes: list[np.ndarray] = field(default_factory=list)
-    key: _Key = (0, ())
+    key: _Key = (0, (), False)
 
 
 class Session:
@@ -130,7 +132,7 @@ class Session:
             request.sampling.generator(),
             None if request.constraint is None else request.constraint.copy(),
         )
-        sequence.key = (sequence.adapter, tuple(request.ids))
+        sequence.key = (sequence.adapter, tuple(request.ids), request.routes)
         self._waiting.append(sequence)
         return number
 
@@ -209,7 +211,7 @@ class Session:
             if prompt.num_left:
                 parts.append((prompt, min(prompt.num_left, room)))
                 room -= parts[-1][1]
-        for sequence in list(self._waiting)[: self._num_joining()]:
+        for sequence in islice(self._waiting, self._num_joining()):
             if room <= 0:
                 break
             if sequence.key in self._prompts:
@@ -229,25 +231,24 @@ class Session:
 
     def _new_prompt(self, sequence: _Sequence, alone: bool) -> Prompt | None:
         """A prompt with its blocks; None where there is no room for them and for what the running ones will need."""
-        ids = sequence.key[1]
+        adapter, ids, wants_routes = sequence.key
         if not alone and not self.cache.has_room(len(ids) + 1, spare_blocks=len(self._rows)):
             return None
-        wants_routes = any(one.request.routes for one in self._waiting if one.key == sequence.key)
-        prompt = Prompt(ids, sequence.adapter, self.cache.new(), wants_routes)
+        prompt = Prompt(ids, adapter, self.cache.new(), wants_routes)
         self.cache.extend(prompt.holding, len(ids), force=True)
         self._prompts[sequence.key] = prompt
         return prompt
 
     def _start(self) -> list[Tensor]:
         """Give a row to each that waits at the front and whose prompt is read. Returns their hidden states, (D,)."""
-        hidden = []
-        num_waiting: dict[_Key, int] = {}
-        for sequence in self._waiting:
-            num_waiting[sequence.key] = num_waiting.get(sequence.key, 0) + 1
+        hidden: list[Tensor] = []
+        if not self._prompts:  # nothing can start; counting who waits for what costs more than a decode step
+            return hidden
+        num_waiting = Counter(sequence.key for sequence in self._waiting)
         while self._waiting and len(self._rows) < self._max_batch:
             sequence = self._waiting[0]
             prompt = self._prompts.get(sequence.key)
-            if prompt is None or prompt.num_left or (sequence.request.routes and not prompt.wants_routes):
+            if prompt is None or prompt.num_left:
                 break
             num_waiting[sequence.key] -= 1
             if num_waiting[sequence.key]:
@@ -260,7 +261,7 @@ class Session:
             assert prompt.hidden_D is not None
             hidden.append(prompt.hidden_D)
             sequence.length, sequence.room = len(prompt.ids), self.cache.room(sequence.holding)
-            sequence.routes = list(prompt.routes) if sequence.request.routes else []
+            sequence.routes = list(prompt.routes)
             self._waiting.popleft()
             self.cache.set_row(len(self._rows), sequence.holding)
             self._rows.append(sequence)
@@ -273,7 +274,7 @@ class Session:
             if sequence.number == number:
                 self._remove(row)
                 # what was sampled is read again like a prompt
-                sequence.key = (sequence.adapter, (*sequence.request.ids, *sequence.ids))
+                sequence.key = (sequence.adapter, (*sequence.request.ids, *sequence.ids), sequence.request.routes)
                 sequence.routes = []
                 return sequence
         for sequence in self._waiting:
@@ -352,13 +353,21 @@ class Session:
         """Sample a token for each row from `first` on, and let go of those that are finished."""
         rows = self._rows[first:]
         h_BD = step_norm(x_BD, self._final_norm_D, self._model.arch.rms_eps)
-        logits_BV = self._logits(h_BD, [row.adapter for row in rows])
+        head_VD = self._heads[0].weight
+        adapted = self._adapted_heads(h_BD, [row.adapter for row in rows])
+        logits_BV = self._decoder.logits(h_BD, head_VD)
+        for mine_N, a_Nr, b_Vr in adapted:
+            logits_BV[mine_N] += linear(a_Nr, Linear(b_Vr)).float()
         lse_B = logits_BV.logsumexp(-1)
         failed = {i: _NOT_FINITE for i, finite in enumerate(lse_B.isfinite().tolist()) if not finite}
         if failed:
             logits_BV = logits_BV.nan_to_num()
         self._ids_B = sampler.draw(logits_BV, _masks(rows, failed))
-        logprobs = _logprobs(self._own_logits(h_BD, rows), logits_BV, lse_B, self._ids_B).tolist()
+        # the sampled tokens' logits anew, in float32 as in `ops.loss`, not rounded to h's dtype
+        own_B = (h_BD.float() * head_VD[self._ids_B].float()).sum(-1)
+        for mine_N, a_Nr, b_Vr in adapted:
+            own_B[mine_N] += (a_Nr.float() * b_Vr[self._ids_B[mine_N]].float()).sum(-1)
+        logprobs = _logprobs(own_B, logits_BV, lse_B, self._ids_B).tolist()
         top = _top(logits_BV, lse_B, [row.request.top_logprobs for row in rows])
         tokens = []
         for i, (row, number, logprob) in enumerate(zip(rows, self._ids_B.tolist(), logprobs, strict=True)):
@@ -377,28 +386,15 @@ class Session:
                 self._remove(first + place)
         return tokens
 
-    def _logits(self, h_BD: Tensor, adapter_B: Sequence[int]) -> Tensor:
-        """(B, V) float32."""
-        logits_BV = self._decoder.logits(h_BD, self._heads[0].weight)
-        for adapter in set(adapter_B):
+    def _adapted_heads(self, h_BD: Tensor, adapter_B: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Of each adapter on the head: its rows (N,) int64, what its A makes of them (N, r), and its B (V, r)."""
+        found = []
+        for adapter in sorted(set(adapter_B)):
             head = self._heads[adapter]
             if head.lora_a is not None and head.lora_b is not None:
-                mine_B = torch.tensor([i for i, one in enumerate(adapter_B) if one == adapter], device=h_BD.device)
-                a_Br = linear(h_BD[mine_B], Linear(head.lora_a))
-                logits_BV[mine_B] += linear(a_Br, Linear(head.lora_b)).float()
-        return logits_BV
-
-    def _own_logits(self, h_BD: Tensor, rows: Sequence[_Sequence]) -> Tensor:
-        """The sampled tokens' logits anew, (B,), in float32 as in `ops.loss`, not rounded to h's dtype."""
-        head = self._heads[0]
-        logit_B = (h_BD.float() * head.weight[self._ids_B].float()).sum(-1)
-        for adapter in {row.adapter for row in rows}:
-            head = self._heads[adapter]
-            if head.lora_a is not None and head.lora_b is not None:
-                mine_B = torch.tensor([i for i, row in enumerate(rows) if row.adapter == adapter], device=h_BD.device)
-                a_Br = linear(h_BD[mine_B], Linear(head.lora_a)).float()
-                logit_B[mine_B] += (a_Br * head.lora_b[self._ids_B[mine_B]].float()).sum(-1)
-        return logit_B
+                mine_N = torch.tensor([i for i, one in enumerate(adapter_B) if one == adapter], device=h_BD.device)
+                found.append((mine_N, linear(h_BD[mine_N], Linear(head.lora_a)), head.lora_b))
+        return found
 
     def _says_stop(self, row: _Sequence, number: int) -> bool:
         assert self._vocab is not None

@@ -232,6 +232,22 @@ def test_the_chosen_experts_are_recorded_for_prompt_and_answer(tiny: MakeTiny, m
     assert (found[skipped, last] == -1).all()
 
 
+def test_a_prompt_that_was_read_without_recording_is_read_again_for_who_wants_its_routes(tiny: MakeTiny) -> None:
+    model = load(tiny(NARROW), placement="bf16")
+    (prompt,) = random_prompts((9,))
+    session = Engine(model, max_batch=1).session()
+    for _ in range(2):  # the second waits, so the prompt is kept
+        session.add(Request(prompt, GREEDY, 3))
+    session.step()
+    recording = session.add(Request(prompt, GREEDY, 3, routes=True))
+    tokens = [token for _ in range(12) for token in session.step()]
+    assert session.idle
+    assert session.cache.num_used == 0
+    routes = next(token.routes for token in tokens if token.request == recording and token.finish)
+    assert routes is not None
+    assert len(routes) == 11
+
+
 def test_a_bias_on_a_logit_decides_and_leaves_the_logprob_alone(tiny: MakeTiny) -> None:
     model = load(tiny(NARROW), placement="bf16")
     (prompt,) = random_prompts((9,))
