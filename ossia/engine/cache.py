@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ossia.model.arch import Arch
-from ossia.ops.attention import Backend
+from ossia.ops.attention import Backend, dense_attention
 
 FULL_BLOCK = 64
 _FIRST_BLOCKS = 8
@@ -61,10 +61,6 @@ class Lane:
     def pool(self, layer: int) -> Tensor:
         """A layer's keys and values by slot, (slots, 2K, d). Another tensor after the pool has grown."""
         return self._pools[layer]
-
-    def scales(self, layer: int) -> Tensor | None:
-        """What the numbers of an int8 pool count in, (slots, 2K) float32; None where the pool has the model's dtype."""
-        return self._scales.get(layer)
 
     @property
     def num_used(self) -> int:
@@ -128,11 +124,7 @@ class Lane:
         """Row `row` of the table; it grows as needed."""
         num_rows, width = self.table_RM.shape
         if row >= num_rows or len(blocks) > width:
-            wider = self.table_RM.new_zeros(
-                max(num_rows, 2 * (row + 1)), width if len(blocks) <= width else 2 * len(blocks)
-            )
-            wider[:num_rows, :width] = self.table_RM
-            self.table_RM = wider
+            self._widen(max(num_rows, 2 * (row + 1)), width if len(blocks) <= width else 2 * len(blocks))
         self.table_RM[row, : len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
 
     def clear_row(self, row: int) -> None:
@@ -142,9 +134,12 @@ class Lane:
     def reserve_rows(self, num_rows: int) -> None:
         """Let the table have at least so many rows."""
         if num_rows > len(self.table_RM):
-            wider = self.table_RM.new_zeros(num_rows, self.table_RM.shape[1])
-            wider[: len(self.table_RM)] = self.table_RM
-            self.table_RM = wider
+            self._widen(num_rows, self.table_RM.shape[1])
+
+    def _widen(self, num_rows: int, width: int) -> None:
+        wider = self.table_RM.new_zeros(num_rows, width)
+        wider[: self.table_RM.shape[0], : self.table_RM.shape[1]] = self.table_RM
+        self.table_RM = wider
 
     def tensors(self, layer: int) -> list[Tensor]:
         """What `write` writes into, indexed by slot."""
@@ -292,25 +287,14 @@ def attend_cached(
     """
     num_rows, num_heads, head_dim = q_BHd.shape
     num_kv_heads = keys_BKCd.shape[1]
-    q_BKGd = q_BHd.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
-    sinks_KG = sinks_H.view(num_kv_heads, -1)
     scale = head_dim**-0.5
     if backend != "cpu":
-        return _attend_reference(q_BKGd, keys_BKCd, values_BKCd, sinks_KG, mask_B11C, scale).view_as(q_BHd)
+        q_BH1d = q_BHd.unsqueeze(2)
+        return dense_attention(q_BH1d, keys_BKCd, values_BKCd, sinks_H, mask_B11C, scale).squeeze(2)
+    q_BKGd = q_BHd.view(num_rows, num_kv_heads, num_heads // num_kv_heads, head_dim)
+    sinks_KG = sinks_H.view(num_kv_heads, -1)
     out_BKGd, lse_BKG = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_BKGd, keys_BKCd, values_BKCd, 0.0, False, attn_mask=mask_B11C, scale=scale
     )
     share_BKG = (lse_BKG - sinks_KG).sigmoid_()  # as in ops/attention.py: float32, applied before rounding
     return (out_BKGd * share_BKG.unsqueeze(-1)).to(q_BHd.dtype).reshape(num_rows, num_heads, head_dim)
-
-
-def _attend_reference(
-    q_BKGd: Tensor, keys_BKCd: Tensor, values_BKCd: Tensor, sinks_KG: Tensor, mask_B11C: Tensor | None, scale: float
-) -> Tensor:
-    """The definition, in float32, on any device."""
-    scores_BKGC = torch.matmul(q_BKGd.float(), keys_BKCd.float().transpose(-1, -2)) * scale
-    if mask_B11C is not None:
-        scores_BKGC += mask_B11C.float()
-    sinks = sinks_KG.float()[None, :, :, None].expand(len(q_BKGd), -1, -1, 1)
-    weights_BKGC = torch.cat((scores_BKGC, sinks), dim=-1).softmax(-1)[..., :-1]
-    return torch.matmul(weights_BKGC, values_BKCd.float()).to(q_BKGd.dtype)

@@ -144,30 +144,12 @@ def prefix_attention(
         bias = torch.zeros(seen.shape, dtype=q_THd.dtype, device=q_THd.device).masked_fill_(~seen, -torch.inf)
         keys, values = (x[first : before + end].transpose(0, 1)[None] for x in (k_SKd, v_SKd))
         queries = q_THd[start:end].transpose(0, 1)[None]
-        attend = _cpu_block if backend == "cpu" else _reference_block
-        outs.append(attend(queries, keys, values, sinks_H, bias, scale)[0].transpose(0, 1))
+        attend = _CpuSink.apply if backend == "cpu" else dense_attention
+        outs.append(attend(queries, keys, values, sinks_H, bias[None, None], scale)[0].transpose(0, 1))
     return torch.cat(outs)
 
 
 _PREFIX_BLOCK = 256  # queries at once, so that the mask stays small
-
-
-def _cpu_block(q_BHLd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, sinks_H: Tensor, bias: Tensor, scale: float) -> Tensor:
-    out, lse_BHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-        q_BHLd, k_BKSd, v_BKSd, 0.0, False, attn_mask=bias[None, None], scale=scale
-    )
-    return _include_sink(out, lse_BHL, sinks_H.float()[:, None])[0]
-
-
-def _reference_block(
-    q_BHLd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, sinks_H: Tensor, bias: Tensor, scale: float
-) -> Tensor:
-    groups = q_BHLd.shape[1] // k_BKSd.shape[1]
-    k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k_BKSd, v_BKSd))
-    scores = torch.matmul(q_BHLd.float(), k.transpose(-1, -2)) * scale + bias.float()
-    sinks = sinks_H.float()[None, :, None, None].expand(len(scores), -1, scores.shape[2], 1)
-    weights = torch.cat((scores, sinks), dim=-1).softmax(-1)[..., :-1]
-    return torch.matmul(weights, v).to(q_BHLd.dtype)
 
 
 def _cuda_prefix(
@@ -185,18 +167,32 @@ def _cuda_prefix(
 def _reference(
     q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, window: int | None, scale: float
 ) -> Tensor:
-    """The definition, in float32 over all T x T pairs."""
-    groups = q_THd.shape[1] // k_TKd.shape[1]
-    k_THd, v_THd = (x.float().repeat_interleave(groups, dim=1) for x in (k_TKd, v_TKd))
-    scores_HTT = torch.einsum("qhd,khd->hqk", q_THd.float(), k_THd) * scale
+    """The definition over all T x T pairs."""
     i = torch.arange(segments.num_tokens, device=q_THd.device)
     seen_TT = (segments.doc_T[:, None] == segments.doc_T[None]) & (i[None] <= i[:, None])
     if window is not None:
         seen_TT &= i[None] > i[:, None] - window
-    scores_HTT = scores_HTT.masked_fill(~seen_TT, -torch.inf)
-    sinks = sinks_H.float()[:, None, None].expand(-1, segments.num_tokens, 1)
-    weights_HTT = torch.cat((scores_HTT, sinks), dim=-1).softmax(dim=-1)[..., :-1]
-    return torch.einsum("hqk,khd->qhd", weights_HTT, v_THd).to(q_THd.dtype)
+    bias_TT = torch.zeros(seen_TT.shape, device=q_THd.device).masked_fill_(~seen_TT, -torch.inf)
+    q, k, v = (x.transpose(0, 1)[None] for x in (q_THd, k_TKd, v_TKd))
+    return dense_attention(q, k, v, sinks_H, bias_TT, scale)[0].transpose(0, 1)
+
+
+def dense_attention(
+    q_BHLd: Tensor, k_BKSd: Tensor, v_BKSd: Tensor, sinks_H: Tensor, bias: Tensor | None, scale: float
+) -> Tensor:
+    """The definition of attention with sinks, in float32, on any device, with plain autograd.
+
+    bias     added to the scores, broadcast against (B, H, L, S): -inf where a key isn't seen; None: all are
+    Returns  (B, H, L, d) of q's dtype
+    """
+    groups = q_BHLd.shape[1] // k_BKSd.shape[1]
+    k, v = (x.float().repeat_interleave(groups, dim=1) for x in (k_BKSd, v_BKSd))
+    scores_BHLS = torch.matmul(q_BHLd.float(), k.transpose(-1, -2)) * scale
+    if bias is not None:
+        scores_BHLS = scores_BHLS + bias.float()
+    sinks = sinks_H.float()[:, None, None].expand(*scores_BHLS.shape[:3], 1)
+    weights_BHLS = torch.cat((scores_BHLS, sinks), dim=-1).softmax(-1)[..., :-1]
+    return torch.matmul(weights_BHLS, v).to(q_BHLd.dtype)
 
 
 def _in_blocks(
