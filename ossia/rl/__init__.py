@@ -1,0 +1,1 @@
+"""Reinforcement learning: environments, the jail that runs what a model wrote, rollouts, advantages."""

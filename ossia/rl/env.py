@@ -1,0 +1,139 @@
+"""What a policy is rewarded by: an environment hands out tasks, an episode of one answers turns with a reward.
+
+```text
+Env.tasks(split, seed) -> Task --rendered, sampled, parsed--> Turn --Episode.step--> Step(messages, reward, terminated)
+                                        ^------- not terminated: the step's messages are appended -------|
+```
+The verdict is computed here, in the parent, from plain values; whatever a model wrote runs in `rl/jail` alone. An
+episode's `step` runs on a thread beside generation, one at a time for each episode, several episodes at once. No torch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, Protocol
+
+from ossia.harmony.messages import Message
+
+Split = Literal["train", "eval"]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """One problem.
+
+    row   the prompt as a data row has it: {"messages": [...]} in OpenAI's form, and optionally "tools", "developer",
+          "reasoning_effort"; the last message is the user's
+    info  what the verdict needs: the answer, a seed, a size. The model never sees it, nor does the jail
+    name  what logs and samples call it; the same problem has the same name
+    """
+
+    row: Mapping[str, Any]
+    info: Mapping[str, Any]
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What the model said in one generation, parsed.
+
+    messages  in their order: analysis, preambles, calls, final
+    stop      the token that ended it: "<|return|>", "<|call|>"; None where it was cut off by its length
+    problems  departures from the Harmony format, in words
+    """
+
+    messages: tuple[Message, ...]
+    stop: str | None
+    problems: tuple[str, ...] = ()
+
+    def answer(self) -> str | None:
+        """The text of the one final message of a well-formed turn that ended in <|return|>; otherwise None.
+
+        One answer only: a second final message, text after it, a call beside it or a malformed header is no answer.
+        """
+        if self.problems or self.stop != "<|return|>" or not self.messages:
+            return None
+        *before, last = self.messages
+        if last.channel != "final" or last.recipient is not None:
+            return None
+        thinking = all(m.channel in ("analysis", "commentary") and m.recipient is None for m in before)
+        return last.content if thinking else None
+
+    def calls(self) -> tuple[Message, ...]:
+        """The messages that are addressed to a tool."""
+        return tuple(message for message in self.messages if message.recipient is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a turn led to.
+
+    messages    to append before the next generation: tool results. Never trained
+    reward      of this step, finite; an episode's is the sum of its steps'
+    terminated  the episode is over
+    truncated   over by a limit (turns, time) and not by its own end
+    metrics     parts of the reward and other figures to log, finite
+    """
+
+    messages: tuple[Message, ...] = ()
+    reward: float = 0.0
+    terminated: bool = True
+    truncated: bool = False
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = [name for name, value in {"reward": self.reward, **self.metrics}.items() if not math.isfinite(value)]
+        if wrong:
+            raise ValueError(f"{', '.join(wrong)} of a step: not finite")
+
+
+class Episode(Protocol):
+    """One attempt at a task; used once."""
+
+    def step(self, turn: Turn) -> Step:
+        """Answer a turn. Whatever it raises costs this sample alone, and is counted."""
+
+    def close(self) -> None:
+        """Let go of what it holds (jails, files). Called once, whatever happened."""
+
+
+class Env(Protocol):
+    """A kind of task."""
+
+    def tasks(self, split: Split, seed: int) -> Iterator[Task]:
+        """Tasks in the seed's order, the same ones each time; `train` may be endless, `eval` shares none with it."""
+
+    def open(self, task: Task, seed: int) -> Episode:
+        """An attempt at a task; the same task and seed begin alike, so that a group's samples can be compared."""
+
+    def examples(self, task: Task) -> tuple[Turn, Sequence[Turn]]:
+        """A turn that earns the full reward, and corrupted ones that must earn less. What `validate` tries."""
+
+
+class SingleTurn(Protocol):
+    """An episode's verdict where one turn is all."""
+
+    def __call__(self, turn: Turn) -> tuple[float, Mapping[str, float]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class OneStep:
+    """An episode that ends with its first turn: `verdict(turn)` gives its reward and metrics."""
+
+    verdict: SingleTurn
+
+    def step(self, turn: Turn) -> Step:
+        """See Episode."""
+        reward, metrics = self.verdict(turn)
+        return Step(reward=reward, metrics=metrics)
+
+    def close(self) -> None:
+        """See Episode."""
+
+
+def final(text: str, *, thinking: str | None = None) -> Turn:
+    """A well-formed turn that thinks (where given) and answers: for `Env.examples` and tests."""
+    thought = (Message("assistant", thinking, channel="analysis"),) if thinking is not None else ()
+    return Turn((*thought, Message("assistant", text, channel="final")), "<|return|>")
