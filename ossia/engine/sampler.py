@@ -3,7 +3,8 @@
 A request draws one uniform number a token from a generator of its own, and takes the token where the cumulative
 probability passes it: what it gets depends on its seed and its logits, never on its batch mates.
 Own code because of that, and because without top-k and top-p (the default) nothing has to be sorted.
-Letters: B sequences, V vocabulary, C candidates, likeliest first, N blocks of the vocabulary, S tokens of a block.
+Letters: B sequences, V vocabulary, C candidates, likeliest first, N blocks of the vocabulary, S tokens of a block,
+P sequences with penalties.
 """
 
 from __future__ import annotations
@@ -26,14 +27,17 @@ _BLOCK = 512  # tokens added up at once before one is looked for: running sums o
 class Sampling:
     """How a request's tokens are drawn; the defaults are OpenAI's.
 
-    temperature  divides the logits; 0 always takes the likeliest token (of equals the lowest id)
-    top_k        keep the k likeliest tokens; 0 keeps all
-    top_p        of those, keep the fewest likeliest whose probabilities add up to at least this share
-    min_p        of those, keep tokens at least this fraction as likely as the likeliest
-    seed         of the request's own generator; None: drawn from the system, another result each time
-    logit_bias   added to the logits of these tokens, before everything else
+    temperature        divides the logits; 0 always takes the likeliest token (of equals the lowest id)
+    top_k              keep the k likeliest tokens; 0 keeps all
+    top_p              of those, keep the fewest likeliest whose probabilities add up to at least this share
+    min_p              of those, keep tokens at least this fraction as likely as the likeliest
+    seed               of the request's own generator; None: drawn from the system, another result each time
+    logit_bias         added to the logits of these tokens, before everything else
+    frequency_penalty  taken off a token's logit as often as the request has sampled it (the prompt doesn't count)
+    presence_penalty   taken off once, if the request has sampled it at all
 
     Raises  UserError for a value out of range
+    Source  of the penalties: OpenAI's API reference, logit[j] -= count[j] * frequency + (count[j] > 0) * presence
     """
 
     temperature: float = 1.0
@@ -42,6 +46,8 @@ class Sampling:
     min_p: float = 0.0
     seed: int | None = None
     logit_bias: Mapping[int, float] = field(default_factory=dict)
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
 
     def __post_init__(self) -> None:
         rules = (
@@ -49,6 +55,8 @@ class Sampling:
             ("top_p", self.top_p, 0 <= self.top_p <= 1, "a share from 0 to 1"),
             ("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or a positive number"),
             ("min_p", self.min_p, 0 <= self.min_p <= 1, "a share from 0 to 1"),
+            ("frequency_penalty", self.frequency_penalty, math.isfinite(self.frequency_penalty), "a finite number"),
+            ("presence_penalty", self.presence_penalty, math.isfinite(self.presence_penalty), "a finite number"),
         )
         for name, found, holds, allowed in rules:
             if not holds:
@@ -64,10 +72,17 @@ class Sampling:
 
 
 class BatchSampler:
-    """The rules of a batch as columns. Make a new one when the batch changes; the generators live on."""
+    """The rules of a batch as columns. Make a new one when the batch changes; the generators live on.
+
+    sampled  what each sequence has sampled so far, for its penalties; None: nothing yet
+    """
 
     def __init__(
-        self, samplings: Sequence[Sampling], generators: Sequence[random.Random], device: torch.device
+        self,
+        samplings: Sequence[Sampling],
+        generators: Sequence[random.Random],
+        device: torch.device,
+        sampled: Sequence[Sequence[int]] | None = None,
     ) -> None:
         def column(values: Sequence[float], dtype: torch.dtype = torch.float32) -> Tensor:
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
@@ -102,6 +117,12 @@ class BatchSampler:
             .unbind(-1),
             torch.tensor([bias for *_, bias in biases], dtype=torch.float32, device=device),
         )
+        punished = [i for i, rules in enumerate(samplings) if rules.frequency_penalty or rules.presence_penalty]
+        self._punished_P = torch.tensor(punished, dtype=torch.int64, device=device)
+        self._frequency_P1 = column([samplings[i].frequency_penalty for i in punished])
+        self._presence_P1 = column([samplings[i].presence_penalty for i in punished])
+        self._sampled = [] if sampled is None else [list(sampled[i]) for i in punished]
+        self._counts_PV: Tensor | None = None
 
     def draw(self, logits_BV: Tensor, allowed: Mapping[int, Tensor] | None = None) -> Tensor:
         """One token a sequence.
@@ -110,12 +131,30 @@ class BatchSampler:
         allowed    for some rows, the tokens that may be drawn, (V,) bool
         Returns    (B,) int64
         """
-        if allowed or len(self._bias_by):
+        if allowed or len(self._bias_by) or len(self._punished_P):
             logits_BV = logits_BV.clone()
             logits_BV.index_put_(self._bias_at, self._bias_by, accumulate=True)
+            self._punish(logits_BV)
             for row, allowed_V in (allowed or {}).items():
                 assert bool(allowed_V.any()), row
                 logits_BV[row].masked_fill_(~allowed_V, -torch.inf)
+        chosen_B = self._chosen(logits_BV)
+        if self._counts_PV is not None:
+            self._counts_PV.scatter_add_(1, chosen_B[self._punished_P, None], torch.ones_like(self._presence_P1))
+        return chosen_B
+
+    def _punish(self, logits_BV: Tensor) -> None:
+        """Take the penalties off, in place; the first time what was sampled before is counted."""
+        if not len(self._punished_P):
+            return
+        if self._counts_PV is None:
+            self._counts_PV = logits_BV.new_zeros(len(self._punished_P), logits_BV.shape[1])
+            for counts_V, ids in zip(self._counts_PV, self._sampled, strict=False):
+                ids_N = torch.tensor(ids, dtype=torch.int64, device=self._device)
+                counts_V += torch.bincount(ids_N, minlength=len(counts_V))
+        logits_BV[self._punished_P] -= self._counts_PV * self._frequency_P1 + (self._counts_PV > 0) * self._presence_P1
+
+    def _chosen(self, logits_BV: Tensor) -> Tensor:
         if self._greedy:
             return logits_BV.argmax(-1)
         for row, generator in self._drawing:

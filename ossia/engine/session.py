@@ -347,7 +347,12 @@ class Session:
 
     def _sampler(self, first: int) -> BatchSampler:
         rows = self._rows[first:]
-        return BatchSampler([row.request.sampling for row in rows], [row.generator for row in rows], self._model.device)
+        return BatchSampler(
+            [row.request.sampling for row in rows],
+            [row.generator for row in rows],
+            self._model.device,
+            [row.ids for row in rows],
+        )
 
     def _emit(self, x_BD: Tensor, first: int, sampler: BatchSampler) -> list[Token]:
         """Sample a token for each row from `first` on, and let go of those that are finished."""

@@ -8,12 +8,15 @@ import signal
 import struct
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from http.client import HTTPConnection
 from importlib.util import find_spec
 from pathlib import Path
 from threading import Event
 from types import FrameType
 from typing import TYPE_CHECKING, Any, BinaryIO
+from urllib.parse import urlsplit
 
 from ossia.errors import CheckpointError, MissingExtraError, UserError
 from ossia.harmony import Effort
@@ -130,12 +133,25 @@ def start_llama(
     if options.cache_type_v is not None:
         params.cache_type_v = _ggml_type(options.cache_type_v)
     try:
-        return xllamacpp.Server(params)
+        server = xllamacpp.Server(params)
     except RuntimeError as error:
         raise CheckpointError(
             f"{path}: llama.cpp can't load it; its reasons are above ({error})\n"
             "  next: write the file again with `ossia export ... --to gguf`, or ask for less with -c"
         ) from None
+    _wait_for_loop(server.listening_address, api_key)
+    return server
+
+
+def _wait_for_loop(address: str, api_key: str | None) -> None:
+    """Until llama.cpp's queue answers: a server that ends before its queue began would wait for itself for ever."""
+    where = urlsplit(address)
+    assert where.hostname is not None, address
+    connection = HTTPConnection(where.hostname, where.port)
+    headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+    with closing(connection):
+        connection.request("GET", "/lora-adapters", headers=headers)  # goes through the queue, and changes nothing
+        connection.getresponse().read()
 
 
 def _check_overrides(given: Sequence[str], buffers: Sequence[str]) -> None:

@@ -29,13 +29,16 @@ def random_prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
     return [rng.integers(0, 250, length).tolist() for length in lengths]
 
 
-def recomputed(model: Transformer, prompt: Sequence[int], num_tokens: int) -> tuple[list[int], list[float]]:
-    """Greedy ids and their logprobs, every token from a forward pass over all before it."""
+def recomputed(
+    model: Transformer, prompt: Sequence[int], num_tokens: int, *, frequency: float = 0.0, presence: float = 0.0
+) -> tuple[list[int], list[float]]:
+    """Greedy ids under penalties and their logprobs without, every token from a forward pass over all before it."""
     ids, logprobs = list(prompt), []
     for _ in range(num_tokens):
         sample = Sample(np.array(ids, np.int32), np.zeros(len(ids), np.float32), None, "prompt")
         logits = model.logits(pack_of([sample]))[-1].float()
-        ids.append(int(logits.argmax()))
+        counts = torch.tensor(ids[len(prompt) :], dtype=torch.int64).bincount(minlength=len(logits))
+        ids.append(int((logits - frequency * counts - presence * (counts > 0)).argmax()))
         logprobs.append(float(logits.log_softmax(-1)[ids[-1]]))
     return ids[len(prompt) :], logprobs
 

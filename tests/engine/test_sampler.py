@@ -80,6 +80,25 @@ def test_a_batch_of_different_rules_draws_for_each_what_it_draws_alone() -> None
         assert sampler.draw(logits).tolist() == expected
 
 
+def test_penalties_are_taken_off_the_logits_of_what_was_sampled_and_of_nothing_else() -> None:
+    logits = torch.tensor([[3.0, 2.5, 1.0, -torch.inf]]).expand(3, -1)
+    rules = [Sampling(0, frequency_penalty=1.0), Sampling(0), Sampling(0, presence_penalty=0.7, frequency_penalty=-0.1)]
+    sampled: list[list[int]] = [[0], [0, 0, 0, 0], []]
+    sampler = BatchSampler(rules, [random.Random(0)] * 3, CPU, sampled)
+    for _ in range(12):
+        expected = []
+        for row, rule in enumerate(rules):
+            counts = [sampled[row].count(token) for token in range(4)]
+            off = [c * rule.frequency_penalty + (c > 0) * rule.presence_penalty for c in counts]
+            expected.append(int((logits[row] - torch.tensor(off)).argmax()))
+            sampled[row].append(expected[-1])
+        assert sampler.draw(logits).tolist() == expected
+    assert len(set(sampled[0])) == 3
+    assert set(sampled[1]) == {0}
+    assert set(sampled[2]) == {0, 1}
+    assert logits[0].tolist() == [3.0, 2.5, 1.0, -torch.inf], "the caller's are as they were"
+
+
 def test_temperature_zero_takes_the_likeliest_and_of_equals_the_first() -> None:
     sampler = BatchSampler([Sampling(0)] * 2, [random.Random(0)] * 2, CPU)
     assert sampler.draw(torch.tensor([[1.0, 3.0, 3.0], [2.0, 0.0, 1.0]])).tolist() == [1, 0]
@@ -113,7 +132,16 @@ def test_a_token_of_probability_zero_is_never_drawn() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"temperature": -1}, {"temperature": float("nan")}, {"top_p": 1.5}, {"top_k": -1}, {"min_p": -0.1}]
+    "wrong",
+    [
+        {"temperature": -1},
+        {"temperature": float("nan")},
+        {"top_p": 1.5},
+        {"top_k": -1},
+        {"min_p": -0.1},
+        {"frequency_penalty": float("inf")},
+        {"presence_penalty": float("nan")},
+    ],
 )
 def test_a_value_out_of_range_is_refused_by_name(wrong: dict[str, float]) -> None:
     with pytest.raises(UserError, match=f"^{next(iter(wrong))}: "):

@@ -93,6 +93,27 @@ def test_samples_of_one_prompt_read_it_once_and_share_its_blocks(tiny: MakeTiny,
         assert_same(completion(found[number]), Engine(plain).generate([request])[0])
 
 
+def test_penalties_follow_a_request_through_its_mates_coming_and_going_and_its_own_pause(tiny: MakeTiny) -> None:
+    model = load(tiny(NARROW), placement="bf16")
+    session = Engine(model, max_batch=4).session()
+    prompt, *others = random_prompts((9, 4, 30, 12))
+    rules = Sampling(0, frequency_penalty=1.5, presence_penalty=0.5)
+    number = session.add(Request(prompt, rules, 40))
+    found: list[Token] = []
+    for step in range(60):
+        if step in (4, 9, 17):
+            session.add(Request(others.pop(), GREEDY, 6))
+        if step == 12:
+            session.pause(number)
+        if step == 15:
+            session.resume(number)
+        found += [token for token in session.step() if token.request == number]
+    ids, logprobs = recomputed(model, prompt, 40, frequency=1.5, presence=0.5)
+    assert [token.id for token in found] == ids
+    assert [token.logprob for token in found] == pytest.approx(logprobs, abs=1e-5)
+    assert len(set(ids)) > len(set(recomputed(model, prompt, 40)[0]))
+
+
 def test_several_adapters_answer_in_one_batch_as_each_alone(tiny: MakeTiny) -> None:
     base = load(tiny(NARROW), placement="bf16")
     loras = {"a": adapter(base, *TARGETS, seed=1), "b": adapter(base, "down_proj", "q_proj", seed=2), "plain": None}

@@ -219,9 +219,20 @@ def test_a_banned_token_is_never_sampled(live: Live, model: Model) -> None:
     assert "H" not in (answer.choices[0].message.content or "")
 
 
+@pytest.mark.parametrize("name", ["frequency_penalty", "presence_penalty"])
+def test_a_penalty_keeps_an_answer_from_saying_the_same_again(live: Live, endless: dict[str, int], name: str) -> None:
+    body: dict[str, Any] = {"model": "base", "prompt": "hi", "max_tokens": 60, "logit_bias": endless, "logprobs": 0}
+
+    def num_different(**more: float) -> int:
+        return len({*live.client.completions.create(temperature=0, **body, **more).choices[0].logprobs.tokens})
+
+    assert num_different(**{name: -2.0}) < num_different() < num_different(**{name: 2.0})
+
+
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
-    ({"presence_penalty": 0.5}, "presence_penalty", "penalties"),
-    ({"frequency_penalty": -1}, "frequency_penalty", "penalties"),
+    ({"presence_penalty": 2.5}, "presence_penalty", "-2 to 2"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "-2 to 2"),
+    ({"frequency_penalty": "1"}, "frequency_penalty", "-2 to 2"),
     ({"extra_body": {"temprature": 1}}, "temprature", "did you mean temperature"),
     ({"n": 0}, "n", "1 to 128"),
     ({"top_logprobs": 2}, "top_logprobs", "logprobs"),
@@ -261,7 +272,7 @@ def test_what_cannot_be_done_is_refused_by_its_field(
 
 def test_the_client_sees_a_refusal_as_its_own_kind_of_error(live: Live) -> None:
     with pytest.raises(BadRequestError) as error:
-        live.client.chat.completions.create(messages=[GREET], presence_penalty=1, **CERTAIN)
+        live.client.chat.completions.create(messages=[GREET], presence_penalty=3, **CERTAIN)
     assert error.value.param == "presence_penalty"
     assert error.value.request_id.startswith("req_")
 

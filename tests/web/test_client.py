@@ -47,7 +47,7 @@ def test_what_the_server_says_no_to_is_a_message(
     with pytest.raises(UserError, match="there is no model 'gpt-6'; allowed: base, talker"):
         talk(monkeypatch, capsys, live.url, "hi\n", model="gpt-6")
     with pytest.raises(UserError, match="presence_penalty"):
-        talk(monkeypatch, capsys, live.url, "hi\n", settings={"presence_penalty": 1})
+        talk(monkeypatch, capsys, live.url, "hi\n", settings={"presence_penalty": 3})
     with pytest.raises(UserError, match="can't be reached"):
         talk(monkeypatch, capsys, "http://127.0.0.1:9", "hi\n")
 

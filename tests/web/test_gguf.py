@@ -10,6 +10,8 @@ import io
 import json
 import signal
 import struct
+import subprocess
+import sys
 import urllib.request
 from pathlib import Path
 from statistics import median
@@ -28,6 +30,7 @@ from ossia.export import export_model
 from ossia.model.open import open_model
 from ossia.web.gguf import LlamaOptions, checked_gguf, run_gguf_chat, run_gguf_server, start_llama
 from tests.conftest import MakeTiny
+from tests.e2e.conftest import ROOT
 from tests.shapes import SHALLOW
 from tests.web.conftest import GREET, WEATHER, WEATHER_TOOL, Talker
 from tests.web.test_signals import Process
@@ -135,6 +138,13 @@ def test_serve_answers_the_openai_client_until_a_signal(talking: Path) -> None:
         code = process.end()
     assert code == 0
     assert "SIGTERM, stopping" in process.text
+
+
+def test_a_server_that_is_dropped_as_soon_as_it_is_ready_ends(talking: Path) -> None:
+    """In a process of its own: where it doesn't, nothing in this one could go on."""
+    code = "import sys; from pathlib import Path; from ossia.web.gguf import LlamaOptions, start_llama\n"
+    code += "for _ in range(5): start_llama(Path(sys.argv[1]), LlamaOptions(threads=1, ctx_size=512, parallel=1))"
+    subprocess.run([sys.executable, "-c", code, str(talking)], cwd=ROOT, check=True, timeout=60)
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

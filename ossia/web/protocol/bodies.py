@@ -53,6 +53,11 @@ class SamplingFields(Part):
     prompt_cache_retention: Any = None
     prompt_cache_options: Any = None
 
+    @property
+    def penalties(self) -> tuple[float, float]:
+        """Of frequency and of presence; a response has no fields for them."""
+        return 0.0, 0.0
+
 
 class ChoiceFields(SamplingFields):
     """What chat and plain completions have in common."""
@@ -61,8 +66,13 @@ class ChoiceFields(SamplingFields):
     n: int | None = Field(None, ge=1, le=MOST_CHOICES, description=f"a whole number from 1 to {MOST_CHOICES}")
     max_tokens: int | None = Field(None, ge=1, description="a positive number")
     stop: str | list[str] | None = Field(None, description=f"a text, or a list of up to {MOST_STOPS} texts")
-    frequency_penalty: Number | None = Field(None, ge=0, le=0, description="0 (this server has no penalties)")
-    presence_penalty: Number | None = Field(None, ge=0, le=0, description="0 (this server has no penalties)")
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2, description="a number from -2 to 2")
+    presence_penalty: Number | None = Field(None, ge=-2, le=2, description="a number from -2 to 2")
+
+    @property
+    def penalties(self) -> tuple[float, float]:
+        """Of frequency and of presence."""
+        return self.frequency_penalty or 0.0, self.presence_penalty or 0.0
 
     @property
     def stop_texts(self) -> tuple[str, ...]:

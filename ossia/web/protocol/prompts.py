@@ -180,6 +180,7 @@ def sampled(
     bias = _bias(body.logit_bias or {}, served.vocab_size)
     if max_tokens is not None and max_tokens > served.max_length:
         raise ApiError(f"max tokens: found {max_tokens}; allowed: up to {served.max_length}", param="max_tokens")
+    frequency, presence = body.penalties
     found = []
     for ids in prompts:
         room = served.max_length - len(ids)
@@ -195,6 +196,8 @@ def sampled(
                 min_p=body.min_p or 0.0,
                 seed=None if body.seed is None else body.seed % 2**64 + number * 2**64,
                 logit_bias=bias,
+                frequency_penalty=frequency,
+                presence_penalty=presence,
             )
             limit = room if max_tokens is None else min(room, max_tokens)
             found.append(
