@@ -73,8 +73,9 @@ def model_folder(model: str) -> Path:
         return _download(model)
     folder = Path(model).expanduser()
     if not folder.is_dir():
+        found = "this is a file" if folder.exists() else f"no such folder (the current one is {Path.cwd()})"
         raise CheckpointError(
-            f"{model}: no such folder (the current one is {Path.cwd()})\n"
+            f"{model}: {found}\n"
             "  allowed: a checkpoint's folder, or owner/name on the Hugging Face hub, like openai/gpt-oss-20b"
         )
     if (folder / RECIPE_IN_RUN).is_file() and not (folder / CONFIG).is_file():

@@ -1,4 +1,4 @@
-"""The address that a server listens on."""
+"""The address that a server listens on, and the key that it asks for."""
 
 from __future__ import annotations
 
@@ -16,6 +16,19 @@ def listen(host: str, port: int) -> socket.socket:
             f"can't listen on {host} port {port}: {error.strerror or error}\n"
             "  next: choose another --port (0 takes any that is free) or --host"
         ) from None
+
+
+def check_key(api_key: str | None) -> None:
+    """Raise UserError for a key that protects nothing or can't stand in a header; None: no key is asked for."""
+    if api_key is None:
+        return
+    if not api_key:
+        raise UserError(
+            "--api-key: an empty key would let everybody in; give one, or leave it out\n"
+            '  next: if it came from a variable, like --api-key "$KEY", see that it is set'
+        )
+    if not api_key.isascii() or not api_key.isprintable() or " " in api_key:
+        raise UserError("--api-key: allowed: ASCII letters, digits and signs, no spaces (it is sent in a header)")
 
 
 def open_to_all(host: str, api_key: str | None) -> str | None:

@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 
 from ossia.errors import CheckpointError, MissingExtraError, UserError
 from ossia.harmony import Effort
-from ossia.web.address import listen, open_to_all
+from ossia.web.address import check_key, listen, open_to_all
 
 if TYPE_CHECKING:
     import xllamacpp
@@ -63,6 +63,7 @@ def run_gguf_server(
     port    0: any that is free; the line that says the server is ready names it
     Raises  UserError for a file, an option or an address that can't be used; MissingExtraError without the package
     """
+    check_key(api_key)
     path = checked_gguf(model)
     listen(host, port).close()  # llama.cpp takes the port itself, and says less where it can't
     if warning := open_to_all(host, api_key):

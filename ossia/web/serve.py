@@ -28,7 +28,7 @@ from ossia.harmony import Renderer
 from ossia.model.lora import Lora
 from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice, open_model
 from ossia.model.peft import find_adapter, load_adapter
-from ossia.web.address import listen, open_to_all
+from ossia.web.address import check_key, listen, open_to_all
 from ossia.web.app import Server, create_app
 from ossia.web.protocol.errors import ApiError
 from ossia.web.protocol.prompts import Served
@@ -64,6 +64,7 @@ def run_server(
     Raises      UserError for a model, an adapter or an address that can't be used; Interrupted where answers were
                 broken off
     """
+    check_key(api_key)
     named = _named(adapters)
     name = model if is_hub_name(model) else Path(model).expanduser().resolve().name
     if name in named:

@@ -279,5 +279,6 @@ def test_the_client_sees_a_refusal_as_its_own_kind_of_error(live: Live) -> None:
 
 def test_harmless_fields_and_nulls_change_nothing(live: Live) -> None:
     more = {"user": "u", "store": True, "metadata": {"a": "b"}, "service_tier": "auto", "stop": None, "tools": None}
+    more |= {"extra_body": {"prediction": None, "web_search_options": None}}
     answer = live.client.chat.completions.create(messages=[GREET], seed=None, **more, **CERTAIN)
     assert answer.choices[0].message.content == "Hello!"

@@ -52,6 +52,20 @@ def test_what_the_server_says_no_to_is_a_message(
         talk(monkeypatch, capsys, "http://127.0.0.1:9", "hi\n")
 
 
+@pytest.mark.parametrize("url", ["http://", "http://[::1", "https:///v1"])
+def test_what_is_no_address_is_said(url: str) -> None:
+    with pytest.raises(UserError, match="expected an address like"):
+        run_remote_chat(url, settings={})
+
+
+def test_a_proxy_of_the_machine_is_not_asked_for_the_machine_itself(
+    live: Live, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    assert talk(monkeypatch, capsys, live.url, "hi\n", model="talker")[0] == "Hello!\n"
+
+
 def test_the_key_is_sent(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     with serving(model, api_key="sesame") as live:
         assert talk(monkeypatch, capsys, live.url, "hi\n", model="talker", api_key="sesame")[0] == "Hello!\n"
@@ -69,9 +83,10 @@ class Other(BaseHTTPRequestHandler):
 
     asked: list[dict[str, Any]] = []  # noqa: RUF012 - one server a test
     answers: list[list[dict[str, Any]]] = []  # noqa: RUF012
+    models: Any = {"data": [{"id": "m"}]}  # noqa: RUF012
 
     def do_GET(self) -> None:
-        self._send(json.dumps({"data": [{"id": "m"}]}))
+        self._send(json.dumps(self.models))
 
     def do_POST(self) -> None:
         self.asked.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
@@ -90,6 +105,9 @@ class Other(BaseHTTPRequestHandler):
         """Nothing."""
 
 
+send = Other._send
+
+
 @pytest.fixture
 def other() -> Iterator[str]:
     with ThreadingHTTPServer(("127.0.0.1", 0), Other) as server:
@@ -97,6 +115,33 @@ def other() -> Iterator[str]:
         Other.asked.clear()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
+
+
+@pytest.mark.parametrize("models", [[], {}, {"data": None}, {"data": ["m"]}, {"data": [{"name": "m"}]}])
+def test_a_server_that_lists_no_models_is_no_server_to_chat_with(
+    other: str, monkeypatch: pytest.MonkeyPatch, models: Any
+) -> None:
+    monkeypatch.setattr(Other, "models", models)
+    with pytest.raises(UserError, match="answered no list of models"):
+        run_remote_chat(other, settings={})
+
+
+def test_an_error_in_the_middle_of_a_stream_is_said_and_an_empty_one_is_none(
+    other: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        Other, "_send", lambda self, text: send(self, text.replace('{"choices"', '{"error": null, "choices"'))
+    )
+    Other.answers[:] = [[{"content": "Done."}, {"finish_reason": "stop"}]]
+    assert talk(monkeypatch, capsys, other, "go\n")[0] == "Done.\n"
+    monkeypatch.setattr(
+        Other,
+        "_send",
+        lambda self, text: send(self, text.replace('{"choices"', '{"error": "out of memory", "choices"')),
+    )
+    Other.answers[:] = [[{"content": "Done."}, {"finish_reason": "stop"}]]
+    with pytest.raises(UserError, match="out of memory"):
+        talk(monkeypatch, capsys, other, "go\n")
 
 
 def test_another_servers_calls_are_shown_and_their_results_go_back_with_the_reasoning(

@@ -184,6 +184,7 @@ def test_a_file_cut_short_is_said_with_llama_cpps_reason(
     [
         (["serve", "FILE", "-ot", "ffn=CUDA7"], "-ot ffn=CUDA7: expected PATTERN=BUFFER"),
         (["serve", "FILE", "-ot", "ffn"], "-ot ffn: expected PATTERN=BUFFER"),
+        (["serve", "FILE", "--api-key", ""], "an empty key would let everybody in"),
         (["serve", "FILE", "--adapter", "a=b"], "--adapter: not for"),
         (["serve", "FILE", "--weights", "mmap"], "--dtype, --weights or --device: not for"),
         (["serve", "FILE", "--drain", "1"], "--max-batch, --max-queue, --max-length or --drain: not for"),

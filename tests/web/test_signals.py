@@ -117,6 +117,8 @@ def test_what_cannot_be_served_is_said_before_the_model_is_read(talker: Talker) 
         for options, said in (
             ({"port": taken.getsockname()[1]}, "can't listen on 127.0.0.1"),
             ({"port": 0, "adapters": ["x"]}, "expected NAME=DIR"),
+            ({"port": 0, "api_key": ""}, "an empty key would let everybody in"),
+            ({"port": 0, "api_key": "a b"}, "--api-key: allowed"),
             ({"port": 0, "adapters": [f"model={talker.run}"]}, "choose another"),
             ({"port": 0, "max_length": 10**9}, "--max-length"),
         ):

@@ -90,7 +90,7 @@ EFFORTS = "low, medium or high"
 class ChatBody(ChoiceFields):
     """POST /v1/chat/completions."""
 
-    messages: list[dict[str, Any]] = Field(min_length=1, description="a list with at least one message")
+    messages: list[dict[str, Any]] = Field(min_length=1, description="a list of messages, each an object; at least one")
     max_completion_tokens: int | None = Field(None, ge=1, description="a positive number")
     logprobs: bool | None = Field(None, description="true or false")
     top_logprobs: int | None = Field(
@@ -170,7 +170,7 @@ def read_body(kind: type[Body], data: Any) -> Body:
     if not isinstance(data, dict):
         raise ApiError(f"the body is {_seen(data)}; expected a JSON object")
     try:
-        return kind.model_validate(data)
+        return kind.model_validate({name: value for name, value in data.items() if value is not None})
     except ValidationError as error:
         raise _refused(kind, data, error) from None
 
