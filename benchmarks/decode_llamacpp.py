@@ -72,7 +72,8 @@ def make_models(case: Case, folder: Path) -> None:
 
 
 def ossia_worker(case: Case, folder: Path, threads: int) -> None:
-    """Ossia's side."""
+    """Ossia's side, its threads asleep while they wait, as the `ossia` command has them."""
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     from ossia.engine import Engine, Request, Sampling
     from ossia.model.open import open_model
 
@@ -90,7 +91,8 @@ def ossia_worker(case: Case, folder: Path, threads: int) -> None:
 
 
 def llamacpp_worker(case: Case, folder: Path, threads: int) -> None:
-    """llama.cpp's server in this process."""
+    """llama.cpp's server in this process, its threads waiting as its authors leave it to OpenMP."""
+    os.environ.pop("OMP_WAIT_POLICY", None)  # read when xllamacpp is loaded
     from ossia.web.gguf import LlamaOptions, start_llama
 
     size = case.prompt + case.new + 64

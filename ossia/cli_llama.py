@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from enum import StrEnum
 from functools import wraps
 from inspect import Parameter, Signature, signature
@@ -77,6 +77,11 @@ def with_llama_options(body: Callable[..., None]) -> Callable[..., None]:
     run.__signature__ = Signature([*(one.replace(kind=Parameter.KEYWORD_ONLY) for one in own), *ours])
     run.__annotations__ = {**{one.name: one.annotation for one in own}, **_OPTIONS}
     return run
+
+
+def runs_llama(words: Sequence[str]) -> bool:
+    """Whether the words of a command line are for llama.cpp: known before anything is imported."""
+    return words[:1] in (["serve"], ["chat"]) and any(word.lower().endswith(".gguf") for word in words[1:])
 
 
 def is_gguf(model: str, llama: LlamaGiven, not_for_gguf: Mapping[str, bool]) -> bool:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import signal
 import struct
 import subprocess
@@ -23,7 +24,7 @@ from gguf import GGUFWriter
 from openai import OpenAI
 from typer.testing import CliRunner
 
-from ossia.cli import app
+from ossia.cli import app, main
 from ossia.engine import Engine, Request, Sampling
 from ossia.errors import CheckpointError, MissingExtraError, UserError
 from ossia.export import export_model
@@ -138,6 +139,29 @@ def test_serve_answers_the_openai_client_until_a_signal(talking: Path) -> None:
         code = process.end()
     assert code == 0
     assert "SIGTERM, stopping" in process.text
+
+
+@pytest.mark.parametrize(
+    ("words", "policy"),
+    [
+        ("serve x.gguf", None),
+        ("chat --max-tokens 3 a/X.GGUF", None),
+        ("serve folder", "PASSIVE"),
+        ("export run --output x.gguf", "PASSIVE"),
+        ("chat http://h", "PASSIVE"),
+    ],
+)
+def test_openmp_waits_asleep_except_for_llama_cpp(
+    monkeypatch: pytest.MonkeyPatch, words: str, policy: str | None
+) -> None:
+    """llama.cpp's threads meet several times a layer: asleep they generate ten times slower."""
+    monkeypatch.setenv("OMP_WAIT_POLICY", "")
+    monkeypatch.delenv("OMP_WAIT_POLICY")
+    monkeypatch.setattr("sys.argv", ["ossia", *words.split(), "--help"])
+    monkeypatch.setattr("sys.excepthook", sys.excepthook)
+    with pytest.raises(SystemExit):
+        main()
+    assert os.environ.get("OMP_WAIT_POLICY") == policy
 
 
 def test_a_server_that_is_dropped_as_soon_as_it_is_ready_ends(talking: Path) -> None:
