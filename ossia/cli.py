@@ -112,6 +112,7 @@ DeviceOption = Annotated[Device, typer.Option("--device", help="Where the model 
 Temperature = Annotated[float, typer.Option("--temperature", min=0.0, help="0 always takes the likeliest token.")]
 TopP = Annotated[float, typer.Option("--top-p", min=0.0, max=1.0, help="Keep the likeliest tokens up to this share.")]
 TopK = Annotated[int, typer.Option("--top-k", min=0, help="Keep this many of the likeliest tokens; 0 keeps all.")]
+MOST_TOKENS = 4096  # of an answer in a chat
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens of an answer, at most.")]
 Seed = Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same result.")]
 
@@ -298,7 +299,14 @@ def chat(
     temperature: Temperature = 1.0,
     top_p: TopP = 1.0,
     top_k: TopK = 0,
-    max_tokens: MaxTokens = 4096,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            min=1,
+            help=f"Tokens of an answer, at most; {MOST_TOKENS}, or what the server has, if left out.",
+        ),
+    ] = None,
     seed: Annotated[int | None, typer.Option("--seed", min=0, help="Left out: another answer each time.")] = None,
     dtype: DtypeOption = Dtype.bfloat16,
     weights: WeightsOption = Weights.auto,
@@ -309,7 +317,7 @@ def chat(
     placed = (dtype, weights, device) != (Dtype.bfloat16, Weights.auto, Device.auto)
     gguf = is_gguf(model, llama, {"--adapter": adapter is not None, "--dtype, --weights or --device": placed})
     told = {"system": system, "developer": developer, "effort": effort.value}
-    settings = {"temperature": temperature, "top_p": top_p, "max_tokens": max_tokens}
+    settings: dict[str, Any] = {"temperature": temperature, "top_p": top_p}
     settings |= {} if seed is None else {"seed": seed}
     if model.startswith(("http://", "https://")):
         if placed:
@@ -318,6 +326,7 @@ def chat(
             from ossia.web.client import run_remote_chat
 
         settings |= {"top_k": top_k} if top_k else {}  # not a field of OpenAI's own
+        settings |= {"max_tokens": max_tokens} if max_tokens else {}  # more than its context would be refused
         run_remote_chat(model, model=adapter, api_key=api_key, settings=settings, **told)
         return
     if api_key is not None:
@@ -326,7 +335,8 @@ def chat(
         with importing():
             from ossia.web.gguf import LlamaOptions, run_gguf_chat
 
-        settings |= {"top_k": top_k, "min_p": 0.0}  # llama.cpp's own defaults are others
+        # llama.cpp's own defaults are others
+        settings |= {"top_k": top_k, "min_p": 0.0, "max_tokens": max_tokens or MOST_TOKENS}
         run_gguf_chat(model, LlamaOptions(**llama), settings=settings, **told)
         return
     with importing():
@@ -339,7 +349,7 @@ def chat(
         temperature=temperature,
         top_p=top_p,
         top_k=top_k,
-        max_tokens=max_tokens,
+        max_tokens=max_tokens or MOST_TOKENS,
         seed=seed,
         dtype=dtype.value,
         weights=weights.value,

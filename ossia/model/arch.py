@@ -158,7 +158,7 @@ class Arch:
             "swiglu_limit": self.swiglu_limit,
             "tie_word_embeddings": False,
             "torch_dtype": "bfloat16",
-            "transformers_version": "4.55.0.dev0",  # without it transformers 5 takes the tokenizer for an old Mistral one
+            "transformers_version": "4.55.0.dev0",  # without one transformers 5 warns of Mistral's tokenizer
             "use_cache": True,
             "vocab_size": self.vocab_size,
         }

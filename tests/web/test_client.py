@@ -73,6 +73,14 @@ def test_the_key_is_sent(model: Model, monkeypatch: pytest.MonkeyPatch, capsys: 
             talk(monkeypatch, capsys, live.url, "hi\n", model="talker")
 
 
+def test_the_command_leaves_the_length_of_answers_to_the_server(model: Model) -> None:
+    with serving(model, max_length=1000) as live:
+        for more in ((), ("--max-tokens", "300")):
+            words = ["chat", live.url, "--adapter", "talker", "--temperature", "0", *more]
+            done = CliRunner().invoke(app, words, input="hi\n")
+            assert (done.exit_code, done.stdout) == (0, "Hello!\n"), done.stderr
+
+
 def test_options_that_the_server_decides_about_are_refused() -> None:
     for words in (["http://x", "--dtype", "float32"], ["folder", "--api-key", "k"]):
         assert CliRunner().invoke(app, ["chat", *words]).exit_code == 2
