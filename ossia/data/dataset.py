@@ -261,7 +261,7 @@ def open_datasets(recipe: Recipe, vocab: Vocabulary, *, check: bool = True) -> D
     def open_all(sources: Iterable[DataSourceConfig]) -> tuple[Dataset, ...]:
         return tuple(open_source(recipe, source, vocab, renderer, notes) for source in sources)
 
-    whole = train = open_all(recipe.data)
+    whole = train = open_all(recipe.data or ())
     held_out: tuple[Dataset, ...] = ()
     if recipe.eval.data:
         held_out = open_all(recipe.eval.data)
