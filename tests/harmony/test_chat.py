@@ -117,7 +117,7 @@ BROKEN: list[tuple[Any, str, str]] = [
     ([{"role": "system", "content": "S", "train": True}], "messages[0].train", "only assistant"),
     ([user("Q", train=True)], "messages[0].train", "only assistant"),
     ([user("Q"), assistant("A", train="yes")], "messages[1].train", "true or false"),
-    ([user("Q"), assistant("A", weight=-1)], "messages[1].weight", "finite number >= 0"),
+    ([user("Q"), assistant("A", weight=-1)], "messages[1].weight", "0 (not trained) or from 1e-09"),
     ([user("Q"), assistant("A", weight=True)], "messages[1].weight", "expected a number"),
     ([{"role": "user", "content": None}], "messages[0].content", "expected text"),
     ([{"role": "user", "content": 3}], "messages[0].content", "found 3"),
