@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ossia.config.schema import DataSourceConfig, Recipe
-from ossia.data.formats import FIELDS, Encoder, Layout, build, recognise
+from ossia.data.formats import Encoder, build
+from ossia.data.layout import FIELDS, Layout, recognise
 from ossia.data.rows import Rows, printable
 from ossia.data.sample import Sample
 from ossia.data.sources import open_rows

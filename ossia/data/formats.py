@@ -1,14 +1,9 @@
-"""Row layouts of the field: which one a row has, and what it says as a Harmony conversation, a text, or ids.
-
-A layout is recognised by its columns and never guessed: rows that fit two layouts, or files that mix them, are refused
-with the names to choose from. Columns that no layout knows are counted by the caller, not used.
-"""
+"""What a row says: a Harmony conversation, a text, or ids. Which layout it has, `layout.py` tells."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -16,8 +11,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ossia.config.schema import DataSourceConfig, HarmonyConfig, is_day
-from ossia.data.rows import Row, Rows, TableValue, parse_json, printable
+from ossia.config.schema import is_day
+from ossia.data.layout import REQUIRED, Layout
+from ossia.data.rows import Row, TableValue, parse_json
 from ossia.data.sample import Sample
 from ossia.errors import DataError, HarmonyError, RecipeError, TokenizerError
 from ossia.harmony.chat import THINKING, Chat, read_chat
@@ -28,24 +24,6 @@ from ossia.harmony.vocab import Vocabulary, check_field
 
 Message = dict[str, Any]
 Placed = tuple[Message, str]  # a message in OpenAI's form, and where the row has it: "conversations[2]"
-_SETTINGS = ("tools", "developer", "reasoning_effort", "current_date", "identity", "knowledge_cutoff", "builtin_tools")
-_EXTRA = {  # fields that a layout may have besides those it is recognised by
-    "messages": (*_SETTINGS, "system"),
-    "sharegpt": (*_SETTINGS, "system"),
-    "alpaca": (*_SETTINGS, "system", "input", *THINKING),
-    "prompt": (*_SETTINGS, "system", *THINKING),
-    "text": (),
-    "tokens": ("targets", "roles", "channels", "source"),
-}
-_REQUIRED = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt": ("prompt", "completion"),
-    "text": ("text",),
-    "tokens": ("ids", "weights"),
-}
-FIELDS = tuple(sorted({name for table in (_REQUIRED, _EXTRA) for names in table.values() for name in names}))
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -56,149 +34,7 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-_NUM_PROBES = 64
 _MESSAGE_FIELD = re.compile(r"messages\[(\d+)\]")
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the rows of one source are read.
-
-    format    messages | sharegpt | alpaca | prompt | text | tokens
-    columns   field -> the file's own name for it, where that differs
-    source, harmony  what a row doesn't say itself
-    """
-
-    format: str
-    columns: dict[str, str]
-    source: DataSourceConfig
-    harmony: HarmonyConfig
-
-    def fields(self, row: Row) -> Row:
-        """The row under Ossia's field names; null is the same as absent."""
-        renamed = {name: row[column] for name, column in self.columns.items() if column in row}
-        if renamed:
-            row = {name: value for name, value in row.items() if name not in self.columns.values()} | renamed
-        return {name: value for name, value in row.items() if value is not None}
-
-    def name(self, field: str) -> str:
-        """What the file calls a field."""
-        return self.columns.get(field, field)
-
-    def ignored(self, row: Row) -> tuple[str, ...]:
-        """Columns of the row that are not used."""
-        used = {self.name(field) for field in (*_REQUIRED[self.format], *_EXTRA[self.format])}
-        return tuple(row.keys() - used)
-
-    def has_null_arguments(self, row: Row) -> bool:
-        """Whether the arguments of a tool call in the row, a good one, are an object with a null in it."""
-        if self.format not in ("messages", "sharegpt", "prompt"):
-            return False
-        lists = [row.get(self.name(field)) for field in _REQUIRED[self.format]]
-        messages = [message for found in lists if isinstance(found, list) for message in found]
-        calls = [call for message in messages if isinstance(message, dict) for call in message.get("tool_calls") or ()]
-        functions = [call.get("function") or call for call in calls if isinstance(call, dict)]
-        return any(_holds_null(found.get("arguments")) for found in functions if isinstance(found, dict))
-
-
-# --- recognising ------------------------------------------------------------------------------------------------------
-
-
-def recognise(rows: Rows, source: DataSourceConfig, harmony: HarmonyConfig) -> tuple[Layout, str]:
-    """The layout of a source, and in words what told it: named by the recipe, or seen in rows from all over the source.
-
-    Raises  DataError if rows fit no layout, several, or not all the same; RecipeError for a column that doesn't exist
-    """
-    probes = list(_probe(rows)) or [_first(rows)]
-    _check_columns(source, probes)
-    if source.format != "auto":
-        return Layout(source.format, source.columns, source, harmony), "named in the recipe"
-    found: dict[str, str] = {}  # layout -> first place it was seen
-    unknown: dict[str, list[str]] = {}
-    for where, row in probes:
-        names = _candidates(Layout("", source.columns, source, harmony).fields(row))
-        if len(names) > 1:
-            raise DataError(
-                f"{where}: the row fits the formats {' and '.join(names)}\n"
-                f"  next: name one for {source.path}: format: {names[0]}"
-            )
-        if names:
-            found.setdefault(names[0], where)
-        else:
-            unknown[where] = sorted(map(printable, row))
-    if len(found) > 1:
-        seen = ", ".join(f"{name} at {where}" for name, where in found.items())
-        raise DataError(
-            f"{source.path}: rows of different formats: {seen}\n  next: put each format into its own source"
-        )
-    if not found:
-        where, names = next(iter(unknown.items()))
-        allowed = "; ".join(f"{name}: {' + '.join(columns)}" for name, columns in _REQUIRED.items())
-        raise DataError(
-            f"{where}: the format isn't known from the columns {', '.join(names) or '(it has none)'}\n"
-            f"  expected: {allowed}\n"
-            "  next: name your columns in the recipe, for example columns: {messages: YOUR_COLUMN}"
-        )
-    name = next(iter(found))
-    if name == "messages" and "messages" not in source.columns and _is_renamed(probes):
-        columns = {**source.columns, "messages": "conversations"}
-        return Layout(name, columns, source, harmony), "recognised by conversations with role and content"
-    return Layout(name, source.columns, source, harmony), f"recognised by {', '.join(_REQUIRED[name])}"
-
-
-def _probe(rows: Rows) -> Iterator[tuple[str, Row]]:
-    """Some of the first rows and some from all over; rows that aren't JSON are left for the reading to report."""
-    spread = np.linspace(0, len(rows) - 1, _NUM_PROBES).astype(int).tolist()
-    for index in sorted({*range(min(_NUM_PROBES, len(rows))), *spread}):
-        try:
-            yield rows.where(index), rows.row(index)
-        except DataError:
-            continue
-
-
-def _first(rows: Rows) -> tuple[str, Row]:
-    """The first row of a source in which no row that was looked at can be read: raises why."""
-    try:
-        return rows.where(0), rows.row(0)
-    except DataError as error:
-        allowed = "one JSON object a line, or in a .json file an array of them: [{...}, {...}]"
-        raise DataError(
-            f"{error}\n  expected: {allowed}\n  next: mend the file; no row that was looked at is right"
-        ) from error
-
-
-def _candidates(fields: Row) -> list[str]:
-    names = [name for name, required in _REQUIRED.items() if all(field in fields for field in required)]
-    if "sharegpt" in names and _has_roles(fields["conversations"]):
-        names[names.index("sharegpt")] = "messages"
-    return list(dict.fromkeys(names))
-
-
-def _has_roles(turns: Any) -> bool:
-    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
-
-
-def _is_renamed(probes: list[tuple[str, Row]]) -> bool:
-    return any("messages" not in row and _has_roles(row.get("conversations")) for _, row in probes)
-
-
-def _check_columns(source: DataSourceConfig, probes: list[tuple[str, Row]]) -> None:
-    for name, column in source.columns.items():
-        if name not in FIELDS:
-            raise RecipeError(f"data.columns: unknown field `{name}`\n  allowed: {', '.join(FIELDS)}")
-        others = [other for other, taken in source.columns.items() if taken == column and other != name]
-        if others:
-            raise RecipeError(
-                f"data.columns.{name}: the column `{column}` is {others[0]} already; a column is one field"
-            )
-        if probes and not any(column in row for _, row in probes):
-            seen = sorted({printable(key) for _, row in probes for key in row})
-            raise RecipeError(
-                f"data.columns.{name}: {source.path} has no column `{column}`\n  found: {', '.join(seen)}"
-            )
-
-
-# --- a row as samples -------------------------------------------------------------------------------------------------
 
 
 class Encoder(NamedTuple):
@@ -216,7 +52,7 @@ def build(layout: Layout, row: Row, where: str, encoder: Encoder, notes: list[st
     Raises  DataError, HarmonyError or TokenizerError without the place, for a row that isn't of this layout
     """
     fields = layout.fields(row)
-    for name in _REQUIRED[layout.format]:
+    for name in REQUIRED[layout.format]:
         if name not in fields:
             column = layout.name(name)
             if column in row:
@@ -299,22 +135,19 @@ def _chat(messages: list[Placed], fields: Row, layout: Layout) -> Chat:
     try:
         return read_chat([message for message, _ in messages], tools=tools, developer=developer, system=head)
     except HarmonyError as error:
+        if error.field.startswith("tools") and fields.get("tools") is None:
+            raise RecipeError(f"data.{error}\n  next: mend the tools that the recipe gives to {source.path}") from error
         raise _in_the_row(error, [place for _, place in messages], layout) from error
-
-
-def _holds_null(value: Any) -> bool:
-    """Whether an object in `value` has a member that is null."""
-    if isinstance(value, dict):
-        return any(item is None or _holds_null(item) for item in value.values())
-    return isinstance(value, list) and any(map(_holds_null, value))
 
 
 def _in_the_row(error: HarmonyError, places: list[str], layout: Layout) -> HarmonyError:
     """The error with the row's own name for the field: `conversations[2].value` instead of `messages[2].content`."""
     match = _MESSAGE_FIELD.match(error.field)
     if error.field == "messages":
-        name = " and ".join(map(layout.name, _REQUIRED[layout.format]))
+        name = " and ".join(map(layout.name, REQUIRED[layout.format]))
         return HarmonyError(str(error).removeprefix("messages: "), name)
+    if error.field.startswith("tools"):
+        return HarmonyError(str(error).removeprefix(f"{error.field}: "), layout.name("tools") + error.field[5:])
     if match is None or int(match[1]) >= len(places):
         return error
     place, rest = places[int(match[1])], error.field[match.end() :]

@@ -194,7 +194,8 @@ def _parse(raw: bytes, where: str) -> Row:
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text at byte {error.start + 1} of the row") from error
     except ValueError as error:
-        raise DataError(f"{where}: not valid JSON: {error}") from error
+        array = "; an array of rows goes into a .json file" if raw.removeprefix(_BOM).lstrip().startswith(b"[") else ""
+        raise DataError(f"{where}: not valid JSON: {error}{array}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object {{...}} as the row, found {type(row).__name__}")
     return row

@@ -104,9 +104,12 @@ def _files_below(folder: Path) -> Iterator[Path]:
 
     seen = {folder.resolve()}
     for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
-        inside = {name: Path(place, name).resolve() for name in sorted(folders)}
-        folders[:] = [name for name, real in inside.items() if real not in seen]
-        seen.update(inside.values())
+        folders.sort()
+        for name in list(folders):
+            real = Path(place, name).resolve()
+            if real in seen:
+                folders.remove(name)
+            seen.add(real)
         yield from (Path(place, name) for name in names)
 
 
