@@ -245,12 +245,11 @@ class EpochOrder:
 def _next_rows(dataset: Dataset, rows: NDArray[Any], seed: int, source: int, epoch: int) -> NDArray[Any]:
     """Those of `rows`, a source's row numbers, that the epoch takes from the chain of shuffled passes through them."""
     size, share = len(rows), dataset.weight * len(rows)
+    what = f"{dataset.layout.source.path}: weight {dataset.weight:g} of {size:,} rows is"
     if share >= _MOST_PLACES:
-        raise RecipeError(
-            f"weight {dataset.weight:g} of {size:,} rows is over {_MOST_PLACES:,} rows an epoch; lower it"
-        )
+        raise RecipeError(f"{what} over {_MOST_PLACES:,} rows an epoch; lower it")
     if share < 1:
-        raise RecipeError(f"weight {dataset.weight:g} of {size:,} rows is less than one row an epoch; raise it")
+        raise RecipeError(f"{what} less than one row an epoch; raise it")
     start, stop = (int(np.floor(count * share + 0.5)) for count in (epoch, epoch + 1))
     first_pass = start // size
     passes = [rows.copy() for _ in range(first_pass, -(-stop // size))]
