@@ -141,7 +141,7 @@ class _Reader:
         elif role == "tool":
             self._tool(row, field)
         elif role == "user":
-            text, name = _text(row.get("content"), f"{field}.content"), row.get("name") or None
+            text, name = _text(row.get("content"), f"{field}.content"), _given(row, "name")
             if name is not None and not (isinstance(name, str) and USER_NAME.fullmatch(name)):
                 fail(f"{field}.name", f"expected a name without spaces or any of <>|/\\, found {seen(name)}")
             check_field(name or "", f"{field}.name")
@@ -210,7 +210,7 @@ class _Reader:
 
     def _call(self, row: Mapping[str, Any], row_field: str, call: Any, field: str) -> None:
         function, function_field = function_called(call, field)
-        number = call.get("id") or None
+        number = _given(call, "id")
         if not isinstance(number, str | None):
             fail(f"{field}.id", f"expected text, found {seen(number)}")
         if number is not None and any(number == other.id for other in self.waiting):
@@ -242,7 +242,7 @@ class _Reader:
 
     def _match(self, row: Mapping[str, Any], field: str) -> _Call:
         """The waiting call that a tool row answers: by its id, else by name, else the only one."""
-        number, name = row.get("tool_call_id") or None, row.get("name") or None
+        number, name = _given(row, "tool_call_id"), _given(row, "name")
         if not isinstance(number, str | None):
             fail(f"{field}.tool_call_id", f"expected text, found {seen(number)}")
         open_calls = ", ".join(f"{call.id or 'no id'} ({call.recipient})" for call in self.waiting)
@@ -260,6 +260,12 @@ class _Reader:
         elif len(candidates) > 1:
             fail(field, f"tool_call_id or name must say which call this answers; open: {open_calls}")
         return candidates[0]
+
+
+def _given(row: Mapping[str, Any], key: str) -> Any:
+    """The value of a key; an empty text says no more than null."""
+    value = row.get(key)
+    return None if value == "" else value
 
 
 def _with_settings(row: Mapping[str, Any], field: str, message: Message) -> Message:
