@@ -132,7 +132,7 @@ class Renderer:
         """
         parts = self._encode(conversation)
         offset = len(parts) - len(conversation.messages)
-        weights = [0.0] * offset + _message_weights(conversation.messages, train_on or TrainOn())
+        weights = [0.0] * offset + message_weights(conversation.messages, train_on or TrainOn())
         chains: list[tuple[list[int], dict[int, bool]]] = []  # message indices; trained ones -> opens its generation
         for start, stop in _generations(parts):
             if not any(weights[start:stop]):
@@ -291,7 +291,7 @@ def _generations(parts: Sequence[_Part]) -> list[tuple[int, int]]:
     return found if start is None else [*found, (start, len(parts))]
 
 
-def _message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[float]:
+def message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[float]:
     """The weight of each message's tokens if the model samples it: its own `train` first, then `train_on`."""
     first = 0
     if train_on.turns == "last":

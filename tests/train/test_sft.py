@@ -70,9 +70,9 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each row was rendered."""
     count: Counter[str] = Counter()
 
-    def counting(layout: Any, row: Any, where: str, encoder: Any) -> Any:
+    def counting(layout: Any, row: Any, where: str, *rest: Any) -> Any:
         count[where.rpartition(":")[2]] += 1
-        return build(layout, row, where, encoder)
+        return build(layout, row, where, *rest)
 
     monkeypatch.setattr(datasets_module, "build", counting)
     return count

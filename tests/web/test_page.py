@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ossia.config.schema import DataSourceConfig, HarmonyConfig
-from ossia.data.formats import Encoder, build, recognise
+from ossia.data.formats import Encoder, build
+from ossia.data.layout import recognise
 from ossia.data.sources import open_rows
 from ossia.harmony import Renderer, TrainOn
 from tests.web.browser import ALT, CHROMIUM, CTRL, SHIFT, Browser, Page
