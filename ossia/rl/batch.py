@@ -151,7 +151,7 @@ class PolicyLoss:
     def __init__(
         self, batch: PolicyBatch, config: RlConfig, rule: PolicyRule, reference: Sequence[Tensor] | None
     ) -> None:
-        """reference  ln p of every pack's sampled tokens under the reference policy; needed where `config.kl` is not 0"""
+        """reference  ln p of every pack's sampled tokens under the reference policy, where `config.kl` is not 0"""
         assert (reference is not None) == bool(config.kl)
         self._batch, self._config, self._rule, self._reference = batch, config, rule, reference
         self._old: dict[int, Tensor] = {}

@@ -5,8 +5,8 @@ task --rendered once for its group--> prompt ids --engine--> sampled ids --parse
                                          ^---- its messages rendered after the sampled ids, unless it is over ----|
 ```
 Sampled ids are never decoded and encoded again: the next prompt is the last one, what was sampled, and what the
-environment said. Rewards are judged while others are still being sampled. A turn begins when all episodes have ended the
-one before, so that what is sampled depends on the weights and seeds alone and not on how long a reward took.
+environment said. Rewards are judged while others are still being sampled. A turn begins when all episodes have ended
+the one before, so that what is sampled depends on the weights and seeds alone and not on how long a reward took.
 Letters: L layers, k experts a token.
 """
 
@@ -166,13 +166,12 @@ class Rollout:
 
     def _take(self, trajectory: Trajectory, answer: Completion) -> Turn:
         """Add what was sampled to its trajectory; the turn as the environment sees it."""
-        before = len(trajectory.ids)
         trajectory.ids += answer.ids
         trajectory.sampled += [True] * len(answer.ids)
         trajectory.logprobs += answer.logprobs
         trajectory.turns += 1
         if answer.routes is not None:
-            trajectory.routes = _joined(trajectory.routes, answer.routes, before)
+            trajectory.routes = _joined(trajectory.routes, answer.routes)
         turn = parse_turn(self._vocab, answer.ids)
         trajectory.problems += len(turn.problems)
         trajectory.messages += turn.messages
@@ -221,11 +220,10 @@ def parse_turn(vocab: Vocabulary, ids: Sequence[int]) -> Turn:
     return Turn(tuple(parser.messages), stop, tuple(f"{p.what}: {p.text!r}" for p in parser.problems))
 
 
-def _joined(before: np.ndarray | None, now: np.ndarray, num_before: int) -> np.ndarray:
-    """Routes of all positions: what was known of those before this turn stays, since a prompt's last layer records none.
+def _joined(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:
+    """Routes of all positions. What was known before this turn stays, since a prompt's last layer records none.
 
-    now         (positions but the last, L, k), of the prompt too
-    num_before  ids before this turn; `before` covers all of them but those that the environment added, and one
+    before  (positions up to the end of the last turn, L, k); now (all positions but the last, L, k)
     """
     last = np.full((1, *now.shape[1:]), -1, np.int16)
     routes = np.concatenate((now, last))
