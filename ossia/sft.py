@@ -12,15 +12,12 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime
 from functools import partial
 from itertools import islice
-from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from ossia.config import Recipe
 from ossia.data.dataset import Datasets, Lengths, in_order, measure, open_datasets, require_trained
@@ -28,10 +25,7 @@ from ossia.data.pack import Pack, PackedStream, pack_samples
 from ossia.data.preview import row_bar
 from ossia.data.sample import Sample
 from ossia.data.tokenizer import open_vocabulary
-from ossia.export.merge import write_model
-from ossia.model.lora import Lora, LoraSpec
 from ossia.model.open import open_model
-from ossia.model.peft import find_adapter, load_adapter, save_adapter
 from ossia.model.transformer import Transformer
 from ossia.ops.memory import machine_memory
 from ossia.samples import questions_of, record_samples
@@ -42,18 +36,9 @@ from ossia.train.report import write_report
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import seed_generators, write_file
 from ossia.train.step import evaluate_loss, keeps_activations, train_step
+from ossia.trained import RunResult, make_trainable, save_result, show_trainable
 
-ADAPTER, MODEL = "adapter", "model"
 ROWS_TO_CHECK = 50_000
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """A finished run: its folder, its last step, and where the trained adapter or model is."""
-
-    folder: Path
-    step: int
-    trained: Path
 
 
 def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> RunResult:
@@ -123,42 +108,6 @@ def read_rows(recipe: Recipe, datasets: Datasets, say: Callable[[str], None]) ->
     for warning in counts.warnings():
         say(warning)
     return held_out, lengths
-
-
-def make_trainable(model: Transformer, recipe: Recipe) -> None:
-    """Put the recipe's adapter on the model, or make all weights trainable.
-
-    Raises  AdapterError for a target that matches nothing, or an adapter to start from that doesn't fit
-    """
-    adapter = recipe.adapter
-    if adapter is None:
-        if model.weights.checkpoint.layout == "mxfp4":
-            print(
-                f"{recipe.model}: MXFP4 experts are expanded to be trained: 4.25 bits a weight become 16 bytes in "
-                "training and 2 bytes in the trained checkpoint",
-                file=sys.stderr,
-            )
-        model.train_all_weights()
-        return
-    spec = LoraSpec.of(adapter)
-    if adapter.init_from is None:
-        model.use_adapter(Lora.fresh(model.arch, spec, seed=recipe.train.seed, device=model.device))
-    else:
-        base = model.weights.checkpoint
-        found = load_adapter(find_adapter(adapter.init_from), model.arch, model.device, base=base)
-        model.use_adapter(found.with_spec(spec))
-
-
-def show_trainable(model: Transformer) -> None:
-    """The table of what will change, on stderr."""
-    table = Table("trained", "rank", "matrices", "parameters", title="What is trained", title_justify="left")
-    if model.lora is None:
-        table.add_row("all weights", "-", str(len(model.trainable.tensors)), f"{model.trainable.num_parameters:,}")
-    else:
-        for target, rank, matrices, parameters in model.lora.table():
-            table.add_row(target, str(rank), f"{matrices:,}", f"{parameters:,}")
-        table.add_row("in all", "", "", f"{model.trainable.num_parameters:,}", style="bold")
-    Console(stderr=True).print(table)
 
 
 def open_stream(recipe: Recipe, datasets: Datasets, say: Callable[[str], None]) -> PackedStream:
@@ -233,15 +182,3 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
         clock=time.perf_counter,
         memory=lambda: peak_bytes(model.device),
     )
-
-
-def save_result(recipe: Recipe, model: Transformer) -> Path:
-    """Write RUN/adapter in PEFT's format, or RUN/model as a checkpoint; returns which."""
-    checkpoint = model.weights.checkpoint.path
-    if model.lora is not None:
-        save_adapter(recipe.output / ADAPTER, model.lora, base_model=recipe.model)
-        return recipe.output / ADAPTER
-    path = recipe.output / MODEL
-    if not path.exists():  # it appears whole, at the end of a run: a finished run that is resumed has it already
-        write_model(path, model, tokenizer_from=checkpoint)
-    return path

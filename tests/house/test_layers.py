@@ -19,6 +19,7 @@ LAYERS = (
     {"model", "data"},
     {"engine", "train"},
     {"rl", "export", "samples"},
+    {"trained"},
     {"sft", "grpo", "evaluate", "batch", "chat", "preview"},
     {"api"},
     {"demo", "web"},
