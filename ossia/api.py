@@ -21,7 +21,7 @@ from ossia.errors import RecipeError
 from ossia.harmony import Effort, Message, Renderer, Vocabulary, conversation_from_messages, parse_completion
 from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice, open_model
 from ossia.model.transformer import Transformer
-from ossia.trained import RunResult
+from ossia.run.trained import RunResult
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,6 +37,7 @@ from ossia.rl.judge import Judge
 from ossia.rl.record import SampleLog
 from ossia.rl.rollout import Asked, Limits, Rollout, Trajectory
 from ossia.rl.tasks import NamedEnv, TaskStream
+from ossia.run.trained import RunResult, make_trainable, save_result, show_trainable
 from ossia.train.events import EventLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, find_start, run_loop
 from ossia.train.optim import AdamW, lr_at
@@ -45,7 +46,6 @@ from ossia.train.schedule import forward_logprobs
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import seed_generators, write_file
 from ossia.train.step import keeps_activations, train_step
-from ossia.trained import RunResult, make_trainable, save_result, show_trainable
 
 
 def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> RunResult:

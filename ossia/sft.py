@@ -28,7 +28,8 @@ from ossia.data.tokenizer import open_vocabulary
 from ossia.model.open import open_model
 from ossia.model.transformer import Transformer
 from ossia.ops.memory import machine_memory
-from ossia.samples import questions_of, record_samples
+from ossia.run.samples import questions_of, record_samples
+from ossia.run.trained import RunResult, make_trainable, save_result, show_trainable
 from ossia.train.events import EventLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, find_start, run_loop
 from ossia.train.optim import AdamW, lr_at
@@ -36,7 +37,6 @@ from ossia.train.report import write_report
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import seed_generators, write_file
 from ossia.train.step import evaluate_loss, keeps_activations, train_step
-from ossia.trained import RunResult, make_trainable, save_result, show_trainable
 
 ROWS_TO_CHECK = 50_000
 

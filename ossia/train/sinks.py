@@ -143,6 +143,7 @@ class TerminalSink:
             self._bar.start()
 
     def write(self, event: Event) -> None:
+        """See Sink."""
         if event["event"] == "eval":
             name, value = ("loss", event.get("eval_loss")) if "eval_loss" in event else ("reward", event["eval_reward"])
             self._held_out = value
