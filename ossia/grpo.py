@@ -145,7 +145,7 @@ class Policy:
         self.number = state["step"]
         self.tasks.load_state(state["tasks"])
         self.samples.cut(state["samples_bytes"])
-        self.alarm = Alarm([tuple(row) for row in state["alarm"]])
+        self.alarm = Alarm(**state["alarm"])
         self.counts = dict(state["counts"])
 
     # --- a step

@@ -34,6 +34,7 @@ _DECIDES = (
     "harmony",
     "model",
     "ops",
+    "run",
     "train",
     "sft.py",
 )  # what the trained weights depend on

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from statistics import fmean
+from typing import Any
 
 WINDOW = 8
 LOST = 0.5  # of the best mean reward
@@ -15,13 +16,14 @@ JUMP, SHORTER = 0.3, 0.6
 class Alarm:
     """Looks at every step's mean reward, the share of groups with any signal, and the mean length of answers."""
 
-    def __init__(self, history: Iterable[tuple[float, float, float]] = ()) -> None:
-        self._history: deque[tuple[float, float, float]] = deque(history, maxlen=2 * WINDOW)
-        self._best = max((fmean(row[0] for row in self._history),), default=0.0) if self._history else 0.0
+    def __init__(self, history: Iterable[Sequence[float]] = (), best: float = 0.0) -> None:
+        """Anew, or with what `state` gave."""
+        self._history: deque[Sequence[float]] = deque(history, maxlen=2 * WINDOW)
+        self._best = best
 
-    def state(self) -> list[tuple[float, float, float]]:
+    def state(self) -> dict[str, Any]:
         """What it remembers, as JSON."""
-        return list(self._history)
+        return {"history": list(self._history), "best": self._best}
 
     def see(self, reward: float, signal_share: float, length: float) -> str | None:
         """Note a step; what is wrong, in words, or None.
@@ -48,7 +50,7 @@ class Alarm:
             )
         return self._hacked(last)
 
-    def _hacked(self, last: list[tuple[float, float, float]]) -> str | None:
+    def _hacked(self, last: Sequence[Sequence[float]]) -> str | None:
         before = list(self._history)[:-WINDOW]
         if len(before) < WINDOW:
             return None
