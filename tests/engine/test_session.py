@@ -14,6 +14,7 @@ from ossia.harmony.vocab import Vocabulary
 from ossia.model.lora import TARGETS
 from ossia.model.transformer import Transformer
 from ossia.ops.moe import Route, route
+from ossia.train.optim import AdamW
 from tests.conftest import MakeTiny
 from tests.engine.support import adapter, random_prompts, recomputed, sample_of
 from tests.engine.test_engine import GREEDY, NARROW, assert_recomputed, sampled
@@ -134,6 +135,32 @@ def test_the_next_token_comes_from_the_adapter_as_it_is_after_an_optimizer_step(
     stale = Transformer(model.weights, lora=adapter(base, *TARGETS))
     old = stale.logits(pack_of([sample_of(prompts[0] + first)]))[-1].float().log_softmax(-1)
     assert abs(after.logprob - float(logits.log_softmax(-1)[after.id])) < abs(after.logprob - float(old[after.id]))
+
+
+def test_a_request_after_an_update_of_the_trainer_is_of_the_new_policy_exactly(tiny: MakeTiny) -> None:
+    base = load(tiny(NARROW), placement="bf16")
+    model = load(tiny(NARROW), placement="bf16", lora=adapter(base, *TARGETS))
+    (prompt,) = random_prompts((30,))
+    session = Engine(model).session()
+    request = Request(prompt, GREEDY, 6)
+
+    def answer() -> list[Token]:
+        number = session.add(request)
+        tokens: list[Token] = []
+        while not session.idle:
+            tokens += [token for token in session.step() if token.request == number]
+        return tokens
+
+    answer()
+    optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for tensor in model.trainable.tensors.values():
+        tensor.grad = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.update(loss=1.0, lr=0.02, clip=None)
+    tokens = answer()
+    ids = [*prompt, *(token.id for token in tokens)]
+    logprobs = model.logits(pack_of([sample_of(ids)])).float().log_softmax(-1)
+    wanted = [float(logprobs[len(prompt) - 1 + i, token.id]) for i, token in enumerate(tokens)]
+    assert [token.logprob for token in tokens] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_random_cancels_pauses_and_resumes_lose_no_block_and_change_no_answer(tiny: MakeTiny) -> None:
