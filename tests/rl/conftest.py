@@ -20,7 +20,7 @@ device: cpu
 adapter: {{rank: 2, targets: [attention, experts]}}
 env: "{rewards}:{env}"
 max_length: 256
-rl: {{prompts: 3, group: 4, max_new: 24, eval_tasks: 2, loss: {loss}{more}}}
+rl: {{prompts: 3, group: 4, max_new: 24, eval_tasks: 2, mask_truncated: false, loss: {loss}{more}}}
 eval: {{every: 2}}
 train: {{steps: {steps}, learning_rate: 1.0e-2, tokens_per_step: 512, tokens_per_pack: 256, save_every: 2, threads: 1}}
 output: {output}

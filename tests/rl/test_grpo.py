@@ -146,7 +146,7 @@ def untouched(rewarded: RecipeFor, tmp_path_factory: pytest.TempPathFactory) -> 
     return outcome(run)
 
 
-@pytest.mark.parametrize(("kind", "number"), [("after an update", 2), ("half a tensor file", 3), ("half an event", 6)])
+@pytest.mark.parametrize(("kind", "number"), [("after an update", 3), ("half a tensor file", 3), ("half an event", 6)])
 def test_a_killed_run_goes_on_in_the_same_bits(
     kind: str, number: int, rewarded: RecipeFor, untouched: tuple[bytes, list, bytes], tmp_path: Path
 ) -> None:
