@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ossia.config import Recipe
+from ossia.data.sources import open_rows
 from ossia.engine import Engine
 from ossia.errors import RunError
 from ossia.harmony.render import Renderer
@@ -32,7 +33,8 @@ from ossia.model.transformer import Transformer
 from ossia.ops.memory import machine_memory
 from ossia.rl.alarm import Alarm
 from ossia.rl.batch import Group, PolicyBatch, PolicyLoss, make_batch, rule_of, score_group
-from ossia.rl.envs import make_env
+from ossia.rl.envs import load_object, make_env
+from ossia.rl.functions import RewardFunctions
 from ossia.rl.judge import Judge
 from ossia.rl.record import SampleLog
 from ossia.rl.rollout import Asked, Limits, Rollout, Trajectory
@@ -60,7 +62,7 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     seed_generators(recipe.train.seed)
     say: Callable[[str], None] = partial(print, file=sys.stderr)
     check_sinks(recipe.log.sinks)
-    envs = [NamedEnv(one.id, make_env(one.id, one.options), one.weight) for one in recipe.env or ()]
+    envs = open_envs(recipe)
     folder, steps = recipe.output, recipe.train.steps
     assert steps is not None
     with EventLog(folder) as log:
@@ -84,6 +86,15 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     trained = save_result(recipe, model)
     say(f"report: {write_report(folder)}")
     return RunResult(folder, result.step, trained)
+
+
+def open_envs(recipe: Recipe) -> list[NamedEnv]:
+    """The recipe's environments, or its reward functions as one. Raises RecipeError, DataError."""
+    if recipe.reward is None:
+        return [NamedEnv(one.id, make_env(one.id, one.options), one.weight) for one in recipe.env or ()]
+    rows = [open_rows(source.path, source.split) for source in recipe.data or ()]
+    functions = {reference.rpartition(":")[2]: load_object(reference) for reference in recipe.reward}
+    return [NamedEnv("reward", RewardFunctions(rows, functions), 1.0)]
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,8 +85,6 @@ class RlConfig(Section):
     """Turns that are judged at once, beside generation."""
     eval_tasks: int = Field(64, ge=0)
     """Held-out tasks answered greedily at each evaluation; 0: none."""
-    jail: Literal["compute", "read", "tools", "weak"] = "compute"
-    """Where code that the model wrote runs: what the jail keeps out, strictest first. `weak` is no boundary."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
