@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ossia.engine.cache import Lane
 from ossia.engine.decode import TorchDecoder
+from ossia.engine.head import Draw, Drawn
 from ossia.model.lora import Lora
 from ossia.model.transformer import Transformer
 
@@ -74,9 +75,9 @@ class GraphDecoder:
             routes_LBk.copy_(captured.routes_LBk[:, :num_rows])
         return captured.out_BD[:num_rows].clone()
 
-    def logits(self, h_BD: Tensor, head_VD: Tensor) -> Tensor:
-        """See `Decoder.logits`."""
-        return self._plain.logits(h_BD, head_VD)
+    def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
+        """See `Decoder.draw`."""
+        return self._plain.draw(h_BD, head_VD, draw)
 
     def _capture(self, size: int, adapter: int, wants_routes: bool) -> _Captured:
         arch, device = self._model.arch, self._model.device

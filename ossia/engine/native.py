@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from ossia.engine.cache import Lane
+from ossia.engine.head import Draw, Drawn
 from ossia.kernels import native
 from ossia.kernels.native import Kernels, Unavailable, load_kernels
 from ossia.model.lora import MODULE_OF, Lora
 from ossia.model.transformer import Transformer
-from ossia.ops.linear import Linear, linear
 from ossia.ops.rope import rope_tables
 
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
-_FEW_ROWS = 8
 _THREAD_PRODUCTS = 4_000_000  # multiplications of a step that are worth a thread
+_HEAD_THREAD_PRODUCTS = 4_000_000  # the same of the head
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
@@ -125,13 +125,11 @@ class NativeDecoder:
             routes_LBk.copy_(routes)
         return out_BD
 
-    def logits(self, h_BD: Tensor, head_VD: Tensor) -> Tensor:
-        """See `Decoder.logits`."""
-        fits = head_VD.dtype in _KINDS and head_VD.is_contiguous()
-        # for few rows the head's bytes are the time; for many, the library's matrix product is faster
-        if len(h_BD) <= _FEW_ROWS and fits:
-            return head_logits(self._kernels, h_BD, head_VD)
-        return linear(h_BD, Linear(head_VD)).float()
+    def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
+        """See `Decoder.draw`: the head's bytes are read once, and logits that nobody wants are never in memory."""
+        num_products = len(h_BD) * head_VD.numel()
+        threads = max(1, min(torch.get_num_threads(), num_products // _HEAD_THREAD_PRODUCTS))
+        return draw_natively(self._kernels, h_BD, head_VD, draw, threads)
 
     def _make_room(self, num_rows: int, threads: int) -> None:
         if (num_rows, threads) != self._sized_for:
@@ -228,26 +226,36 @@ class NativeDecoder:
         return native.Factors(a=self._hold(a.detach()), b=self._hold(turned), rank=a.shape[-2])
 
 
-def head_logits(kernels: Kernels, h_BD: Tensor, head_VD: Tensor) -> Tensor:
-    """`F.linear(h, head).float()`, with the head read once at the speed of memory.
-
-    h_BD     (B, D) on the CPU; its dtype is what logits are rounded to
-    head_VD  (V, D) float32 or bfloat16, contiguous
-    Returns  (B, V) float32; a row doesn't depend on the others
-    """
+def draw_natively(kernels: Kernels, h_BD: Tensor, head_VD: Tensor, draw: Draw, threads: int) -> Drawn:
+    """`draw_plainly` in C, on the CPU: head and hidden states float32 or bfloat16. A row depends on no other one."""
+    num_rows, (vocab, hidden) = len(h_BD), head_VD.shape
     assert head_VD.is_contiguous()
     assert head_VD.device.type == h_BD.device.type == "cpu"
     x_BD = h_BD.detach().float().contiguous()
-    logits_BV = torch.empty(len(h_BD), len(head_VD))
-    kernels.logits(
-        x_BD.data_ptr(),
-        head_VD.data_ptr(),
-        logits_BV.data_ptr(),
-        rows=len(x_BD),
-        hidden=x_BD.shape[1],
-        vocab=len(head_VD),
-        kind=_KINDS[head_VD.dtype],
-        rounds=h_BD.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
+    assert draw.temperature_B.dtype == torch.float32
+    assert draw.uniform_B.dtype == torch.float64
+    place_of = {row: place for place, row in enumerate(draw.left)}
+    logits_LV = torch.empty(len(draw.left), vocab)
+    ids_B, (logprob_B, lse_B) = torch.empty(num_rows, dtype=torch.int64), torch.empty(2, num_rows)
+    workspace = torch.empty(kernels.head_workspace_bytes(num_rows, hidden, vocab, threads) + 64, dtype=torch.uint8)
+    kernels.draw(
+        native.Head(
+            x=x_BD.data_ptr(),
+            weight=head_VD.data_ptr(),
+            temperature=draw.temperature_B.data_ptr(),
+            uniform=draw.uniform_B.data_ptr(),
+            wanted=(ctypes.c_int32 * num_rows)(*(place_of.get(row, -1) for row in range(num_rows))),
+            logits=logits_LV.data_ptr(),
+            ids=ids_B.data_ptr(),
+            logprobs=logprob_B.data_ptr(),
+            sums=lse_B.data_ptr(),
+            workspace=-(-workspace.data_ptr() // 64) * 64,
+            rows=num_rows,
+            hidden=hidden,
+            vocab=vocab,
+            kind=_KINDS[head_VD.dtype],
+            bf16=h_BD.dtype == torch.bfloat16,
+            threads=threads,
+        )
     )
-    return logits_BV
+    return Drawn(ids_B, logprob_B, lse_B, logits_LV)

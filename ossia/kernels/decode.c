@@ -112,7 +112,7 @@ static char *share_out(const Model *m, const Call *c, Shared *s, Private *p, int
     s->low = take(&at, max_of(3 * B, N) * m->max_rank * f);
     for (int t = 0; t < threads; t++) {
         Private mine;
-        mine.expanded = take(&at, TILE_OUTS * max_of(max_of(D, I), max_of(heads, m->num_experts)) * f);
+        mine.expanded = take(&at, scratch_bytes(B, max_of(max_of(D, I), max_of(heads, m->num_experts))));
         mine.scores = take(&at, G * SLOTS * f);
         mine.mixed = take(&at, G * m->head_dim * f), mine.total = take(&at, G * m->head_dim * f);
         mine.order = take(&at, B * 4), mine.token = take(&at, N * 4), mine.pair = take(&at, N * 4);
@@ -226,12 +226,17 @@ static void sort_pairs(Step *s) {
 
 /* ---- A projection: weight, bias and adapter ---- */
 
-static View view_of(const Matrix *m, int expert) {
+/* A matrix's kind, given that the rows it meets are of the activations' dtype. */
+static int kind_of(int kind, int bf16) {
+    return MULTIPLIES_PAIRS && bf16 && kind == BFLOAT16 ? BFLOAT16_PAIRS : kind;
+}
+
+static View view_of(const Matrix *m, int expert, int bf16) {
     const int64_t elements = (int64_t)m->fan_in * m->fan_out, skipped = expert * elements;
     const int64_t stride = bytes_of(m->kind, m->kind == BFLOAT16_COLUMNS ? m->fan_out : m->fan_in);
     const uint8_t *scales = m->kind == MXFP4 ? m->scales + skipped / MX_BLOCK : 0;
     return (View){(const uint8_t *)m->weight + bytes_of(m->kind, skipped), scales, stride, m->fan_in / MX_BLOCK,
-                  m->kind, m->fan_in, 0};
+                  kind_of(m->kind, bf16), m->fan_in, 0};
 }
 
 static Rows some_rows(const float *x, int64_t stride, const int32_t *rows, int first) {
@@ -251,7 +256,7 @@ static void lower(Step *s, int target, const Batch *batch, const float *x, int64
         Part part = part_of(s, (int32_t)f->rank, TILE_OUTS);
         Matrix a = {f->a, 0, 0, m->bf16 ? BFLOAT16 : FLOAT32, m->layers[s->layer].matrix[target].fan_in,
                     (int32_t)f->rank, 0};
-        View view = view_of(&a, run->expert);
+        View view = view_of(&a, run->expert, m->bf16);
         Rows in = some_rows(x, stride, batch->sources, run->first);
         Results out = {low + (int64_t)run->first * m->max_rank, m->max_rank, 0, 0};
         multiply(&view, part.begin, part.end, &in, run->count, &out, s->mine.expanded);
@@ -294,7 +299,7 @@ static void project(Step *s, int target, const Batch *batch, const float *x, con
         int count = 0;
         for (next = i; next < batch->num_runs && batch->runs[next].expert == run->expert; next++)
             count += batch->runs[next].count;
-        const View view = view_of(m, run->expert);
+        const View view = view_of(m, run->expert, s->model->bf16);
         const Rows in = some_rows(m->kind == MXFP4 ? packed : x, stride, batch->sources, run->first);
         const Results out = some_results(y, m->fan_out, batch->targets, run->first, m->interleaved ? half : 0);
         const int ranges = half ? 2 : 1; /* of gates, and of ups; interleaved ones are one range of the matrix */
@@ -363,7 +368,7 @@ static void attend(Step *s, int b, Part heads) {
                     next = at + lane->block - at % lane->block;
                     next = next < end ? next : end;
                     const uint8_t *slots = (const uint8_t *)lane->pool + slot_of(lane, table, at) * slot_bytes;
-                    const View keys = {slots + head * d * size, 0, slot_bytes, 0, kind, d, 0};
+                    const View keys = {slots + head * d * size, 0, slot_bytes, 0, kind_of(kind, bf16), d, 0};
                     const View values = {keys.weight + kv * size, 0, slot_bytes, 0, kind, (int32_t)(next - at), 0};
                     if (pass == 0) {
                         multiply(&keys, 0, (int)(next - at), &(Rows){q + head * G * d, d, 0}, G,
@@ -523,18 +528,4 @@ void ossia_decode(const Model *m, const Call *c) {
     }
 }
 
-/* Logits (B, V) of rows x (B, D) under a head (V, D) of FLOAT32 or BFLOAT16; `rounds`: to bfloat16, as torch's are. */
-void ossia_logits(const float *x, const void *head, float *logits, int32_t rows, int32_t hidden, int32_t vocab,
-                  int32_t kind, int32_t rounds, int32_t threads) {
-    const Matrix matrix = {head, 0, 0, kind, hidden, vocab, 0};
-    const View view = view_of(&matrix, 0);
-#pragma omp parallel num_threads(threads)
-    {
-        const Step s = {.thread = omp_get_thread_num(), .threads = omp_get_num_threads()};
-        const Part part = part_of(&s, vocab, MX_BLOCK);
-        float scratch[TILE_OUTS * hidden];
-        multiply(&view, part.begin, part.end, &(Rows){x, hidden, 0}, rows, &(Results){logits, vocab, 0, 0}, scratch);
-        for (int r = 0; r < rows; r++)
-            round_range(rounds, logits + r * (int64_t)vocab + part.begin, part.end - part.begin);
-    }
-}
+#include "head.h"

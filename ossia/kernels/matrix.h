@@ -15,6 +15,11 @@ enum { LANES = 16, TILE_ROWS = 4 };
 #else
 enum { LANES = 8, TILE_ROWS = 2 };
 #endif
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+enum { MULTIPLIES_PAIRS = 1 }; /* of bfloat16, into sums of 32 bits */
+#else
+enum { MULTIPLIES_PAIRS = 0 };
+#endif
 enum { TILE_OUTS = 4, AXPY_VECTORS = 2, MX_BLOCK = 32, EXPAND_ABOVE = 2 * TILE_ROWS };
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
@@ -30,7 +35,9 @@ typedef float Vu __attribute__((vector_size(4 * LANES), may_alias, aligned(1)));
 typedef uint16_t Hu __attribute__((vector_size(2 * LANES), may_alias, aligned(1)));
 typedef uint8_t Bu __attribute__((vector_size(LANES), may_alias, aligned(1)));
 
-enum { FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS }; /* how a matrix lies in memory; columns: (in, out) */
+/* How a matrix lies in memory; columns: (in, out). Pairs: as BFLOAT16, and the rows it meets hold bfloat16 values too:
+   products of such are exact in float32, and a machine that multiplies pairs of them needs half the instructions. */
+enum { FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS, BFLOAT16_PAIRS };
 
 /* ---- Vectors ---- */
 
@@ -92,6 +99,33 @@ INLINE V sum_each(V a, V b, V c, V d) {
     return SHUFFLE(a, a, 0, 2, 4, 6, 0, 2, 4, 6) + SHUFFLE(a, a, 1, 3, 5, 7, 1, 3, 5, 7);
 #endif
 }
+
+/* The sums of four times four vectors, added in the same order as `sum_each` adds: a lane for each. Of two vectors one
+   half each is blended and the others are shuffled into their places: half as many shuffles as bringing both there. */
+#if defined(__AVX512F__)
+INLINE V sum_sixteen(V sum[4][4]) {
+    V by8[8], by4[4], by2[2];
+    UNROLL for (int i = 0; i < 8; i++) { /* row i / 4 * 2 in the lower half, the next in the upper one */
+        const V a = sum[i / 4 * 2][i % 4], b = sum[i / 4 * 2 + 1][i % 4];
+        by8[i] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31) +
+                 SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+    }
+    UNROLL for (int i = 0; i < 4; i++) { /* rows 0 2 1 3 in the quarters */
+        const V a = by8[i], b = by8[i + 4];
+        by4[i] = SHUFFLE(a, b, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31) +
+                 SHUFFLE(a, b, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+    }
+    UNROLL for (int i = 0; i < 2; i++) { /* outs i, i + 2 in a quarter's pairs */
+        const V a = by4[i], b = by4[i + 2];
+        by2[i] = SHUFFLE(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31) +
+                 SHUFFLE(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
+    }
+    return SHUFFLE(by2[0], by2[1], 0, 17, 2, 19, 8, 25, 10, 27, 4, 21, 6, 23, 12, 29, 14, 31) +
+           SHUFFLE(by2[0], by2[1], 1, 16, 3, 18, 9, 24, 11, 26, 5, 20, 7, 22, 13, 28, 15, 30);
+}
+#else
+INLINE V sum_sixteen(V sum[TILE_ROWS][4]) { return sum[0][0]; } /* a tile has fewer here */
+#endif
 
 static const float MX_VALUES[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
 
@@ -176,6 +210,26 @@ static void pack_row(float *packed, const float *x, int count) {
         }
 }
 
+/* Products of a tile's elements i .. i + 2 LANES - 1, its rows being bfloat16 too; where not `whole`, of `count`. */
+#if defined(__AVX512BF16__) && defined(__AVX512BW__)
+INLINE void add_pairs(const int rows, const int whole, const uint8_t *const *weight, const float *const *x, int i,
+                      int count, V sum[TILE_ROWS][TILE_OUTS]) {
+    const __mmask32 some = whole ? ~(__mmask32)0 : ((__mmask32)1 << count) - 1;
+    __m512bh value[TILE_OUTS];
+    UNROLL for (int j = 0; j < TILE_OUTS; j++)
+        value[j] = (__m512bh)_mm512_maskz_loadu_epi16(some, (const uint16_t *)weight[j] + i);
+    UNROLL for (int r = 0; r < rows; r++) {
+        const __m512bh xs = (__m512bh)_mm512_maskz_loadu_epi16(some, (const uint16_t *)x[r] + i);
+        UNROLL for (int j = 0; j < TILE_OUTS; j++) sum[r][j] = (V)_mm512_dpbf16_ps((__m512)sum[r][j], value[j], xs);
+    }
+}
+#else
+INLINE void add_pairs(const int rows, const int whole, const uint8_t *const *weight, const float *const *x, int i,
+                      int count, V sum[TILE_ROWS][TILE_OUTS]) {
+    (void)rows, (void)whole, (void)weight, (void)x, (void)i, (void)count, (void)sum; /* no matrix is of this kind here */
+}
+#endif
+
 /* Results o .. o + TILE_OUTS - 1 of `rows` rows from the `first` on. Constant arguments make it many functions. */
 INLINE void dot_tile(const int kind, const int rows, const View *w, int o, int end, const Rows *in, int first,
                      const Results *out) {
@@ -187,8 +241,14 @@ INLINE void dot_tile(const int kind, const int rows, const View *w, int o, int e
         weight[j] = w->weight + from * w->stride;
         scales[j] = w->scales + from * w->scale_stride;
     }
-    UNROLL for (int r = 0; r < rows; r++) x[r] = row_of(in, first + r);
+    UNROLL for (int r = 0; r < rows && kind != BFLOAT16_PAIRS; r++) x[r] = row_of(in, first + r);
     int i = 0;
+    if (kind == BFLOAT16_PAIRS) {
+        UNROLL for (int r = 0; r < rows; r++) x[r] = (const float *)((const uint16_t *)in->x + (first + r) * in->stride);
+        for (; i + 2 * LANES <= w->fan_in; i += 2 * LANES) add_pairs(rows, 1, weight, x, i, 0, sum);
+        if (i < w->fan_in) add_pairs(rows, 0, weight, x, i, w->fan_in - i, sum);
+        i = w->fan_in;
+    }
     for (; i + MX_BLOCK <= w->fan_in; i += MX_BLOCK) {
         V table[TILE_OUTS][16 / LANES];
         if (kind == MXFP4)
@@ -215,11 +275,18 @@ INLINE void dot_tile(const int kind, const int rows, const View *w, int o, int e
                 UNROLL for (int r = 0; r < rows; r++)
                     sum[r][j] += value * load_some(FLOAT32, x[r], i, w->fan_in - i);
             }
+    const V all = rows == 4 ? sum_sixteen(sum) : (V){0};
     UNROLL for (int r = 0; r < rows; r++) {
-        V sums = sum_each(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+        float sums[TILE_OUTS];
+        if (rows == 4) {
+            memcpy(sums, (const float *)&all + r * TILE_OUTS, sizeof sums);
+        } else {
+            const V mine = sum_each(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+            memcpy(sums, &mine, sizeof sums);
+        }
         float *y = result_of(out, first + r);
         if (!out->half && o + TILE_OUTS <= end)
-            memcpy(y + o, &sums, sizeof(float) * TILE_OUTS);
+            memcpy(y + o, sums, sizeof sums);
         else
             for (int j = 0; j < TILE_OUTS && o + j < end; j++) y[place(out->half, o + j)] = sums[j];
     }
@@ -288,8 +355,10 @@ typedef void (*Tile)(const View *, int, int, const Rows *, int, const Results *)
 #define TILES(name, kind) TILE(name, kind, 1) TILE(name, kind, 2)
 #define NAMES(name, kind) {name##_##kind##_1, name##_##kind##_2}
 #endif
-TILES(dot, FLOAT32) TILES(dot, BFLOAT16) TILES(dot, MXFP4) TILES(axpy, FLOAT32) TILES(axpy, BFLOAT16)
-static const Tile DOT_TILES[][TILE_ROWS] = {NAMES(dot, FLOAT32), NAMES(dot, BFLOAT16), NAMES(dot, MXFP4)};
+TILES(dot, FLOAT32) TILES(dot, BFLOAT16) TILES(dot, MXFP4) TILES(dot, BFLOAT16_PAIRS)
+TILES(axpy, FLOAT32) TILES(axpy, BFLOAT16)
+static const Tile DOT_TILES[][TILE_ROWS] = {NAMES(dot, FLOAT32), NAMES(dot, BFLOAT16), NAMES(dot, MXFP4), {0},
+                                            NAMES(dot, BFLOAT16_PAIRS)};
 static const Tile AXPY_TILES[][TILE_ROWS] = {NAMES(axpy, FLOAT32), NAMES(axpy, BFLOAT16)};
 
 static void all_rows(const Tile *tiles, const View *w, int o, int end, const Rows *in, int count, const Results *out) {
@@ -312,12 +381,30 @@ static void fetch_ahead(const View *w, int o, int end) {
         __builtin_prefetch(w->weight + at);
 }
 
-/* Results begin .. end - 1 of `count` rows, without bias. scratch: TILE_OUTS * fan_in floats. */
+/* Rows that hold bfloat16 values, as such, one after the other. */
+static void narrow(const Rows *in, int count, int fan_in, uint16_t *narrowed) {
+    for (int r = 0; r < count; r++, narrowed += fan_in) {
+        const float *x = row_of(in, r);
+        for (int i = 0; i < fan_in; i++) narrowed[i] = (uint16_t)(as_bits(x[i]) >> 16);
+    }
+}
+
+/* Bytes of `multiply`'s scratch. */
+static int64_t scratch_bytes(int64_t rows, int64_t fan_in) {
+    return fan_in * (rows * 2 > TILE_OUTS * 4 ? rows * 2 : TILE_OUTS * 4);
+}
+
+/* Results begin .. end - 1 of `count` rows, without bias. */
 static void multiply(const View *w, int begin, int end, const Rows *in, int count, const Results *out, float *scratch) {
     if (w->kind == BFLOAT16_COLUMNS) return multiply_columns(w, begin, end, in, count, out);
+    const Rows narrowed = {scratch, w->fan_in, 0};
+    if (w->kind == BFLOAT16_PAIRS) {
+        narrow(in, count, w->fan_in, (uint16_t *)scratch);
+        in = &narrowed;
+    }
     for (int o = begin; o < end; o += TILE_OUTS) {
         fetch_ahead(w, o + TILE_OUTS, end);
-        if (count <= EXPAND_ABOVE || w->kind == FLOAT32) {
+        if (count <= EXPAND_ABOVE || w->kind == FLOAT32 || w->kind == BFLOAT16_PAIRS) {
             all_rows(DOT_TILES[w->kind], w, o, end, in, count, out);
             continue;
         }
