@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -27,11 +27,19 @@ from ossia.ops.linear import linear
 from ossia.ops.moe import Expert, clamped_swiglu_only, combine, project, route
 from ossia.ops.rope import rope_tables
 
+if TYPE_CHECKING:
+    from ossia.engine.prefill import Prompt
+
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
 
 
 class Decoder(Protocol):
-    """What a session decodes with."""
+    """What a session decodes with.
+
+    reads_prompts  whether `read` can be called; else prompts go through the training forward
+    """
+
+    reads_prompts: bool
 
     def refresh(self) -> None:
         """Weights or adapters have changed, as an optimizer changes them: read them again."""
@@ -46,6 +54,14 @@ class Decoder(Protocol):
         adapter_B   which adapter each row uses
         routes_LBk  int16, filled with the experts chosen in every layer
         Returns     (B, D): the last layer's output, before the final norm. Keys and values are in the cache.
+        """
+
+    def read(self, x_TD: Tensor, parts: Sequence[tuple[Prompt, int]], routes_LTk: Tensor | None = None) -> Tensor:
+        """The next so many tokens of each prompt, which has blocks for them, into the cache.
+
+        x_TD        their embeddings, one prompt after the other
+        routes_LTk  int16, filled with the experts chosen; in the last layer of each prompt's last token alone
+        Returns     (S, D): the last layer's output of each prompt's last token, before the final norm
         """
 
     def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
@@ -79,6 +95,8 @@ class TorchDecoder:
     grouped   experts in one grouped matmul instead of one by one as they are chosen; None: on a GPU, where waiting for
               the list of the chosen would cost more. Packed experts are always taken one by one.
     """
+
+    reads_prompts = False
 
     def __init__(
         self,
@@ -114,6 +132,10 @@ class TorchDecoder:
             if routes_LBk is not None and routes is not None:
                 routes_LBk[:, row_B] = routes
         return out_BD
+
+    def read(self, x_TD: Tensor, parts: Sequence[tuple[Prompt, int]], routes_LTk: Tensor | None = None) -> Tensor:
+        """Never called."""
+        raise AssertionError("prompts go through the training forward")
 
     def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
         """See `Decoder.draw`."""

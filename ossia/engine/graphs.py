@@ -18,6 +18,7 @@ from torch import Tensor
 from ossia.engine.cache import Lane
 from ossia.engine.decode import TorchDecoder
 from ossia.engine.head import Draw, Drawn
+from ossia.engine.prefill import Prompt
 from ossia.model.lora import Lora
 from ossia.model.transformer import Transformer
 
@@ -37,6 +38,8 @@ class _Captured:
 
 class GraphDecoder:
     """`TorchDecoder` on a CUDA device, captured. The model's experts are expanded (see `keeps_experts`)."""
+
+    reads_prompts = False
 
     def __init__(self, model: Transformer, lanes: Sequence[Lane], adapters: Sequence[Lora | None]) -> None:
         self._model, self._plain, self._lanes = model, TorchDecoder(model, lanes, adapters), tuple(lanes)
@@ -74,6 +77,10 @@ class GraphDecoder:
         if routes_LBk is not None and captured.routes_LBk is not None:
             routes_LBk.copy_(captured.routes_LBk[:, :num_rows])
         return captured.out_BD[:num_rows].clone()
+
+    def read(self, x_TD: Tensor, parts: Sequence[tuple[Prompt, int]], routes_LTk: Tensor | None = None) -> Tensor:
+        """Never called."""
+        return self._plain.read(x_TD, parts, routes_LTk)
 
     def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
         """See `Decoder.draw`."""

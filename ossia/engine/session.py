@@ -86,7 +86,7 @@ class Session:
         others = [Transformer(model.weights, lora=lora, backend=model.backend) for lora in adapters.values()]
         self._models = [model, *others]
         self._adapter_of: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(adapters, start=1)}}
-        self._prefill = Prefill(self._models, cache)
+        self._prefill = Prefill(self._models, cache, decoder)
         self._trained = list(
             {id(t): t for one in self._models for t in one.trainable.tensors.values()}.values()
         )  # fmt: skip

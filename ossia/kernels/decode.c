@@ -1,4 +1,5 @@
-/* One new token of each running sequence through all layers of a gpt-oss model, on the CPU, in one call.
+/* One new token of each running sequence through all layers of a gpt-oss model, on the CPU, in one call; or the next
+ * tokens of some prompts, a row each, with which the same is done.
  *
  * In plain torch a decode step is some thirty-five small operators a layer, and on a small model their number is its
  * time. Here a step is one parallel region, whose threads meet where a stage needs all of the one before it. Weights
@@ -65,6 +66,9 @@ typedef struct {
     const Lane *lanes;      /* one a layer */
     int16_t *routes;        /* (layers, B, k) chosen experts, out; or null */
     char *workspace;        /* of ossia_workspace bytes, aligned to 64 */
+    /* of prompts, else null: each row's sequence, a row of the tables, and the first row of its tokens, which lie side
+       by side and have not been in the cache before; then only each sequence's last row is wanted in `out` */
+    const int32_t *sequence, *first;
     int32_t rows, threads;
 } Call;
 
@@ -88,7 +92,7 @@ typedef struct { /* one thread's */
     float *expanded, *scores, *mixed, *total;
     int32_t *order, *token, *pair, *count; /* rows by adapter; row of each of N; N of each choice; of each expert */
     Run *rows, *own, *pairs;               /* runs of all rows, of this thread's, and of N */
-    int32_t num_rows, num_own, num_pairs;
+    int32_t num_order, num_rows, num_own, num_pairs;
 } Private;
 
 static void *take(char **at, int64_t bytes) {
@@ -123,6 +127,9 @@ static char *share_out(const Model *m, const Call *c, Shared *s, Private *p, int
     }
     return at;
 }
+
+/* Whether this machine multiplies pairs of bfloat16: then codes are as fast to multiply by as what they stand for. */
+int32_t ossia_multiplies_pairs(void) { return MULTIPLIES_PAIRS; }
 
 /* Bytes of workspace for a step of this many rows and threads. */
 int64_t ossia_workspace(const Model *m, int32_t rows, int32_t threads) {
@@ -191,13 +198,20 @@ static int32_t runs_of(const Step *s, Part part, Run *runs) {
     return num_runs;
 }
 
-static void sort_rows(Step *s) {
-    const int B = s->call->rows;
-    for (int adapter = 0, at = 0; adapter < s->model->num_adapters; adapter++)
-        for (int b = 0; b < B; b++)
-            if (s->call->adapters[b] == adapter) s->mine.order[at++] = b;
-    s->mine.num_rows = runs_of(s, (Part){0, B}, s->mine.rows);
-    s->mine.num_own = runs_of(s, part_of(s, B, 1), s->mine.own);
+static int is_last(const Call *c, int b) {
+    return !c->sequence || b + 1 == c->rows || c->sequence[b + 1] != c->sequence[b];
+}
+
+/* The rows that go on, by adapter; `last`: only the last of each sequence. Returns this thread's share of them. */
+static Part sort_rows(Step *s, int last) {
+    int count = 0;
+    for (int adapter = 0; adapter < s->model->num_adapters; adapter++)
+        for (int b = 0; b < s->call->rows; b++)
+            if (s->call->adapters[b] == adapter && (!last || is_last(s->call, b))) s->mine.order[count++] = b;
+    s->mine.num_order = count;
+    s->mine.num_rows = runs_of(s, (Part){0, count}, s->mine.rows);
+    s->mine.num_own = runs_of(s, part_of(s, count, 1), s->mine.own);
+    return part_of(s, count, 1);
 }
 
 /* Pairs (row, chosen expert) sorted by expert, then adapter, in runs. Each thread does it for itself. */
@@ -205,10 +219,11 @@ static void sort_pairs(Step *s) {
     const int k = s->model->top_k, num_experts = s->model->num_experts;
     Private *mine = &s->mine;
     memset(mine->count, 0, sizeof(int32_t) * (size_t)(num_experts + 1));
-    for (int n = 0; n < s->call->rows * k; n++) mine->count[s->shared.chosen[n] + 1]++;
+    for (int i = 0; i < mine->num_order; i++)
+        for (int n = mine->order[i] * k; n < (mine->order[i] + 1) * k; n++) mine->count[s->shared.chosen[n] + 1]++;
     for (int e = 0; e < num_experts; e++) mine->count[e + 1] += mine->count[e];
     mine->num_pairs = 0;
-    for (int i = 0; i < s->call->rows; i++)
+    for (int i = 0; i < mine->num_order; i++)
         for (int n = mine->order[i] * k; n < (mine->order[i] + 1) * k; n++) {
             mine->pair[n] = mine->count[s->shared.chosen[n]]++;
             mine->token[mine->pair[n]] = mine->order[i];
@@ -228,13 +243,14 @@ static void sort_pairs(Step *s) {
 
 /* A matrix's kind, given that the rows it meets are of the activations' dtype. */
 static int kind_of(int kind, int bf16) {
-    return MULTIPLIES_PAIRS && bf16 && kind == BFLOAT16 ? BFLOAT16_PAIRS : kind;
+    if (!MULTIPLIES_PAIRS || !bf16) return kind;
+    return kind == BFLOAT16 ? BFLOAT16_PAIRS : kind == MXFP4 ? MXFP4_PAIRS : kind;
 }
 
 static View view_of(const Matrix *m, int expert, int bf16) {
     const int64_t elements = (int64_t)m->fan_in * m->fan_out, skipped = expert * elements;
     const int64_t stride = bytes_of(m->kind, m->kind == BFLOAT16_COLUMNS ? m->fan_out : m->fan_in);
-    const uint8_t *scales = m->kind == MXFP4 ? m->scales + skipped / MX_BLOCK : 0;
+    const uint8_t *scales = is_mxfp4(m->kind) ? m->scales + skipped / MX_BLOCK : 0;
     return (View){(const uint8_t *)m->weight + bytes_of(m->kind, skipped), scales, stride, m->fan_in / MX_BLOCK,
                   kind_of(m->kind, bf16), m->fan_in, 0};
 }
@@ -300,7 +316,7 @@ static void project(Step *s, int target, const Batch *batch, const float *x, con
         for (next = i; next < batch->num_runs && batch->runs[next].expert == run->expert; next++)
             count += batch->runs[next].count;
         const View view = view_of(m, run->expert, s->model->bf16);
-        const Rows in = some_rows(m->kind == MXFP4 ? packed : x, stride, batch->sources, run->first);
+        const Rows in = some_rows(view.kind == MXFP4 ? packed : x, stride, batch->sources, run->first);
         const Results out = some_results(y, m->fan_out, batch->targets, run->first, m->interleaved ? half : 0);
         const int ranges = half ? 2 : 1; /* of gates, and of ups; interleaved ones are one range of the matrix */
         if (m->interleaved)
@@ -333,45 +349,83 @@ static int64_t slot_of(const Lane *lane, const int32_t *table, int64_t place) {
     return (int64_t)table[place / lane->block] * lane->block + place % lane->block;
 }
 
-/* Row b's queries of key-value heads `heads` over its cache, the new token's own keys and values written first. SLOTS
-   slots share a maximum, and weights are rounded before they meet the values, as in torch's flash attention. The sink
-   comes last: a head's output is shrunk by the share of its softmax that isn't the sink's. */
+typedef struct { View keys, values; int64_t next; } Stretch; /* what lies side by side, up to position `next` */
+
+/* Keys and values of row b's sequence from position `at` on. A decode step's own are in the cache, whose ring is read as
+   it lies: `at` is a place in it. Of a prompt, those of this call are still where they were computed, in floats. */
+static Stretch stretch_of(const Step *s, int b, int head, int64_t at, int64_t end) {
+    const Model *m = s->model;
+    const Call *c = s->call;
+    const Lane *lane = c->lanes + s->layer;
+    const int64_t kv = (int64_t)m->num_kv_heads * m->head_dim, size = m->bf16 ? 2 : 4, slot_bytes = 2 * kv * size;
+    const int d = m->head_dim, kind = m->bf16 ? BFLOAT16 : FLOAT32;
+    if (c->first && at >= c->positions[c->first[b]]) {
+        const int64_t row = c->first[b] + at - c->positions[c->first[b]], B = c->rows;
+        const float *k = s->shared.qkv + B * m->num_heads * d + row * kv + head * d;
+        return (Stretch){{(const uint8_t *)k, 0, 4 * kv, 0, FLOAT32, d, 0},
+                         {(const uint8_t *)(k + B * kv), 0, 4 * kv, 0, FLOAT32, (int32_t)(end - at), 0}, end};
+    }
+    const int64_t place = c->first && lane->window ? at % lane->window : at;
+    const int32_t *table = lane->table + (int64_t)(c->sequence ? c->sequence[b] : b) * lane->table_width;
+    int64_t next = at + lane->block - place % lane->block;
+    if (c->first && next > c->positions[c->first[b]]) next = c->positions[c->first[b]];
+    if (next > end) next = end;
+    const uint8_t *slots = (const uint8_t *)lane->pool + slot_of(lane, table, place) * slot_bytes + head * d * size;
+    return (Stretch){{slots, 0, slot_bytes, 0, kind_of(kind, m->bf16), d, 0},
+                     {slots + kv * size, 0, slot_bytes, 0, kind, (int32_t)(next - at), 0}, next};
+}
+
+/* Row b's new keys and values of some key-value heads into the cache. Keys are turned already. */
+static void keep(const Step *s, int b, Part heads) {
+    const Model *m = s->model;
+    const Lane *lane = s->call->lanes + s->layer;
+    const int64_t position = s->call->positions[b], d = m->head_dim, kv = m->num_kv_heads * d, B = s->call->rows;
+    const int32_t *table = lane->table + (int64_t)(s->call->sequence ? s->call->sequence[b] : b) * lane->table_width;
+    const int64_t slot = slot_of(lane, table, lane->window ? position % lane->window : position);
+    const float *k = s->shared.qkv + B * m->num_heads * d + b * kv, *v = k + B * kv;
+    const int64_t from = heads.begin * d;
+    const int count = (int)((heads.end - heads.begin) * d);
+    store(m->bf16, lane->pool, slot * 2 * kv + from, k + from, count);
+    store(m->bf16, lane->pool, slot * 2 * kv + kv + from, v + from, count);
+}
+
+/* Turn a row's keys by its position. */
+static void turn_keys(const Step *s, int b, Part heads) {
+    const Model *m = s->model;
+    const int64_t d = m->head_dim, position = s->call->positions[b];
+    float *k = s->shared.qkv + (int64_t)s->call->rows * m->num_heads * d + (int64_t)b * m->num_kv_heads * d;
+    for (int head = heads.begin; head < heads.end; head++)
+        rotate(m->bf16, k + head * d, s->call->cos + position * (d / 2), s->call->sin + position * (d / 2), (int)d / 2);
+}
+
+/* Row b's queries of key-value heads `heads` over its sequence. SLOTS slots share a maximum, and weights are rounded
+   before they meet the values, as in torch's flash attention. The sink comes last: a head's output is shrunk by the
+   share of its softmax that isn't the sink's. */
 static void attend(Step *s, int b, Part heads) {
     const Model *m = s->model;
     const Lane *lane = s->call->lanes + s->layer;
-    const int bf16 = m->bf16, d = m->head_dim, G = m->num_heads / m->num_kv_heads, size = bf16 ? 2 : 4;
-    const int kind = bf16 ? BFLOAT16 : FLOAT32;
-    const int64_t position = s->call->positions[b], kv = (int64_t)m->num_kv_heads * d, B = s->call->rows;
+    const int bf16 = m->bf16, d = m->head_dim, G = m->num_heads / m->num_kv_heads;
+    const int64_t position = s->call->positions[b];
     const int64_t used = lane->window && position >= lane->window ? lane->window : position + 1;
-    const int64_t slot_bytes = 2 * kv * size;
+    const int64_t begin = s->call->first ? position + 1 - used : 0, stop = begin + used;
     const float *cos = s->call->cos + position * (d / 2), *sin = s->call->sin + position * (d / 2);
     const float *sinks = m->layers[s->layer].sinks;
-    float *q = s->shared.qkv + (int64_t)b * m->num_heads * d;
-    float *k = s->shared.qkv + B * m->num_heads * d + b * kv, *v = k + B * kv;
-    float *scores = s->mine.scores, *mixed = s->mine.mixed;
-    const int32_t *table = lane->table + (int64_t)b * lane->table_width;
-    const int64_t new_slot = slot_of(lane, table, lane->window ? position % lane->window : position);
+    float *q = s->shared.qkv + (int64_t)b * m->num_heads * d, *scores = s->mine.scores, *mixed = s->mine.mixed;
     for (int head = heads.begin; head < heads.end; head++) {
         float top[G], sum[G], *total = s->mine.total;
-        rotate(bf16, k + head * d, cos, sin, d / 2);
-        store(bf16, lane->pool, new_slot * 2 * kv + head * d, k + head * d, d);
-        store(bf16, lane->pool, new_slot * 2 * kv + kv + head * d, v + head * d, d);
         for (int g = 0; g < G; g++) {
             rotate(bf16, q + (head * G + g) * d, cos, sin, d / 2);
             top[g] = -INFINITY, sum[g] = 0.f;
         }
         memset(total, 0, sizeof(float) * (size_t)(G * d));
-        for (int64_t from = 0, end; from < used; from = end) {
-            end = from + SLOTS < used ? from + SLOTS : used;
+        for (int64_t from = begin, end; from < stop; from = end) {
+            end = from + SLOTS < stop ? from + SLOTS : stop;
             for (int pass = 0; pass < 2; pass++) /* scores from the keys, then the values' sum; block by block */
                 for (int64_t at = from, next; at < end; at = next) {
-                    next = at + lane->block - at % lane->block;
-                    next = next < end ? next : end;
-                    const uint8_t *slots = (const uint8_t *)lane->pool + slot_of(lane, table, at) * slot_bytes;
-                    const View keys = {slots + head * d * size, 0, slot_bytes, 0, kind_of(kind, bf16), d, 0};
-                    const View values = {keys.weight + kv * size, 0, slot_bytes, 0, kind, (int32_t)(next - at), 0};
+                    const Stretch found = stretch_of(s, b, head, at, end);
+                    next = found.next;
                     if (pass == 0) {
-                        multiply(&keys, 0, (int)(next - at), &(Rows){q + head * G * d, d, 0}, G,
+                        multiply(&found.keys, 0, (int)(next - at), &(Rows){q + head * G * d, d, 0}, G,
                                  &(Results){scores + (at - from), SLOTS, 0, 0}, s->mine.expanded);
                         for (int g = 0; g < G && next == end; g++) {
                             float shrink = soften(bf16, scores + g * SLOTS, (int)(end - from), 1.f / sqrtf((float)d),
@@ -379,7 +433,7 @@ static void attend(Step *s, int b, Part heads) {
                             for (int i = 0; i < d; i++) total[g * d + i] *= shrink;
                         }
                     } else {
-                        multiply_columns(&values, 0, d, &(Rows){scores + (at - from), SLOTS, 0}, G,
+                        multiply_columns(&found.values, 0, d, &(Rows){scores + (at - from), SLOTS, 0}, G,
                                          &(Results){mixed, d, 0, 0});
                         for (int i = 0; i < G * d; i++) total[i] += mixed[i];
                     }
@@ -391,6 +445,38 @@ static void attend(Step *s, int b, Part heads) {
             for (int i = 0; i < d; i++) out[i] = rounded(bf16, rounded(bf16, total[g * d + i] / sum[g]) * share);
         }
     }
+}
+
+/* Attention of all rows that go on. Those of a prompt see each other's keys, which therefore are turned before; and the
+   ring keeps what it has until all have read it, and then no more of them than it has room for. */
+static Part attend_all(Step *s, Part rows) {
+    const Model *m = s->model;
+    const Call *c = s->call;
+    const Part all = {0, m->num_kv_heads};
+    if (!c->first) {
+        const int parts = c->rows < s->threads ? m->num_kv_heads : 1; /* of a row: its heads lie side by side */
+        for (int unit = s->thread; unit < c->rows * parts; unit += s->threads) {
+            const int b = unit / parts, begin = unit % parts;
+            const Part heads = parts == 1 ? all : (Part){begin, begin + 1};
+            turn_keys(s, b, heads);
+            keep(s, b, heads);
+            attend(s, b, heads);
+        }
+        wait_for_all(s);
+        return rows;
+    }
+    const Part every = part_of(s, c->rows, 1);
+    for (int b = every.begin; b < every.end; b++) turn_keys(s, b, all);
+    if (s->layer == m->num_layers - 1) rows = sort_rows(s, 1);
+    wait_for_all(s);
+    for (int i = s->thread; i < s->mine.num_order; i += s->threads) attend(s, s->mine.order[i], all);
+    wait_for_all(s);
+    const int64_t window = c->lanes[s->layer].window;
+    for (int b = every.begin, last = b; b < every.end; b++) {
+        for (last = last < b ? b : last; !is_last(c, last);) last++;
+        if (!window || last - b < window) keep(s, b, all);
+    }
+    return rows;
 }
 
 /* The experts of a row, and their softmax. */
@@ -419,11 +505,11 @@ static void combine(Step *s, int b) {
 
 /* ---- A layer, and a step ---- */
 
-static void attention_part(Step *s, const Layer *layer, Part rows) {
+static Part attention_part(Step *s, const Layer *layer, Part rows) {
     const Model *m = s->model;
     Shared *a = &s->shared;
     const int64_t B = s->call->rows, D = m->hidden, d = m->head_dim;
-    const Batch batch = {s->mine.order, s->mine.order, s->mine.rows, s->mine.num_rows};
+    Batch batch = {s->mine.order, s->mine.order, s->mine.rows, s->mine.num_rows};
     float *results[] = {a->qkv, a->qkv + B * m->num_heads * d, a->qkv + B * (m->num_heads + m->num_kv_heads) * d};
     float *low[] = {a->low, a->low + B * m->max_rank, a->low + 2 * B * m->max_rank};
     for (int i = rows.begin; i < rows.end; i++) {
@@ -438,13 +524,10 @@ static void attention_part(Step *s, const Layer *layer, Part rows) {
     for (int target = Q; target <= V_; target++)
         project(s, target, &batch, a->normed, 0, D, low[target], results[target]);
     wait_for_all(s);
-    const int parts = B < s->threads ? m->num_kv_heads : 1; /* of a row: its heads lie side by side in the cache */
-    for (int unit = s->thread; unit < B * parts; unit += s->threads) {
-        const int begin = unit % parts;
-        attend(s, unit / parts, parts == 1 ? (Part){0, m->num_kv_heads} : (Part){begin, begin + 1});
-    }
-    wait_for_all(s);
+    rows = attend_all(s, rows);
+    batch.num_runs = s->mine.num_rows;
     project_all(s, O, &batch, a->attended, 0, m->num_heads * d, a->y);
+    return rows;
 }
 
 /* This thread's rows through the router: which experts, and their shares. */
@@ -452,7 +535,7 @@ static void route(Step *s, const Layer *layer, Part rows) {
     const Model *m = s->model;
     Shared *a = &s->shared;
     const int64_t D = m->hidden, k = m->top_k;
-    const int packs = layer->matrix[GATE_UP].kind == MXFP4;
+    const int packs = kind_of(layer->matrix[GATE_UP].kind, m->bf16) == MXFP4;
     for (int i = rows.begin; i < rows.end; i++) {
         const int64_t b = s->mine.order[i];
         for (int j = 0; j < D; j++) a->x[b * D + j] = rounded(m->bf16, a->x[b * D + j] + a->y[b * D + j]);
@@ -476,7 +559,7 @@ static void route(Step *s, const Layer *layer, Part rows) {
 static void experts_part(Step *s, const Layer *layer, Part rows) {
     const Model *m = s->model;
     Shared *a = &s->shared;
-    const int I = m->width, N = s->call->rows * m->top_k;
+    const int I = m->width, N = s->mine.num_order * m->top_k;
     route(s, layer, rows);
     wait_for_all(s);
     sort_pairs(s);
@@ -493,7 +576,7 @@ static void experts_part(Step *s, const Layer *layer, Part rows) {
         float *hidden = a->hidden + n * I + part.begin;
         if (m->bf16) swiglu(1, gates, gates + I, part.end - part.begin, m->swiglu_limit, m->swiglu_alpha, hidden);
         else swiglu(0, gates, gates + I, part.end - part.begin, m->swiglu_limit, m->swiglu_alpha, hidden);
-        if (layer->matrix[DOWN].kind == MXFP4)
+        if (kind_of(layer->matrix[DOWN].kind, m->bf16) == MXFP4)
             pack_row(a->hidden_packed + n * I + part.begin, hidden, part.end - part.begin);
     }
     wait_for_all(s);
@@ -509,8 +592,7 @@ void ossia_decode(const Model *m, const Call *c) {
         Step s = {.model = m, .call = c, .meeting = &meeting};
         s.thread = omp_get_thread_num(), s.threads = omp_get_num_threads();
         share_out(m, c, &s.shared, &s.mine, s.threads);
-        sort_rows(&s);
-        const Part rows = part_of(&s, c->rows, 1);
+        Part rows = sort_rows(&s, 0);
         const int64_t D = m->hidden, size = m->bf16 ? 2 : 4;
         for (int i = rows.begin; i < rows.end; i++)
             for (int64_t j = 0, b = s.mine.order[i]; j < D; j += LANES) {
@@ -518,7 +600,7 @@ void ossia_decode(const Model *m, const Call *c) {
                 memcpy(s.shared.x + b * D + j, &xs, sizeof(float) * (size_t)(D - j < LANES ? D - j : LANES));
             }
         for (s.layer = 0; s.layer < m->num_layers; s.layer++) {
-            attention_part(&s, m->layers + s.layer, rows);
+            rows = attention_part(&s, m->layers + s.layer, rows);
             experts_part(&s, m->layers + s.layer, rows);
         }
         for (int i = rows.begin; i < rows.end; i++) {

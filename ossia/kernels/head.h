@@ -154,7 +154,7 @@ void ossia_head(const Head *h) {
 #pragma omp parallel num_threads(h->threads)
     {
         Block *blocks;
-        float *scratch, *logits;
+        float *scratch = 0, *logits = 0;
         share_out_head(h, &blocks, &scratch, &logits);
         const int32_t W = num_blocks(h), B = h->rows;
         for (int32_t from; (from = atomic_fetch_add(&next, HEAD_TURN)) < W;)

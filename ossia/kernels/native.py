@@ -109,6 +109,8 @@ class Call(ctypes.Structure):
         ("lanes", POINTER(Lane)),
         ("routes", c_void_p),
         ("workspace", c_void_p),
+        ("sequence", POINTER(c_int32)),
+        ("first", POINTER(c_int32)),
         ("rows", c_int32),
         ("threads", c_int32),
     ]
@@ -145,7 +147,10 @@ class Unavailable:
 
 
 class Kernels:
-    """The loaded library."""
+    """The loaded library.
+
+    multiplies_pairs  of bfloat16, into sums of 32 bits: this machine has an instruction for it
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -154,6 +159,9 @@ class Kernels:
         self._library.ossia_workspace.restype = c_int64
         self._library.ossia_decode.argtypes = (POINTER(Model), POINTER(Call))
         self._library.ossia_decode.restype = None
+        self._library.ossia_multiplies_pairs.argtypes = ()
+        self._library.ossia_multiplies_pairs.restype = c_int32
+        self.multiplies_pairs: bool = bool(self._library.ossia_multiplies_pairs())
         self._library.ossia_head_workspace.argtypes = (c_int32,) * 4
         self._library.ossia_head_workspace.restype = c_int64
         self._library.ossia_head.argtypes = (POINTER(Head),)
