@@ -64,26 +64,24 @@ static void block_logits(const Head *h, int32_t block, const float *x, int count
 }
 
 static float sum_of_exponentials(const float *logits, float top, float factor) {
-    float terms[HEAD_BLOCK];
-    V sum = {0};
-    for (int i = 0; i < HEAD_BLOCK; i++) terms[i] = exp_of((logits[i] - top) * factor);
-    for (int i = 0; i < HEAD_BLOCK; i += LANES) sum += load(terms + i);
-    return sum_each(sum, sum, sum, sum)[0];
+    V sum[2] = {{0}, {0}};
+    for (int i = 0; i < HEAD_BLOCK; i += 2 * LANES)
+        UNROLL for (int j = 0; j < 2; j++)
+            sum[j] += exp_each((load(logits + i + j * LANES) - splat(top)) * splat(factor));
+    sum[0] += sum[1];
+    return sum_each(sum[0], sum[0], sum[0], sum[0])[0];
 }
 
 static Block look_at(const float *logits, float temperature) {
-    float tops[LANES];
-    Block found = {0, 0, 0, 0};
-    memcpy(tops, logits, sizeof tops);
-    for (int i = LANES; i < HEAD_BLOCK; i += LANES)
-        for (int lane = 0; lane < LANES; lane++)
-            tops[lane] = logits[i + lane] > tops[lane] ? logits[i + lane] : tops[lane];
-    found.top = tops[0];
-    for (int lane = 1; lane < LANES; lane++) found.top = tops[lane] > found.top ? tops[lane] : found.top;
-    for (int hit = 0, i = 0; !hit && i < HEAD_BLOCK; i += LANES) { /* a vector at a time, then where in it */
-        for (int lane = 0; lane < LANES; lane++) hit |= logits[i + lane] == found.top;
-        found.best = i;
+    V tops = load(logits);
+    for (int i = LANES; i < HEAD_BLOCK; i += LANES) {
+        const V these = load(logits + i);
+        const W above = these > tops;
+        tops = (V)((above & (W)these) | (~above & (W)tops));
     }
+    Block found = {tops[0], 0, 0, 0};
+    for (int lane = 1; lane < LANES; lane++) found.top = tops[lane] > found.top ? tops[lane] : found.top;
+    while (found.best + LANES < HEAD_BLOCK && !any_equal(load(logits + found.best), found.top)) found.best += LANES;
     for (int lane = 0; lane < LANES - 1 && logits[found.best] != found.top; lane++) found.best++;
     found.sum = found.drawn = sum_of_exponentials(logits, found.top, 1.f);
     if (temperature > 0 && temperature != 1) found.drawn = sum_of_exponentials(logits, found.top, 1.f / temperature);

@@ -58,6 +58,16 @@ INLINE W wide8(const uint8_t *p) { return __builtin_convertvector(*(const Bu *)p
 INLINE W wide16(const uint8_t *p) { return __builtin_convertvector(*(const Hu *)p, W); }
 #endif
 
+INLINE int any_equal(V values, float value) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)values, _mm512_set1_ps(value), _CMP_EQ_OQ) != 0;
+#else
+    int any = 0;
+    for (int lane = 0; lane < LANES; lane++) any |= values[lane] == value;
+    return any;
+#endif
+}
+
 INLINE V from_bf16(const void *p) { return (V)(wide16(p) << 16); }
 
 INLINE float as_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
@@ -176,6 +186,21 @@ INLINE float exp_of(float x) {
     p = p * rest * rest + rest + 1.f;
     float power = as_float((as_bits(shifted) + 127u) << 23); /* 2^n */
     return x < -87.f ? 0.f : p * power;
+}
+
+/* The same of a vector. */
+INLINE V exp_each(V x) {
+    const W over = x > splat(88.f), under = x < splat(-87.f);
+    const V top = (V)((over & (W)splat(88.f)) | (~over & (W)x));
+    const V shifted = top * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
+    const V rest = top - n * 0.693359375f + n * 2.12194440e-4f;
+    V p = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1.f;
+    return (V)(~under & (W)(p * (V)(((W)shifted + 127) << 23)));
 }
 
 /* ---- Matrices times rows ---- */
