@@ -8,7 +8,7 @@
  * Letters: B rows, D hidden, V vocabulary, W blocks of it, L rows whose logits are wanted.
  */
 #pragma once
-#include "parts.h"
+#include "step.h"
 
 enum { HEAD_BLOCK = 256, HEAD_TURN = 4 }; /* tokens of a block, blocks that a thread takes at a time */
 

@@ -41,6 +41,12 @@ enum { FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS, BFLOAT16_PAIRS, MXFP4_PAIRS }
 INLINE int is_pairs(int kind) { return kind == BFLOAT16_PAIRS || kind == MXFP4_PAIRS; }
 INLINE int is_mxfp4(int kind) { return kind == MXFP4 || kind == MXFP4_PAIRS; }
 
+/* A matrix's kind, given that the rows it meets are of the activations' dtype. */
+static int kind_of(int kind, int bf16) {
+    if (!MULTIPLIES_PAIRS || !bf16) return kind;
+    return kind == BFLOAT16 ? BFLOAT16_PAIRS : kind == MXFP4 ? MXFP4_PAIRS : kind;
+}
+
 /* ---- Vectors ---- */
 
 INLINE V load(const float *p) { return *(const Vu *)p; }

@@ -22,7 +22,7 @@ from pathlib import Path
 FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS = range(4)  # Matrix.kind
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj")  # Layer.matrix, in order
 COMPILERS = ("cc", "gcc", "clang")
-_SOURCES = ("decode.c", "head.h", "parts.h", "matrix.h")
+_SOURCES = ("decode.c", "head.h", "step.h", "parts.h", "matrix.h")
 # not -ffast-math: linking with it makes the whole process flush denormals, and it lets sums change their order
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[^/]*\.so[.\d]*$")
