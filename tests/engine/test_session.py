@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from ossia.engine import Completion, Engine, Request, Sampling, Session, Token, completion
+from ossia.engine.engine import DecoderChoice
+from ossia.engine.native import NativeDecoder
 from ossia.errors import UserError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.lora import TARGETS
@@ -16,7 +18,7 @@ from ossia.model.transformer import Transformer
 from ossia.ops.moe import Route, route
 from ossia.train.optim import AdamW
 from tests.conftest import MakeTiny
-from tests.engine.support import adapter, random_prompts, recomputed, sample_of
+from tests.engine.support import adapter, decoders, random_prompts, recomputed, sample_of
 from tests.engine.test_engine import GREEDY, NARROW, assert_recomputed, sampled
 from tests.oracle.model_pairs import load, pack_of
 
@@ -61,26 +63,38 @@ def test_what_runs_goes_on_while_a_long_prompt_is_read(tiny: MakeTiny) -> None:
     assert len(finish(session)[second]) == 3  # its first two came in the last step above
 
 
-class CountingModel(Transformer):
-    """Counts the tokens that go through the layers in prefills."""
+def count_prompt_tokens(monkeypatch: pytest.MonkeyPatch, num_layers: int) -> list[int]:
+    """A list that grows by the tokens that go through all layers in prefills, whichever way they go."""
+    seen: list[int] = []
+    forward, read = Transformer.layer_forward, NativeDecoder.read
 
-    def layer_forward(self, layer, x_TD, context, **options):
-        self.num_read += len(x_TD)
-        return super().layer_forward(layer, x_TD, context, **options)
+    def counted_forward(self, layer, x_TD, context, **options):
+        seen.append(len(x_TD) * (layer.index == num_layers - 1))
+        return forward(self, layer, x_TD, context, **options)
+
+    def counted_read(self, x_TD, *rest):
+        seen.append(len(x_TD))
+        return read(self, x_TD, *rest)
+
+    monkeypatch.setattr(Transformer, "layer_forward", counted_forward)
+    monkeypatch.setattr(NativeDecoder, "read", counted_read)
+    return seen
 
 
+@pytest.mark.parametrize("decoder", decoders())
 @pytest.mark.parametrize("max_batch", [16, 3])
-def test_samples_of_one_prompt_read_it_once_and_share_its_blocks(tiny: MakeTiny, max_batch: int) -> None:
-    plain = load(tiny(NARROW), placement="bf16")
-    model = CountingModel(plain.weights)
-    model.num_read = 0
+def test_samples_of_one_prompt_read_it_once_and_share_its_blocks(
+    tiny: MakeTiny, max_batch: int, decoder: DecoderChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny(NARROW), placement="bf16")
+    seen = count_prompt_tokens(monkeypatch, NARROW.num_layers)
     (prompt,) = random_prompts((200,))
     requests = [Request(prompt, Sampling(seed=seed), 20) for seed in range(8)]
-    session = Engine(model, max_batch=max_batch).session()
+    session = Engine(model, max_batch=max_batch, decoder=decoder).session()
     for request in requests:
         session.add(request)
     first = session.step()
-    assert model.num_read == 200 * NARROW.num_layers
+    assert sum(seen) == 200
     full = next(lane for lane in session.cache.lanes if lane.window is None)
     rows = min(8, max_batch)
     kept = 1 if max_batch < 8 else 0  # the prompt itself, for those who wait
@@ -88,10 +102,10 @@ def test_samples_of_one_prompt_read_it_once_and_share_its_blocks(tiny: MakeTiny,
     found = finish(session)
     for token in reversed(first):
         found[token.request].insert(0, token)
-    assert model.num_read == 200 * NARROW.num_layers
+    assert sum(seen) == 200
     assert session.cache.num_used == 0
     for number, request in enumerate(requests):
-        assert_same(completion(found[number]), Engine(plain).generate([request])[0])
+        assert_same(completion(found[number]), Engine(model, decoder=decoder).generate([request])[0])
 
 
 def test_several_adapters_answer_in_one_batch_as_each_alone(tiny: MakeTiny) -> None:
