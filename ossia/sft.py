@@ -9,15 +9,10 @@ report.html and either adapter/ (PEFT's format) or model/ (a checkpoint).
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from datetime import datetime
 from functools import partial
 from itertools import islice
-
-import torch
 
 from ossia.config import Recipe
 from ossia.data.dataset import Datasets, Lengths, in_order, measure, open_datasets, require_trained
@@ -25,17 +20,14 @@ from ossia.data.pack import Pack, PackedStream, pack_samples
 from ossia.data.preview import row_bar
 from ossia.data.sample import Sample
 from ossia.data.tokenizer import open_vocabulary
-from ossia.model.open import open_model
 from ossia.model.transformer import Transformer
 from ossia.ops.memory import machine_memory
 from ossia.run.samples import questions_of, record_samples
-from ossia.run.trained import RunResult, make_trainable, save_result, show_trainable
-from ossia.train.events import EventLog, Sink, environment, peak_bytes, write_env
-from ossia.train.loop import Job, find_start, run_loop
-from ossia.train.optim import AdamW, lr_at
+from ossia.run.start import adamw_of, job_of, say, settle, started
+from ossia.run.trained import RunResult, save_result
+from ossia.train.events import Sink
+from ossia.train.loop import Job, run_loop
 from ossia.train.report import write_report
-from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
-from ossia.train.state import seed_generators, write_file
 from ossia.train.step import evaluate_loss, keeps_activations, train_step
 
 ROWS_TO_CHECK = 50_000
@@ -48,11 +40,7 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     sink    hears every event instead of the terminal
     Raises  UserError for what the user has to change; Interrupted, saved, after Ctrl-C
     """
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
-    seed_generators(recipe.train.seed)
-    say: Callable[[str], None] = partial(print, file=sys.stderr)
-    check_sinks(recipe.log.sinks)
+    settle(recipe)
     datasets = open_datasets(recipe, open_vocabulary(recipe.model), check=False)
     for note in datasets.notes:
         say(note)
@@ -60,29 +48,20 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     stream = open_stream(recipe, datasets, say)
     steps = recipe.train.steps or stream.count_steps(lengths)
     folder = recipe.output
-    with EventLog(folder) as log:
-        saved = find_start(folder, resume=resume, say=say)
-        model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device)
-        make_trainable(model, recipe)
-        show_trainable(model)
-        write_file(folder / "recipe.yaml", recipe.to_yaml())
-        start = saved.step if saved else 0
-        now = datetime.now().astimezone()
-        write_env(folder, environment(model.device), now=now, resumed_from=saved.step if saved else None, say=say)
-        log.add(sink or TerminalSink(steps, step=start))
-        log.add(*open_sinks(recipe.log.sinks, folder, recipe.model_dump(mode="json"), step=start))
+    with started(recipe, steps, resume=resume, sink=sink) as begun:
+        model = begun.model
         answer = partial(
             record_samples,
             folder / "samples.jsonl",
             model,
-            vocab,
+            begun.vocab,
             questions_of(held_out, recipe.eval.answers),
             max_tokens=recipe.eval.answer_tokens,
         )
-        if saved is None:
+        if begun.saved is None:
             answer(step=0)
         packs = pack_samples(held_out, recipe.train.tokens_per_pack)
-        result = run_loop(make_job(recipe, model, stream, packs, steps), log, saved)
+        result = run_loop(make_job(recipe, model, stream, packs, steps), begun.log, begun.saved)
         answer(step=result.step)
     trained = save_result(recipe, model)
     say(f"report: {write_report(folder)}")
@@ -129,8 +108,7 @@ def open_stream(recipe: Recipe, datasets: Datasets, say: Callable[[str], None]) 
 def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out: Sequence[Pack], steps: int) -> Job:
     """The loop's job: AdamW over what is trainable, `train_step` on each step's packs."""
     train = recipe.train
-    params = model.trainable.tensors
-    optimizer = AdamW(params, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
+    optimizer = adamw_of(recipe, model)
     keep = keeps_activations(model, train.recompute, train.tokens_per_step, machine_memory()[0])
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
 
@@ -153,32 +131,13 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
             "untrained": seen.untrained,
         }
 
-    return Job(
-        run=recipe.output,
-        steps=steps,
+    return job_of(
+        recipe,
+        model,
+        optimizer,
+        steps,
         data=stream,
-        params=params,
-        optimizer=optimizer,
-        lr_at=lambda number: lr_at(
-            number,
-            steps=steps,
-            peak=train.learning_rate,
-            schedule=train.schedule,
-            warmup=train.warmup,
-            min_lr_ratio=train.min_lr_ratio,
-        ),
         step=step,
         evaluate=evaluate if held_out else None,
-        eval_every=recipe.eval.every,
-        save_every=train.save_every,
-        keep=train.keep,
         counts=counts,
-        about={
-            "parameters_trained": model.trainable.num_parameters,
-            "placement": model.weights.placement,
-            "attention_backend": model.backend,
-        },
-        resume_with=f"ossia train {recipe.output / 'recipe.yaml'} --resume",
-        clock=time.perf_counter,
-        memory=lambda: peak_bytes(model.device),
     )

@@ -14,6 +14,7 @@ import torch
 from ossia import grpo
 from ossia.config import Recipe, load_recipe
 from ossia.errors import RunError
+from ossia.rl.rollout import Rollout
 from tests.rl.conftest import RecipeFor
 from tests.train.small_run import Death, forkserver
 
@@ -102,7 +103,7 @@ def test_the_reference_is_the_model_with_its_adapter_off(recipe_of: RecipeOf) ->
 
 def test_a_sampler_that_is_not_the_trainer_ends_the_run(recipe_of: RecipeOf, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = recipe_of(steps=2)
-    sample = grpo.Rollout.sample
+    sample = Rollout.sample
 
     def astray(self: Any, *args: Any, **options: Any) -> Any:
         groups = sample(self, *args, **options)
@@ -111,7 +112,7 @@ def test_a_sampler_that_is_not_the_trainer_ends_the_run(recipe_of: RecipeOf, mon
                 trajectory.logprobs = [logprob - 0.5 for logprob in trajectory.logprobs]
         return groups
 
-    monkeypatch.setattr(grpo.Rollout, "sample", astray)
+    monkeypatch.setattr(Rollout, "sample", astray)
     with pytest.raises(RunError, match="sampler and trainer differ"):
         train(recipe)
 
