@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
@@ -34,13 +35,18 @@ def reward_charts(steps: Sequence[Event], evals: Sequence[Event]) -> list[str]:
         *(("Part of it: " + key.removeprefix("part_"), "mean", [Series(key, points(key))]) for key in parts),
         ("Length of answers", "sampled tokens", [Series("tokens", points("answer_tokens"))]),
         ("Entropy", "nats a token, from the sampled ones", [Series("entropy", points("entropy"))]),
-        ("Sampler against trainer", "nats a token", [Series("divergence", points("mismatch"))]),
+        ("Sampler against trainer", "log10 of nats a token", [Series("divergence", in_powers(points("mismatch")))]),
         ("From the reference policy", "nats a token", [Series("divergence", points("kl"))]),
         ("Clipped", "share of the sampled tokens", [Series("share", points("clip_share"))]),
         ("Sampling speed", "tokens/s", [Series("tokens/s", points("sampled_per_s"))]),
     ]
     known = [chart for chart in charts if any(one.points for one in chart[2])]
-    return [chart_html(name, unit, series, from_zero=True) for name, unit, series in known]
+    return [chart_html(name, unit, series, from_zero="log10" not in unit) for name, unit, series in known]
+
+
+def in_powers(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+    """Points whose values go over many sizes, as powers of ten; nothing at all counts as 1e-16."""
+    return [(step, math.log10(max(value, 1e-16))) for step, value in points]
 
 
 class Kept:
