@@ -109,8 +109,8 @@ class Policy:
                 f"rl.max_mismatch, {self.recipe.rl.max_mismatch:g}: what is trained is not what was sampled\n"
                 "  next: dtype float32, rl.router_replay: true, or report this"
             )
-        signal = fmean(group.has_signal for group in sampled.groups)
-        if warning := self.alarm.see(metrics["reward"], signal, metrics["answer_tokens"]):
+        rewards = [[one.reward for one in group.samples if one.reward is not None] for group in sampled.groups]
+        if warning := self.alarm.see(rewards, metrics["answer_tokens"]):
             metrics["alarm"] = warning
         return metrics
 

@@ -2,39 +2,58 @@
 
 from __future__ import annotations
 
+import pytest
+
 from ossia.rl.alarm import Alarm
 
+Step = tuple[list[list[float]], float]
 
-def told(rows: list[tuple[float, float, float]]) -> str:
+
+def step(mean: float, *, equal: int = 0, length: float = 50.0, low: float = 0.0, high: float = 1.0) -> Step:
+    """Ten groups of ten samples that get `low` or `high`, `mean` of them high; `equal` groups get low throughout."""
+    right = round(10 * mean)
+    mixed = [high] * right + [low] * (10 - right)
+    return [[low] * 10] * equal + [mixed] * (10 - equal), length
+
+
+def told(steps: list[Step]) -> str:
     alarm = Alarm()
-    return " ".join(filter(None, (alarm.see(*row) for row in rows)))
+    return " ".join(filter(None, (alarm.see(*one) for one in steps)))
 
 
 def test_a_run_that_learns_raises_none() -> None:
-    assert told([(0.1 + 0.02 * step, 0.8, 50.0) for step in range(40)]) == ""
+    assert told([step(0.1 + 0.02 * number) for number in range(40)]) == ""
 
 
 def test_a_run_that_has_learnt_everything_raises_none() -> None:
-    assert told([(0.99, 0.05, 50.0)] * 20) == ""
+    assert told([step(0.5)] * 4 + [step(1.0)] * 20) == ""
 
 
-def test_a_collapse_is_told() -> None:
-    assert "collapsing" in told([(0.4, 0.8, 50.0)] * 10 + [(0.1, 0.6, 50.0)] * 10)
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-5.0, -1.0), (100.0, 300.0)])
+def test_a_collapse_is_told_on_any_scale(low: float, high: float) -> None:
+    assert "collapsing" in told([step(0.5, low=low, high=high)] * 10 + [step(0.1, low=low, high=high)] * 10)
+    assert told([step(0.5, low=low, high=high)] * 10 + [step(0.4, low=low, high=high)] * 10) == ""
 
 
 def test_too_few_groups_with_a_signal_are_told() -> None:
-    assert "nothing to learn from" in told([(0.02, 0.1, 50.0)] * 10)
+    assert "nothing to learn from" in told([step(0.2, equal=8)] * 10)
+    assert told([step(0.2, equal=6)] * 10) == ""
+
+
+def test_rewards_that_never_differ_are_told() -> None:
+    assert "nothing to learn from" in told([step(0.0)] * 8)
 
 
 def test_a_jump_with_shorter_answers_is_told() -> None:
-    assert "may be being cheated" in told([(0.2, 0.8, 100.0)] * 8 + [(0.9, 0.5, 20.0)] * 8)
+    assert "may be being cheated" in told([step(0.2, length=100.0)] * 8 + [step(0.9, length=20.0)] * 8)
+    assert told([step(0.2, length=100.0)] * 8 + [step(0.9, length=90.0)] * 8) == ""
 
 
 def test_what_it_remembers_goes_on() -> None:
     whole, first = Alarm(), Alarm()
-    rows = [(0.4, 0.8, 50.0)] * 10 + [(0.1, 0.6, 50.0)] * 8
-    for row in rows[:12]:
-        whole.see(*row)
-        first.see(*row)
+    steps = [step(0.4)] * 10 + [step(0.1)] * 8
+    for one in steps[:12]:
+        whole.see(*one)
+        first.see(*one)
     second = Alarm(**first.state())
-    assert [second.see(*row) for row in rows[12:]] == [whole.see(*row) for row in rows[12:]]
+    assert [second.see(*one) for one in steps[12:]] == [whole.see(*one) for one in steps[12:]]
