@@ -53,8 +53,8 @@ class Alarm:
         if share > STUCK:
             return (
                 f"{share:.0%} of the groups of the last {WINDOW} steps had equal rewards, and not the highest: "
-                "there is nearly nothing to learn from. Try easier tasks, a better start, a larger rl.group, or a lower "
-                "learning rate"
+                "there is nearly nothing to learn from. Try easier tasks, a better start, a larger rl.group, or "
+                "a lower learning rate"
             )
         if now - low < (1 - LOST) * (self._best - low):
             return (
