@@ -357,6 +357,7 @@ def test_the_keyboard_alone_is_enough(page: Page) -> None:
     page.press("a", CTRL)
     page.type("Salut !")
     page.press("Enter", CTRL)
+    page.wait_for(".answer .text")
     assert answers(page) == ["Salut !"]
     page.press("m", ALT)
     assert page.js("document.activeElement.id") == "prompt"
