@@ -62,6 +62,7 @@ class Worker:
 
     def __init__(self, module: str, *arguments: str, threads: int) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        env.pop("OMP_WAIT_POLICY", None)  # threads that sleep between a peer's many small operators would slow it down
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
