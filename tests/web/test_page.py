@@ -283,6 +283,7 @@ def test_a_reload_brings_back_conversation_branch_and_settings(page: Page, chatt
     assert page.js("find('select').value") == "talker"
     assert page.shown("#list")
     assert not page.shown("#settings"), "a panel that was closed stays closed"
+    page.wait("document.querySelector('select').length > 1")  # the models are known, and base can be chosen
     change_requests(page, logit_bias=chatter)
     page.press("n", ALT)
     assert page.js("document.querySelector('#system').value") == "Be kind.", "a new one begins as the last one was set"
