@@ -6,12 +6,15 @@ one repeat each in turn (A B A B ...), so drift of the machine falls on both, an
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
 import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from importlib import metadata
 from pathlib import Path
 from statistics import median
@@ -59,6 +62,7 @@ class Worker:
 
     def __init__(self, module: str, *arguments: str, threads: int) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        env.pop("OMP_WAIT_POLICY", None)  # threads that sleep between a peer's many small operators would slow it down
         self._process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments],
             cwd=ROOT,
@@ -96,6 +100,75 @@ def serve(ready: dict[str, Any], repeat: Any) -> None:
     print(json.dumps(ready), file=out, flush=True)
     for _ in sys.stdin:
         print(json.dumps(repeat()), file=out, flush=True)
+
+
+def take_turns(
+    module: str, name: str, folder: Path, sides: Iterable[str], repeats: int, threads: int, *, alone: bool = False
+) -> tuple[dict[str, Any], dict[str, list[dict[str, Any]]]]:
+    """What each side said when it was ready, and its runs: one of each in turn, the first being the warm-up.
+
+    alone  a process of its own for each run, one at a time and without a warm-up: where a side nearly fills the memory
+    """
+
+    def start(side: str) -> Worker:
+        words = ("--case", name, "--model", str(folder), "--threads", str(threads))
+        return Worker(module, "--worker", side, *words, threads=threads)
+
+    workers = {} if alone else {side: start(side) for side in sides}
+    ready: dict[str, Any] = {}
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
+    for _ in range(repeats if alone else repeats + 1):
+        for side in sides:
+            worker = workers.get(side) or start(side)
+            ready[side] = worker.ready
+            runs[side].append(worker.ask())
+            told = {key: value for key, value in runs[side][-1].items() if not isinstance(value, list)}
+            print(name, side, told, file=sys.stderr, flush=True)
+            if alone:
+                worker.close()
+    for worker in workers.values():
+        worker.close()
+    return ready, runs
+
+
+def side_by_side(
+    module: str,
+    doc: str,
+    cases: Mapping[str, Any],
+    default: str,
+    *,
+    make: Callable[[Any, Path], None],
+    sides: Mapping[str, Callable[[Any, Path, int], None]],
+    compare: Callable[[str, Path, int, int], dict[str, Any]],
+    tell: Callable[[dict[str, Any]], str],
+) -> None:
+    """A benchmark's `main`: measure one case, or be a worker of one.
+
+    make     writes a case's model into a folder that doesn't exist yet
+    sides    what a worker of each does, given case, model and number of threads
+    compare  a case's result, from its name, the model, and the numbers of repeats and threads
+    tell     a line about the result
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--case", choices=cases, default=default)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument(
+        "--model", type=Path, help="the case's model, made there if nothing is; instead of a scratch one"
+    )
+    parser.add_argument("--worker", choices=sides)
+    options = parser.parse_args()
+    case = cases[options.case]
+    if options.worker:
+        sides[options.worker](case, options.model, options.threads)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = options.model or Path(scratch) / "model"
+        if not folder.exists():
+            make(case, folder)
+        result = compare(options.case, folder, options.repeats, options.threads)
+    print(write_result(f"{module.rpartition('.')[2]}-{options.case}", result))
+    print(f"{options.case}: {tell(result)}")
 
 
 def ratio_of_medians(a: list[float], b: list[float]) -> float:

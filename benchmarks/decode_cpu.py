@@ -11,10 +11,6 @@ that somebody wants: up to each answer's end. Ossia's side also returns a logpro
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +19,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Worker, ratio_of_medians, serve, where, write_result
+from benchmarks.common import ratio_of_medians, serve, side_by_side, take_turns, where
 
+MODULE = "benchmarks.decode_cpu"
 PACKAGES = ("torch", "transformers", "numpy", "safetensors", "tokenizers")
-SIDES = ("ossia", "peer")
 SMALL_VOCABULARY = 512
 AGREE = {"float32": 0.99, "bfloat16": 0.9}  # of the tokens before a row's first difference is counted
 
@@ -80,7 +76,7 @@ def make_checkpoint(case: Case, folder: Path) -> None:
     make_tiny(folder, SHAPES["demo"], tokenizer=tokenizer, vocab_rows=SMALL_VOCABULARY)
 
 
-def ossia_worker(case: Case, folder: Path) -> None:
+def ossia_worker(case: Case, folder: Path, threads: int) -> None:
     """Ossia's side."""
     from ossia.engine import Engine, Request, Sampling
     from ossia.model.open import open_model
@@ -98,7 +94,7 @@ def ossia_worker(case: Case, folder: Path) -> None:
     serve({"tokens": sum(new), "prompt_tokens": sum(map(len, prompts))}, run)
 
 
-def peer_worker(case: Case, folder: Path) -> None:
+def peer_worker(case: Case, folder: Path, threads: int) -> None:
     """transformers' generate with a dynamic cache, as TRL calls it."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
@@ -123,6 +119,9 @@ def peer_worker(case: Case, folder: Path) -> None:
     serve({"tokens": sum(new), "prompt_tokens": sum(map(len, prompts))}, run)
 
 
+SIDES = {"ossia": ossia_worker, "peer": peer_worker}
+
+
 def agreement(mine: list[list[int]], theirs: list[list[int]]) -> float:
     """The share of tokens up to each row's first difference, which may come from rounding and changes all after it."""
     same = total = 0
@@ -134,26 +133,12 @@ def agreement(mine: list[list[int]], theirs: list[list[int]]) -> float:
 
 
 def compare(name: str, folder: Path, repeats: int, threads: int) -> dict[str, Any]:
-    """Both sides in turn; the first repeat of each is the warm-up."""
+    """Both sides in turn."""
     case = CASES[name]
-    workers = {
-        side: Worker(
-            "benchmarks.decode_cpu", "--worker", side, "--case", name, "--model", str(folder), threads=threads
-        )
-        for side in SIDES
-    }  # fmt: skip
-    ready = {side: worker.ready for side, worker in workers.items()}
+    ready, runs = take_turns(MODULE, name, folder, SIDES, repeats, threads)
     assert ready["ossia"] == ready["peer"], ready
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    first: dict[str, Any] = {}
-    for _ in range(repeats + 1):
-        for side, worker in workers.items():
-            found = worker.ask()
-            first.setdefault(side, found["ids"])
-            seconds[side].append(found["seconds"])
-            print(name, side, f"{found['seconds']:.3f} s", file=sys.stderr, flush=True)
-    for worker in workers.values():
-        worker.close()
+    first = {side: found[0]["ids"] for side, found in runs.items()}
+    seconds = {side: [run["seconds"] for run in found] for side, found in runs.items()}
     agreed = agreement(first["ossia"], first["peer"])
     assert agreed >= AGREE[case.dtype], f"only {agreed:.3f} of the tokens agree"
     counted = {side: found[1:] for side, found in seconds.items()}
@@ -170,28 +155,11 @@ def compare(name: str, folder: Path, repeats: int, threads: int) -> dict[str, An
     }
 
 
-def main() -> None:
-    """Measure one case, or be a worker of one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, default="demo-16")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--model", type=Path, help="a checkpoint of the case's shape, instead of making one")
-    parser.add_argument("--worker", choices=SIDES)
-    options = parser.parse_args()
-    case = CASES[options.case]
-    if options.worker:
-        {"ossia": ossia_worker, "peer": peer_worker}[options.worker](case, options.model)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = options.model or Path(scratch) / case.shape
-        if not folder.exists():
-            make_checkpoint(case, folder)
-        result = compare(options.case, folder, options.repeats, options.threads)
-    print(write_result(f"decode_cpu-{options.case}", result))
+def tell(result: dict[str, Any]) -> str:
+    """The result in a line."""
     rate = result["tokens_per_s"]
-    print(f"{options.case}: {rate['ossia']:.0f} against {rate['peer']:.0f} tokens/s, {result['speedup']:.2f}x")
+    return f"{rate['ossia']:.0f} against {rate['peer']:.0f} tokens/s, {result['speedup']:.2f}x"
 
 
 if __name__ == "__main__":
-    main()
+    side_by_side(MODULE, __doc__ or "", CASES, "demo-16", make=make_checkpoint, sides=SIDES, compare=compare, tell=tell)

@@ -11,11 +11,7 @@ YaRN's range is rounded on both sides, because llama.cpp always does.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import sys
-import tempfile
 import time
 import urllib.request
 from dataclasses import dataclass, replace
@@ -25,10 +21,10 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Worker, ratio_of_medians, serve, where, write_result
+from benchmarks.common import ratio_of_medians, serve, side_by_side, take_turns, where
 
+MODULE = "benchmarks.decode_llamacpp"
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "gguf", "xllamacpp")
-SIDES = ("ossia", "llamacpp")
 WORDS = "The quick brown fox jumps over the lazy dog."
 FIRST = 8  # tokens that have to agree; later ones may differ by rounding, and then go separate ways
 
@@ -72,8 +68,7 @@ def make_models(case: Case, folder: Path) -> None:
 
 
 def ossia_worker(case: Case, folder: Path, threads: int) -> None:
-    """Ossia's side, its threads asleep while they wait, as the `ossia` command has them."""
-    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    """Ossia's side."""
     from ossia.engine import Engine, Request, Sampling
     from ossia.model.open import open_model
 
@@ -91,8 +86,7 @@ def ossia_worker(case: Case, folder: Path, threads: int) -> None:
 
 
 def llamacpp_worker(case: Case, folder: Path, threads: int) -> None:
-    """llama.cpp's server in this process, its threads waiting as its authors leave it to OpenMP."""
-    os.environ.pop("OMP_WAIT_POLICY", None)  # read when xllamacpp is loaded
+    """llama.cpp's server in this process."""
     from ossia.web.gguf import LlamaOptions, start_llama
 
     size = case.prompt + case.new + 64
@@ -117,23 +111,15 @@ def llamacpp_worker(case: Case, folder: Path, threads: int) -> None:
     serve({"threads": threads}, run)
 
 
+SIDES = {"ossia": ossia_worker, "llamacpp": llamacpp_worker}
+
+
 def compare(name: str, folder: Path, repeats: int, threads: int) -> dict[str, Any]:
-    """Both sides in turn; the first repeat of each is the warm-up."""
+    """Both sides in turn."""
     case = CASES[name]
-    words = ("--case", name, "--model", str(folder), "--threads", str(threads))
-    workers = {
-        side: Worker("benchmarks.decode_llamacpp", "--worker", side, *words, threads=threads) for side in SIDES
-    }  # fmt: skip
-    seconds: dict[str, list[float]] = {side: [] for side in SIDES}
-    first: dict[str, list[int]] = {}
-    for _ in range(repeats + 1):
-        for side, worker in workers.items():
-            found = worker.ask()
-            first.setdefault(side, found["ids"])
-            seconds[side].append(found["seconds"])
-            print(name, side, f"{found['seconds']:.3f} s", file=sys.stderr, flush=True)
-    for worker in workers.values():
-        worker.close()
+    _, runs = take_turns(MODULE, name, folder, SIDES, repeats, threads)
+    first = {side: found[0]["ids"] for side, found in runs.items()}
+    seconds = {side: [run["seconds"] for run in found] for side, found in runs.items()}
     same = next((i for i, (a, b) in enumerate(zip(*first.values(), strict=True)) if a != b), case.new)
     assert same >= FIRST, f"only the first {same} tokens agree"
     counted = {side: found[1:] for side, found in seconds.items()}
@@ -149,29 +135,11 @@ def compare(name: str, folder: Path, repeats: int, threads: int) -> dict[str, An
     }
 
 
-def main() -> None:
-    """Measure one case, or be a worker of one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, default="demo-f32")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--model", type=Path, help="a folder with model and model.gguf, instead of making them")
-    parser.add_argument("--worker", choices=SIDES)
-    options = parser.parse_args()
-    case = CASES[options.case]
-    if options.worker:
-        sides = {"ossia": ossia_worker, "llamacpp": llamacpp_worker}
-        sides[options.worker](case, options.model, options.threads)
-        return
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = options.model or Path(scratch)
-        if not (folder / "model.gguf").exists():
-            make_models(case, folder)
-        result = compare(options.case, folder, options.repeats, options.threads)
-    print(write_result(f"decode_llamacpp-{options.case}", result))
+def tell(result: dict[str, Any]) -> str:
+    """The result in a line."""
     rate = result["tokens_per_s"]
-    print(f"{options.case}: {rate['ossia']:.0f} against {rate['llamacpp']:.0f} tokens/s, {result['speedup']:.2f}x")
+    return f"{rate['ossia']:.0f} against {rate['llamacpp']:.0f} tokens/s, {result['speedup']:.2f}x"
 
 
 if __name__ == "__main__":
-    main()
+    side_by_side(MODULE, __doc__ or "", CASES, "demo-f32", make=make_models, sides=SIDES, compare=compare, tell=tell)

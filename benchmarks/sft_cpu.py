@@ -10,10 +10,6 @@ losses have to agree. tokens/s counts trained tokens; peak memory is each proces
 
 from __future__ import annotations
 
-import argparse
-import os
-import sys
-import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -22,11 +18,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import Worker, peak_resident_bytes, serve, where, write_result
+from benchmarks.common import peak_resident_bytes, serve, side_by_side, take_turns, where
 
+MODULE = "benchmarks.sft_cpu"
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "tokenizers")
 RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-4
-SIDES = ("ossia", "peer")
 TURNS = 8  # questions in a chat
 LOSS_TOLERANCE = 2e-3  # relative, of the first step: bfloat16 on both sides
 
@@ -88,7 +84,7 @@ def _surplus(row: dict[str, Any]) -> int:
     return sum(len(m["content"]) * (1 if m["role"] == "assistant" else -1) for m in row["messages"])
 
 
-def ossia_worker(case: Case, folder: Path) -> None:
+def ossia_worker(case: Case, folder: Path, threads: int) -> None:
     """Ossia's side."""
     import torch
 
@@ -116,7 +112,7 @@ def ossia_worker(case: Case, folder: Path) -> None:
     serve({"trained": pack.num_trained, "tokens": pack.num_tokens, "documents": len(pack.starts) - 1}, step)
 
 
-def peer_worker(case: Case, folder: Path) -> None:
+def peer_worker(case: Case, folder: Path, threads: int) -> None:
     """transformers and peft, at their documented best for this machine."""
     import torch
     from peft import LoraConfig, get_peft_model
@@ -151,32 +147,20 @@ def peer_worker(case: Case, folder: Path) -> None:
     serve({"trained": int(trained.sum()), "tokens": ids.shape[1], "documents": len(samples)}, step)
 
 
-def measure(name: str, folder: Path, repeats: int, threads: int) -> tuple[dict[str, Any], dict[str, list[Any]]]:
-    """What each side trains on, and its runs: both sides in turn, the first repeat being the warm-up."""
+SIDES = {"ossia": ossia_worker, "peer": peer_worker}
 
-    def start(side: str) -> Worker:
-        return Worker("benchmarks.sft_cpu", "--worker", side, "--case", name, "--model", str(folder), threads=threads)
 
-    alone = CASES[name].alone
-    workers = {} if alone else {side: start(side) for side in SIDES}
-    ready: dict[str, Any] = {}
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(repeats if alone else repeats + 1):
-        for side in SIDES:
-            worker = workers.get(side) or start(side)
-            ready[side] = worker.ready
-            runs[side].append(worker.ask())
-            print(name, side, runs[side][-1], file=sys.stderr, flush=True)
-            if alone:
-                worker.close()
-    for worker in workers.values():
-        worker.close()
-    return ready, runs
+def make_checkpoint(case: Case, folder: Path) -> None:
+    """The case's shape, with the full vocabulary."""
+    from ossia.model.arch import SHAPES
+    from ossia.model.tiny import make_tiny
+
+    make_tiny(folder, SHAPES[case.shape])
 
 
 def compare(name: str, folder: Path, repeats: int, threads: int) -> dict[str, Any]:
     """Run the case, check that both sides did the same, and put the figures together."""
-    ready, runs = measure(name, folder, repeats, threads)
+    ready, runs = take_turns(MODULE, name, folder, SIDES, repeats, threads, alone=CASES[name].alone)
     assert ready["ossia"] == ready["peer"], f"the sides don't train on the same: {ready}"
     first = {side: found[0]["loss"] for side, found in runs.items()}
     apart = abs(first["ossia"] - first["peer"]) / abs(first["peer"])
@@ -200,34 +184,14 @@ def compare(name: str, folder: Path, repeats: int, threads: int) -> dict[str, An
     }
 
 
-def main() -> None:
-    """Measure one case, or be a worker of one."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--case", choices=CASES, default="b1-2048")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
-    parser.add_argument("--model", type=Path, help="a checkpoint of the case's shape, instead of making one")
-    parser.add_argument("--worker", choices=("ossia", "peer"))
-    options = parser.parse_args()
-    case = CASES[options.case]
-    if options.worker:
-        {"ossia": ossia_worker, "peer": peer_worker}[options.worker](case, options.model)
-        return
-    from ossia.model.arch import SHAPES
-    from ossia.model.tiny import make_tiny
-
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = options.model or Path(scratch) / case.shape
-        if not folder.exists():
-            make_tiny(folder, SHAPES[case.shape])
-        result = compare(options.case, folder, options.repeats, options.threads)
-    print(write_result(f"sft_cpu-{options.case}", result))
+def tell(result: dict[str, Any]) -> str:
+    """The result in a line."""
     rate = result["trained_tokens_per_s"]
-    print(
-        f"{options.case}: {rate['ossia']:.0f} against {rate['peer']:.0f} trained tokens/s, {result['speedup']:.2f}x, "
+    return (
+        f"{rate['ossia']:.0f} against {rate['peer']:.0f} trained tokens/s, {result['speedup']:.2f}x, "
         f"at {result['memory_ratio']:.2f}x the memory"
     )
 
 
 if __name__ == "__main__":
-    main()
+    side_by_side(MODULE, __doc__ or "", CASES, "b1-2048", make=make_checkpoint, sides=SIDES, compare=compare, tell=tell)

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ossia import sft
+from ossia import grpo, sft
 from ossia.config import Recipe, check_recipe, checked_recipe
 from ossia.engine import Completion, Engine, Finish, Request, Sampling, harmony_stops
 from ossia.errors import RecipeError
 from ossia.harmony import Effort, Message, Renderer, Vocabulary, conversation_from_messages, parse_completion
 from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice, open_model
 from ossia.model.transformer import Transformer
-from ossia.sft import RunResult
+from ossia.run.trained import RunResult
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,4 +157,9 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
         check_recipe(recipe, resume=resume)
     else:
         recipe = checked_recipe(Path(recipe) if isinstance(recipe, str) else recipe, resume=resume)
-    return sft.run(recipe, resume=resume)
+    return run_recipe(recipe, resume=resume)
+
+
+def run_recipe(recipe: Recipe, *, resume: bool = False) -> RunResult:
+    """Train as a recipe that was checked says, by its method. Raises as `train`."""
+    return {"sft": sft.run, "grpo": grpo.run}[recipe.method](recipe, resume=resume)

@@ -240,9 +240,9 @@ def train(
     """Train as the recipe says. Prints the run folder."""
     checked = _recipe(recipe, overrides, resume=resume, writes=True)
     with importing():
-        from ossia import sft
+        from ossia.api import run_recipe
 
-    result = sft.run(checked, resume=resume)
+    result = run_recipe(checked, resume=resume)
     print(result.folder)
 
 

@@ -35,6 +35,8 @@ def run(recipe: Recipe, *, adapter: str | None) -> EvalResult:
     adapter  a run folder or an adapter's folder, put on the model
     Raises   RecipeError if the recipe holds no rows out: a loss on what was trained says nothing of anything else
     """
+    if recipe.method != "sft" or recipe.data is None:
+        raise RecipeError("eval: held-out loss is of `method: sft`; held-out rewards are in the run's report")
     if not recipe.has_eval:
         here = f"`eval.data={recipe.data[0].path}` takes the rows that are trained on"
         raise RecipeError(f"eval: the recipe holds no rows out\n  next: give eval.split or eval.data; {here}")

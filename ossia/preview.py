@@ -12,7 +12,7 @@ from ossia.data.page import write_page
 from ossia.data.preview import first_samples, json_lines, row_bar, show
 from ossia.data.tokenizer import open_vocabulary
 from ossia.disk import why_no_file
-from ossia.errors import UserError
+from ossia.errors import RecipeError, UserError
 
 
 class _Pipe(Console):
@@ -31,6 +31,8 @@ def show_data(recipe: Recipe, *, limit: int | None, as_json: bool, html: Path | 
     Raises   DataError, with the first few of all bad rows, and what the tokenizer and the sources raise; UserError for
              two forms at once or a page that can't be written; BrokenPipeError where stdout's reader has seen enough
     """
+    if recipe.data is None:
+        raise RecipeError("data: this recipe's tasks come from `env`, which has no rows to show")
     if html is not None and as_json:
         raise UserError("--json and --html: choose one")
     if html is not None and (why := why_no_file(html)):

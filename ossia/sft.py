@@ -9,18 +9,10 @@ report.html and either adapter/ (PEFT's format) or model/ (a checkpoint).
 
 from __future__ import annotations
 
-import sys
-import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from pathlib import Path
-
-import torch
-from rich.console import Console
-from rich.table import Table
 
 from ossia.config import Recipe
 from ossia.data.dataset import Datasets, Lengths, in_order, measure, open_datasets, require_trained
@@ -28,32 +20,17 @@ from ossia.data.pack import Pack, PackedStream, pack_samples
 from ossia.data.preview import row_bar
 from ossia.data.sample import Sample
 from ossia.data.tokenizer import open_vocabulary
-from ossia.export.merge import write_model
-from ossia.model.lora import Lora, LoraSpec
-from ossia.model.open import open_model
-from ossia.model.peft import find_adapter, load_adapter, save_adapter
 from ossia.model.transformer import Transformer
 from ossia.ops.memory import machine_memory
-from ossia.samples import questions_of, record_samples
-from ossia.train.events import EventLog, Sink, environment, peak_bytes, write_env
-from ossia.train.loop import Job, find_start, run_loop
-from ossia.train.optim import AdamW, lr_at
+from ossia.run.samples import questions_of, record_samples
+from ossia.run.start import adamw_of, job_of, say, settle, started
+from ossia.run.trained import RunResult, save_result
+from ossia.train.events import Sink
+from ossia.train.loop import Job, run_loop
 from ossia.train.report import write_report
-from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
-from ossia.train.state import seed_generators, write_file
 from ossia.train.step import evaluate_loss, keeps_activations, train_step
 
-ADAPTER, MODEL = "adapter", "model"
 ROWS_TO_CHECK = 50_000
-
-
-@dataclass(frozen=True, slots=True)
-class RunResult:
-    """A finished run: its folder, its last step, and where the trained adapter or model is."""
-
-    folder: Path
-    step: int
-    trained: Path
 
 
 def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> RunResult:
@@ -63,11 +40,7 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     sink    hears every event instead of the terminal
     Raises  UserError for what the user has to change; Interrupted, saved, after Ctrl-C
     """
-    if recipe.train.threads is not None:
-        torch.set_num_threads(recipe.train.threads)
-    seed_generators(recipe.train.seed)
-    say: Callable[[str], None] = partial(print, file=sys.stderr)
-    check_sinks(recipe.log.sinks)
+    settle(recipe)
     datasets = open_datasets(recipe, open_vocabulary(recipe.model), check=False)
     for note in datasets.notes:
         say(note)
@@ -75,29 +48,20 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     stream = open_stream(recipe, datasets, say)
     steps = recipe.train.steps or stream.count_steps(lengths)
     folder = recipe.output
-    with EventLog(folder) as log:
-        saved = find_start(folder, resume=resume, say=say)
-        model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device)
-        make_trainable(model, recipe)
-        show_trainable(model)
-        write_file(folder / "recipe.yaml", recipe.to_yaml())
-        start = saved.step if saved else 0
-        now = datetime.now().astimezone()
-        write_env(folder, environment(model.device), now=now, resumed_from=saved.step if saved else None, say=say)
-        log.add(sink or TerminalSink(steps, step=start))
-        log.add(*open_sinks(recipe.log.sinks, folder, recipe.model_dump(mode="json"), step=start))
+    with started(recipe, steps, resume=resume, sink=sink) as begun:
+        model = begun.model
         answer = partial(
             record_samples,
             folder / "samples.jsonl",
             model,
-            vocab,
+            begun.vocab,
             questions_of(held_out, recipe.eval.answers),
             max_tokens=recipe.eval.answer_tokens,
         )
-        if saved is None:
+        if begun.saved is None:
             answer(step=0)
         packs = pack_samples(held_out, recipe.train.tokens_per_pack)
-        result = run_loop(make_job(recipe, model, stream, packs, steps), log, saved)
+        result = run_loop(make_job(recipe, model, stream, packs, steps), begun.log, begun.saved)
         answer(step=result.step)
     trained = save_result(recipe, model)
     say(f"report: {write_report(folder)}")
@@ -125,42 +89,6 @@ def read_rows(recipe: Recipe, datasets: Datasets, say: Callable[[str], None]) ->
     return held_out, lengths
 
 
-def make_trainable(model: Transformer, recipe: Recipe) -> None:
-    """Put the recipe's adapter on the model, or make all weights trainable.
-
-    Raises  AdapterError for a target that matches nothing, or an adapter to start from that doesn't fit
-    """
-    adapter = recipe.adapter
-    if adapter is None:
-        if model.weights.checkpoint.layout == "mxfp4":
-            print(
-                f"{recipe.model}: MXFP4 experts are expanded to be trained: 4.25 bits a weight become 16 bytes in "
-                "training and 2 bytes in the trained checkpoint",
-                file=sys.stderr,
-            )
-        model.train_all_weights()
-        return
-    spec = LoraSpec.of(adapter)
-    if adapter.init_from is None:
-        model.use_adapter(Lora.fresh(model.arch, spec, seed=recipe.train.seed, device=model.device))
-    else:
-        base = model.weights.checkpoint
-        found = load_adapter(find_adapter(adapter.init_from), model.arch, model.device, base=base)
-        model.use_adapter(found.with_spec(spec))
-
-
-def show_trainable(model: Transformer) -> None:
-    """The table of what will change, on stderr."""
-    table = Table("trained", "rank", "matrices", "parameters", title="What is trained", title_justify="left")
-    if model.lora is None:
-        table.add_row("all weights", "-", str(len(model.trainable.tensors)), f"{model.trainable.num_parameters:,}")
-    else:
-        for target, rank, matrices, parameters in model.lora.table():
-            table.add_row(target, str(rank), f"{matrices:,}", f"{parameters:,}")
-        table.add_row("in all", "", "", f"{model.trainable.num_parameters:,}", style="bold")
-    Console(stderr=True).print(table)
-
-
 def open_stream(recipe: Recipe, datasets: Datasets, say: Callable[[str], None]) -> PackedStream:
     """The training samples, packed, in the seed's order; says so if a step holds less than `tokens_per_step`."""
     train = recipe.train
@@ -180,8 +108,7 @@ def open_stream(recipe: Recipe, datasets: Datasets, say: Callable[[str], None]) 
 def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out: Sequence[Pack], steps: int) -> Job:
     """The loop's job: AdamW over what is trainable, `train_step` on each step's packs."""
     train = recipe.train
-    params = model.trainable.tensors
-    optimizer = AdamW(params, betas=(train.beta1, train.beta2), eps=train.eps, weight_decay=train.weight_decay)
+    optimizer = adamw_of(recipe, model)
     keep = keeps_activations(model, train.recompute, train.tokens_per_step, machine_memory()[0])
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
 
@@ -204,44 +131,13 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
             "untrained": seen.untrained,
         }
 
-    return Job(
-        run=recipe.output,
-        steps=steps,
+    return job_of(
+        recipe,
+        model,
+        optimizer,
+        steps,
         data=stream,
-        params=params,
-        optimizer=optimizer,
-        lr_at=lambda number: lr_at(
-            number,
-            steps=steps,
-            peak=train.learning_rate,
-            schedule=train.schedule,
-            warmup=train.warmup,
-            min_lr_ratio=train.min_lr_ratio,
-        ),
         step=step,
         evaluate=evaluate if held_out else None,
-        eval_every=recipe.eval.every,
-        save_every=train.save_every,
-        keep=train.keep,
         counts=counts,
-        about={
-            "parameters_trained": model.trainable.num_parameters,
-            "placement": model.weights.placement,
-            "attention_backend": model.backend,
-        },
-        resume_with=f"ossia train {recipe.output / 'recipe.yaml'} --resume",
-        clock=time.perf_counter,
-        memory=lambda: peak_bytes(model.device),
     )
-
-
-def save_result(recipe: Recipe, model: Transformer) -> Path:
-    """Write RUN/adapter in PEFT's format, or RUN/model as a checkpoint; returns which."""
-    checkpoint = model.weights.checkpoint.path
-    if model.lora is not None:
-        save_adapter(recipe.output / ADAPTER, model.lora, base_model=recipe.model)
-        return recipe.output / ADAPTER
-    path = recipe.output / MODEL
-    if not path.exists():  # it appears whole, at the end of a run: a finished run that is resumed has it already
-        write_model(path, model, tokenizer_from=checkpoint)
-    return path

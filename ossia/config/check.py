@@ -69,7 +69,7 @@ def _in_the_way(
     """Everything on this machine that a recipe meets, of the keys whose values are sure."""
     findings = _model(recipe, model_folder, trusts(("max_length",))) if trusts(("model",)) else []
     sources: list[tuple[KeyPath, DataSourceConfig]] = [
-        *((("data", i, "path"), source) for i, source in enumerate(recipe.data)),
+        *((("data", i, "path"), source) for i, source in enumerate(recipe.data or ())),
         *((("eval", "data", i, "path"), source) for i, source in enumerate(recipe.eval.data or ())),
     ]
     for path, source in sources:

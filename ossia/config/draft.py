@@ -24,7 +24,8 @@ from ossia.config.findings import (
     path_in,
     schema_name,
 )
-from ossia.config.schema import Clash, Recipe
+from ossia.config.schema import Recipe
+from ossia.config.section import Clash
 from ossia.config.yaml_lines import KeyPath
 
 _STAND_IN = "?"  # for a text that has to be given
@@ -79,10 +80,10 @@ def draft_of(given: dict[str, Any], places: Places, findings: list[Finding], dou
     doubtful  keys that these are about; () for one that nobody knows
     """
     tree = deepcopy(given)
-    for section in (tree, tree.get("eval")):
-        if isinstance(section, dict) and isinstance(data := section.get("data"), (str, dict, list)):  # as it is read
-            sources = data if isinstance(data, list) else [data]
-            section["data"] = [{"path": one} if isinstance(one, str) else one for one in sources]
+    for section, key, name in ((tree, "data", "path"), (tree.get("eval"), "data", "path"), (tree, "env", "id")):
+        if isinstance(section, dict) and isinstance(value := section.get(key), (str, dict, list)):  # as it is read
+            entries = value if isinstance(value, list) else [value]
+            section[key] = [{name: one} if isinstance(one, str) else one for one in entries]
     doubts = Doubts(deepcopy(tree), [path for path in doubtful if path], anything=() in doubtful)
     findings = [*findings]
     for attempt in range(_leaves(tree) + 1):

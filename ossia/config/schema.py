@@ -10,9 +10,10 @@ from datetime import date
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
+from ossia.config.rl import Envs, Rewards, RlConfig
+from ossia.config.section import Clash, FolderPath, Section, Share, refuse, words
 from ossia.config.yaml_lines import dump_yaml
 
 TargetName = Literal[
@@ -39,56 +40,6 @@ LEARNING_RATE_ALL_WEIGHTS = 2e-5
 TOKENS_PER_STEP = 32768
 TOKENS_PER_PACK = 8192
 
-# `strict=False`: YAML gives lists and text where Python code is better served by tuples and paths.
-_FolderPath = Annotated[Path, Field(strict=False), BeforeValidator(lambda value: _not_empty(value))]
-_Share = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
-def _words(default: str) -> dict[str, Any]:
-    """Words for a default that depends on other keys, shown by `ossia explain`."""
-    return {"default_in_words": default}
-
-
-class Clash(NamedTuple):
-    """A combination of values that can't be: the keys in it (dotted, inside their section; the one to blame first)."""
-
-    keys: tuple[str, ...]
-    message: str
-
-
-def _refuse(*clashes: Clash | None) -> None:
-    """Raises all clashes that are not None, in one error that the recipe's loader takes apart again."""
-    found = [clash for clash in clashes if clash is not None]
-    if found:
-        text = "; ".join(clash.message for clash in found)
-        raise PydanticCustomError("combination", "{text}", {"text": text, "clashes": found})
-
-
-def _not_empty(value: Any) -> Any:
-    """An empty text would be the current folder."""
-    if value == "":
-        raise PydanticCustomError("empty", "is empty")
-    return value
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _empty_sections_have_defaults(cls, given: Any) -> Any:
-        """`train:` with all its keys commented out reads as null in YAML; it means a section with none of them."""
-        if not isinstance(given, dict):
-            return given
-        return {key: value for key, value in given.items() if value is not None or not cls._is_section(key)}
-
-    @classmethod
-    def _is_section(cls, key: str) -> bool:
-        kind = cls.model_fields[key].annotation if key in cls.model_fields else None
-        return isinstance(kind, type) and issubclass(kind, _Section)
-
 
 class LoraShape(NamedTuple):
     """Rank and alpha of the low-rank update of one kind of matrix."""
@@ -97,12 +48,12 @@ class LoraShape(NamedTuple):
     alpha: float
 
 
-class TargetConfig(_Section):
+class TargetConfig(Section):
     """One LoRA target with its own size."""
 
-    rank: int | None = Field(None, ge=1, json_schema_extra=_words("the adapter's rank"))
+    rank: int | None = Field(None, ge=1, json_schema_extra=words("the adapter's rank"))
     """Rank for this target only."""
-    alpha: float | None = Field(None, gt=0, json_schema_extra=_words("keeps the adapter's alpha / rank"))
+    alpha: float | None = Field(None, gt=0, json_schema_extra=words("keeps the adapter's alpha / rank"))
     """Alpha for this target only."""
 
 
@@ -122,27 +73,27 @@ Targets = Annotated[
 ]
 
 
-class AdapterConfig(_Section):
+class AdapterConfig(Section):
     """Low-rank adapters (LoRA) on frozen weights. Leave the whole section out to train all weights."""
 
     rank: int = Field(16, ge=1)
     """Rank of the low-rank update, per matrix (per expert for experts)."""
-    alpha: float = Field(default_factory=lambda given: 2.0 * given["rank"], gt=0, json_schema_extra=_words("2 x rank"))
+    alpha: float = Field(default_factory=lambda given: 2.0 * given["rank"], gt=0, json_schema_extra=words("2 x rank"))
     """Scale of the update: it counts alpha / rank (alpha / sqrt(rank) with rslora)."""
     targets: Targets = ("attention", "experts")
     """What gets an adapter: a list of names, or a mapping from name to its own rank and alpha. `attention` stands for
     q_proj, k_proj, v_proj and o_proj; `experts` for gate_up_proj and down_proj."""
-    dropout: _Share = 0.0
+    dropout: Share = 0.0
     """Share of an adapter's inputs that is zeroed while training."""
     rslora: bool = False
     """Scale by alpha / sqrt(rank) instead of alpha / rank."""
-    init_from: _FolderPath | None = None
+    init_from: FolderPath | None = None
     """Folder of an adapter to start from, instead of a fresh one."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         twice = [name for name in dict.fromkeys(self.targets) if list(self.targets).count(name) > 1]
-        _refuse(*(Clash(("targets",), f"`adapter.targets` names {name} twice; keep one") for name in twice))
+        refuse(*(Clash(("targets",), f"`adapter.targets` names {name} twice; keep one") for name in twice))
         return self
 
     def by_target(self) -> dict[str, LoraShape]:
@@ -157,7 +108,7 @@ class AdapterConfig(_Section):
         return shapes
 
 
-class TrainOnConfig(_Section):
+class TrainOnConfig(Section):
     """Which of the assistant's tokens are trained."""
 
     turns: Literal["all", "last"] = "all"
@@ -166,7 +117,7 @@ class TrainOnConfig(_Section):
     """Channels whose messages are trained; tool calls are in commentary."""
 
 
-class DataSourceConfig(_Section):
+class DataSourceConfig(Section):
     """One source of training rows."""
 
     path: str = Field(min_length=1)
@@ -178,15 +129,15 @@ class DataSourceConfig(_Section):
     """How often each row of this source is read per epoch, on average: 0.5 takes every other row, 2 each row twice."""
     split: str = "train"
     """Split of a Hugging Face dataset; files have none."""
-    columns: dict[str, str] = Field({}, json_schema_extra=_words("none"))
+    columns: dict[str, str] = Field({}, json_schema_extra=words("none"))
     """Other names for a row's fields: {field Ossia knows: your column}."""
-    reasoning_effort: Effort | None = Field(None, json_schema_extra=_words("harmony.reasoning_effort"))
+    reasoning_effort: Effort | None = Field(None, json_schema_extra=words("harmony.reasoning_effort"))
     """Reasoning effort written into the system message of rows that give none."""
     developer: str | None = None
     """Developer instructions for rows that bring none."""
     tools: Annotated[tuple[dict[str, Any], ...], Field(strict=False)] | None = None
     """Function tools (OpenAI's JSON form) for rows that bring none."""
-    train: TrainOnConfig | None = Field(None, json_schema_extra=_words("harmony.train"))
+    train: TrainOnConfig | None = Field(None, json_schema_extra=words("harmony.train"))
     """What is trained in rows of this source."""
 
 
@@ -207,7 +158,7 @@ def is_day(text: str) -> bool:
         return False
 
 
-class HarmonyConfig(_Section):
+class HarmonyConfig(Section):
     """What the Harmony system message says, and what is trained where a data source doesn't say."""
 
     identity: str = "You are ChatGPT, a large language model trained by OpenAI."
@@ -225,20 +176,20 @@ class HarmonyConfig(_Section):
     def _consistent(self) -> Self:
         day = self.current_date
         if day is not None and not is_day(day):
-            _refuse(Clash(("current_date",), f"`harmony.current_date` is {day}; write a day as YYYY-MM-DD"))
+            refuse(Clash(("current_date",), f"`harmony.current_date` is {day}; write a day as YYYY-MM-DD"))
         return self
 
 
-class EvalConfig(_Section):
+class EvalConfig(Section):
     """Held-out loss during training and for `ossia eval`."""
 
-    split: _Share = 0.0
+    split: Share = 0.0
     """Share of the training rows that is held out, chosen by the seed."""
     data: DataSources | None = None
     """Held-out rows of their own, written like `data`; instead of `split`."""
     every: int = Field(0, ge=0)
     """Steps between evaluations; 0 evaluates once, at the end."""
-    max_samples: int | None = Field(None, ge=1, json_schema_extra=_words("all held-out samples"))
+    max_samples: int | None = Field(None, ge=1, json_schema_extra=words("all held-out samples"))
     """At most this many samples per evaluation."""
     answers: int = Field(4, ge=0)
     """Held-out prompts that are answered before and after training, for the report; 0: none."""
@@ -247,40 +198,33 @@ class EvalConfig(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        held_out = bool(self.split or self.data)
-        _refuse(
-            Clash(("data", "split"), "`eval.split` and `eval.data` are both given; keep one")
-            if self.split and self.data
-            else None,
-            Clash(("every", "split", "data"), "`eval.every` needs held-out rows; give `eval.split` or `eval.data`")
-            if self.every and not held_out
-            else None,
-        )
+        both = self.split and self.data
+        refuse(Clash(("data", "split"), "`eval.split` and `eval.data` are both given; keep one") if both else None)
         return self
 
 
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """The training loop and its optimizer (AdamW with decoupled weight decay)."""
 
-    steps: int | None = Field(None, ge=1, json_schema_extra=_words("as many as `epochs` takes"))
+    steps: int | None = Field(None, ge=1, json_schema_extra=words("as many as `epochs` takes"))
     """Optimizer steps to train for; give this or `epochs`. A run keeps its length, because the learning rate of every
     step depends on it; to train on, start another run from what this one trained (`adapter.init_from`, or `model`)."""
     epochs: float | None = Field(
         default_factory=lambda given: None if given["steps"] is not None else 1.0,
         gt=0,
-        json_schema_extra=_words("1.0 where `steps` is not given"),
+        json_schema_extra=words("1.0 where `steps` is not given"),
     )
     """Passes over the data; give this or `steps`."""
-    tokens_per_step: int = Field(TOKENS_PER_STEP, ge=1, json_schema_extra=_words("32768, or max_length if larger"))
+    tokens_per_step: int = Field(TOKENS_PER_STEP, ge=1, json_schema_extra=words("32768, or max_length if larger"))
     """Tokens per optimizer step, over all packs and devices: the batch size."""
     tokens_per_pack: int = Field(
         default_factory=lambda given: min(TOKENS_PER_PACK, given["tokens_per_step"]),
         ge=1,
-        json_schema_extra=_words("8192, or max_length if larger; at most tokens_per_step"),
+        json_schema_extra=words("8192, or max_length if larger; at most tokens_per_step"),
     )
     """Tokens that go through a layer at once; lower it to save memory, the gradient stays the same."""
     learning_rate: float = Field(
-        LEARNING_RATE_ADAPTER, gt=0, json_schema_extra=_words("2e-4 with an adapter, 2e-5 for all weights")
+        LEARNING_RATE_ADAPTER, gt=0, json_schema_extra=words("2e-4 with an adapter, 2e-5 for all weights")
     )
     """Highest learning rate, reached after the warm-up."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -291,9 +235,9 @@ class TrainConfig(_Section):
     """Warm-up: below 1 a share of all steps, from 1 on a number of steps."""
     weight_decay: float = Field(0.0, ge=0.0)
     """Decoupled weight decay; biases and norms are left out of it."""
-    beta1: _Share = 0.9
+    beta1: Share = 0.9
     """AdamW's decay of the mean of gradients."""
-    beta2: _Share = 0.95
+    beta2: Share = 0.95
     """AdamW's decay of the mean of squared gradients."""
     eps: float = Field(1e-8, gt=0)
     """AdamW's term against division by zero."""
@@ -307,12 +251,12 @@ class TrainConfig(_Section):
     """Newest checkpoints to keep; older ones are removed."""
     recompute: Literal["auto", "always", "never"] = "auto"
     """Whether activations are computed again in the backward pass (less memory) or kept (less time)."""
-    threads: int | None = Field(None, ge=1, le=1024, json_schema_extra=_words("torch's own choice"))
+    threads: int | None = Field(None, ge=1, le=1024, json_schema_extra=words("torch's own choice"))
     """CPU threads; more than the machine has cores are slower, not faster."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        _refuse(self._length_clash(), self._warmup_clash())
+        refuse(self._length_clash(), self._warmup_clash())
         return self
 
     def _length_clash(self) -> Clash | None:
@@ -332,18 +276,20 @@ class TrainConfig(_Section):
         return None
 
 
-class LogConfig(_Section):
+class LogConfig(Section):
     """Where measurements go besides the run folder and the terminal."""
 
     sinks: Annotated[tuple[Literal["tensorboard", "wandb", "trackio"], ...], Field(strict=False)] = ()
     """Other places that events are sent to; each needs its extra."""
 
 
-class Recipe(_Section):
-    """Everything that decides a run. `model` and `data` have to be given; all other keys have a default that works."""
+class Recipe(Section):
+    """Everything that decides a run. `model` has to be given, and `data` or `env`; all other keys have a default that
+    works."""
 
-    method: Literal["sft"] = "sft"
-    """What kind of training: `sft`, supervised fine-tuning on conversations."""
+    method: Literal["sft", "grpo"] = "sft"
+    """What kind of training: `sft`, supervised fine-tuning on conversations; `grpo`, reinforcement learning from
+    rewards (GRPO and its kin, see `rl.loss`)."""
     model: str = Field(min_length=1)
     """Folder of a gpt-oss checkpoint, or a Hugging Face model (owner/name; extra `hub`)."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
@@ -353,10 +299,17 @@ class Recipe(_Section):
     from the checkpoint's files as needed, `bf16` expanded to bfloat16; `auto` takes what fits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU where there is one."""
-    adapter: AdapterConfig | None = Field(None, json_schema_extra=_words("left out: all weights are trained"))
+    adapter: AdapterConfig | None = Field(None, json_schema_extra=words("left out: all weights are trained"))
     """Low-rank adapters (LoRA) on frozen weights; left out, all weights are trained."""
-    data: DataSources
-    """One or several sources of training rows."""
+    data: DataSources | None = Field(None, json_schema_extra=words("has to be given, unless `env` is"))
+    """One or several sources of training rows; with `reward`, of prompts."""
+    env: Envs | None = Field(None, json_schema_extra=words("none"))
+    """One or several environments that reward a policy, for `method: grpo`."""
+    reward: Rewards | None = Field(None, json_schema_extra=words("none"))
+    """Instead of `env`: functions that reward the answers to the prompts in `data`, each `module:function` or
+    `file.py:function`, in TRL's form; several add up."""
+    rl: RlConfig = RlConfig()
+    """Reinforcement learning, for `method: grpo`."""
     harmony: HarmonyConfig = HarmonyConfig()
     """What the Harmony system message says, and what is trained."""
     max_length: int = Field(4096, ge=2)
@@ -371,7 +324,7 @@ class Recipe(_Section):
     """The training loop and its optimizer."""
     log: LogConfig = LogConfig()
     """Where measurements go besides the run folder."""
-    output: _FolderPath = Field(Path("runs/run"), json_schema_extra=_words("runs/NAME, of the recipe's file NAME.yaml"))
+    output: FolderPath = Field(Path("runs/run"), json_schema_extra=words("runs/NAME, of the recipe's file NAME.yaml"))
     """The run folder: resolved recipe, events, checkpoints, report."""
 
     @model_validator(mode="before")
@@ -395,8 +348,57 @@ class Recipe(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        _refuse(self._step_clash(), self._pack_clash(), self._weights_clash())
+        refuse(*self._method_clashes(), self._step_clash(), self._pack_clash(), self._weights_clash())
         return self
+
+    def _method_clashes(self) -> tuple[Clash | None, ...]:
+        return self._sft_clashes() if self.method == "sft" else self._grpo_clashes()
+
+    def _sft_clashes(self) -> tuple[Clash | None, ...]:
+        given = [
+            key
+            for key in ("env", "reward", "rl")
+            if key in self.model_fields_set and dict(self)[key] not in (None, RlConfig())
+        ]
+        return (
+            Clash(("data",), "`data` is missing: the rows to train on") if self.data is None else None,
+            Clash(
+                ("eval.every", "eval.split", "eval.data"),
+                "`eval.every` needs held-out rows; give `eval.split` or `eval.data`",
+            )
+            if self.eval.every and not self.has_eval
+            else None,
+            *(Clash((key, "method"), f"`{key}` is for `method: grpo`; this recipe's is sft") for key in given),
+        )
+
+    def _grpo_clashes(self) -> tuple[Clash | None, ...]:
+        rl, no_steps = self.rl, self.train.steps is None
+        both = self.env is not None and self.reward is not None
+        neither = self.env is None and self.reward is None
+        return (
+            Clash(("env", "reward"), "`env` and `reward` are both given; keep one") if both else None,
+            Clash(("env",), "`method: grpo` needs `env`, or `reward` with `data`") if neither else None,
+            Clash(("data",), "`data` is missing: the prompts that `reward` judges the answers to")
+            if self.reward is not None and self.data is None
+            else None,
+            Clash(("data", "env"), "`data` is for `reward`; an `env` brings its own tasks")
+            if self.env is not None and self.data is not None
+            else None,
+            Clash(("eval.split", "eval.data"), "`eval.split` and `eval.data` are of `method: sft`; see `rl.eval_tasks`")
+            if self.has_eval
+            else None,
+            Clash(("train.steps",), "`train.steps` is missing: `method: grpo` has no epochs") if no_steps else None,
+            Clash(("rl.kl", "adapter"), "`rl.kl` needs an `adapter`: the reference is the model with it switched off")
+            if rl.kl and self.adapter is None
+            else None,
+            Clash(
+                ("rl.max_new", "max_length"),
+                f"`rl.max_new` is {rl.max_new}; it has to be below `max_length`, "
+                f"{self.max_length}, which holds the prompt too",
+            )
+            if rl.max_new >= self.max_length
+            else None,
+        )
 
     def _step_clash(self) -> Clash | None:
         step, longest = self.train.tokens_per_step, self.max_length
@@ -420,6 +422,11 @@ class Recipe(_Section):
             "`weights` is mmap, which only reads the checkpoint's files, but without `adapter` all weights are trained"
         )
         return Clash(("weights", "adapter"), f"{why}; add an `adapter` or write `weights: bf16`")
+
+    @property
+    def judges(self) -> bool:
+        """Whether held-out tasks are answered during training (`method: grpo`)."""
+        return self.method == "grpo" and self.rl.eval_tasks > 0
 
     @property
     def has_eval(self) -> bool:

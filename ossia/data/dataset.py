@@ -14,15 +14,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ossia.config.schema import DataSourceConfig, Recipe
-from ossia.data.formats import Encoder, Layout, build, recognise
-from ossia.data.rows import Rows
+from ossia.data.formats import Encoder, build
+from ossia.data.layout import FIELDS, Layout, recognise
+from ossia.data.rows import Rows, printable
 from ossia.data.sample import Sample
 from ossia.data.sources import open_rows
 from ossia.errors import DataError, HarmonyError, RecipeError, TokenizerError
+from ossia.harmony.openai_tools import nearest
 from ossia.harmony.render import MOST_SAMPLES, Renderer, TrainOn
 from ossia.harmony.vocab import Vocabulary
 
 _NUM_REASONS = 5
+_MOST_PLACES = 2**32  # of an epoch; its order is held in memory
 _PASS, _EPOCH = 1, 2  # keep the random streams of one seed apart
 
 
@@ -36,6 +39,7 @@ class Reading(NamedTuple):
     untrained: int = 0
     ignored: tuple[str, ...] = ()
     null_arguments: bool = False
+    notes: tuple[str, ...] = ()  # what is legal in the row but may not be meant
 
 
 @dataclass(slots=True)
@@ -48,6 +52,7 @@ class Statistics:
     skipped         rows that could not be used; `reasons` are the first few
     ignored         columns that Ossia doesn't know, and in how many rows
     null_arguments  rows with a null among the arguments of a tool call
+    noted           what is legal but may not be meant, and in how many rows
     """
 
     rows: int = 0
@@ -62,6 +67,7 @@ class Statistics:
     reasons: list[str] = field(default_factory=list)
     ignored: dict[str, int] = field(default_factory=dict)
     null_arguments: int = 0
+    noted: dict[str, int] = field(default_factory=dict)
 
     def add(self, reading: Reading) -> None:
         """Count one row."""
@@ -81,6 +87,8 @@ class Statistics:
         self.null_arguments += reading.null_arguments
         for name in reading.ignored:
             self.ignored[name] = self.ignored.get(name, 0) + 1
+        for note in reading.notes:
+            self.noted[note] = self.noted.get(note, 0) + 1
 
     def to_json(self) -> dict[str, Any]:
         """Plain numbers, lists and dicts, copied."""
@@ -89,7 +97,8 @@ class Statistics:
     @classmethod
     def from_json(cls, record: dict[str, Any]) -> Self:
         """The inverse of `to_json`."""
-        return cls(**{**record, "reasons": list(record["reasons"]), "ignored": dict(record["ignored"])})
+        counted = {name: dict(record.get(name, {})) for name in ("ignored", "noted")}
+        return cls(**{**record, "reasons": list(record["reasons"]), **counted})
 
     def warnings(self) -> list[str]:
         """One entry for each thing that was not used as it is in the file; empty if all was."""
@@ -107,8 +116,12 @@ class Statistics:
                 f"rows whose tool calls have null among their arguments, kept as written: {self.null_arguments:,}\n"
                 "  the model learns to write them; where only the export of a table put them there, leave them out"
             )
-        ignored = sorted(self.ignored.items())
-        return found + [f"rows with the column `{name}`, which is not used: {count:,}" for name, count in ignored]
+        noted = [f"rows with {printable(note)}: {count:,}" for note, count in sorted(self.noted.items())]
+        unused = [
+            f"rows with the column `{printable(name)}`, which is not used: {count:,}{nearest(name, FIELDS, 0.75)}"
+            for name, count in sorted(self.ignored.items())
+        ]
+        return [*found, *noted, *unused]
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,19 +169,23 @@ class Dataset:
             content = self.rows.row(row)
         except DataError as error:
             return self._bad(str(error), error)
+        notes: list[str] = []
         try:
-            samples = build(self.layout, content, where, self.encoder)
+            samples = build(self.layout, content, where, self.encoder, notes)
+            null_arguments = self.layout.has_null_arguments(content)
         except (DataError, HarmonyError, TokenizerError) as error:
             return self._bad(f"{where}: {error}", error)
+        except RecursionError as error:
+            return self._bad(f"{where}: a value in it is nested too deeply", error)
         reading = self._fit(samples, self.layout.ignored(content))
-        return reading._replace(null_arguments=self.layout.has_null_arguments(content))
+        return reading._replace(null_arguments=null_arguments, notes=tuple(notes))
 
     def samples(self, index: int) -> list[Sample]:
         """The samples of row `index`."""
         return self.read(index).samples
 
     def _bad(self, problem: str, error: Exception) -> Reading:
-        problem = problem.encode("utf-8", "backslashreplace").decode()  # a bad row may hold what can't be printed
+        problem = printable(problem)
         if self.limits.on_bad_row == "skip":
             return Reading([], problem)
         raise DataError(f"{problem}\n  next: mend the row, or leave such rows out with on_bad_row: skip") from error
@@ -228,8 +245,11 @@ class EpochOrder:
 def _next_rows(dataset: Dataset, rows: NDArray[Any], seed: int, source: int, epoch: int) -> NDArray[Any]:
     """Those of `rows`, a source's row numbers, that the epoch takes from the chain of shuffled passes through them."""
     size, share = len(rows), dataset.weight * len(rows)
+    what = f"{dataset.layout.source.path}: weight {dataset.weight:g} of {size:,} rows is"
+    if share >= _MOST_PLACES:
+        raise RecipeError(f"{what} over {_MOST_PLACES:,} rows an epoch; lower it")
     if share < 1:
-        raise RecipeError(f"weight {dataset.weight:g} of {size:,} rows is less than one row an epoch; raise it")
+        raise RecipeError(f"{what} less than one row an epoch; raise it")
     start, stop = (int(np.floor(count * share + 0.5)) for count in (epoch, epoch + 1))
     first_pass = start // size
     passes = [rows.copy() for _ in range(first_pass, -(-stop // size))]
@@ -261,7 +281,7 @@ def open_datasets(recipe: Recipe, vocab: Vocabulary, *, check: bool = True) -> D
     def open_all(sources: Iterable[DataSourceConfig]) -> tuple[Dataset, ...]:
         return tuple(open_source(recipe, source, vocab, renderer, notes) for source in sources)
 
-    whole = train = open_all(recipe.data)
+    whole = train = open_all(recipe.data or ())
     held_out: tuple[Dataset, ...] = ()
     if recipe.eval.data:
         held_out = open_all(recipe.eval.data)

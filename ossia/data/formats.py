@@ -1,15 +1,9 @@
-"""Row layouts of the field: which one a row has, and what it says as a Harmony conversation, a text, or ids.
-
-A layout is recognised by its columns and never guessed: rows that fit two layouts, or files that mix them, are refused
-with the names to choose from. Columns that no layout knows are counted by the caller, not used.
-"""
+"""What a row says: a Harmony conversation, a text, or ids. Which layout it has, `layout.py` tells."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from itertools import groupby
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -17,34 +11,19 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ossia.config.schema import DataSourceConfig, HarmonyConfig, is_day
-from ossia.data.rows import Row, Rows
+from ossia.config.schema import is_day
+from ossia.data.layout import REQUIRED, Layout
+from ossia.data.rows import Row, TableValue, parse_json
 from ossia.data.sample import Sample
 from ossia.errors import DataError, HarmonyError, RecipeError, TokenizerError
-from ossia.harmony.chat import THINKING, conversation_from_messages
-from ossia.harmony.messages import Conversation, System
-from ossia.harmony.render import Renderer, Span, TrainOn
+from ossia.harmony.chat import THINKING, Chat, read_chat
+from ossia.harmony.messages import CONSTRAIN_JSON, LEAST_WEIGHT, MOST_WEIGHT, WEIGHTS, Conversation, System
+from ossia.harmony.openai_tools import check_keys, nearest
+from ossia.harmony.render import Renderer, Span, TrainOn, message_weights
 from ossia.harmony.vocab import Vocabulary, check_field
 
 Message = dict[str, Any]
 Placed = tuple[Message, str]  # a message in OpenAI's form, and where the row has it: "conversations[2]"
-_SETTINGS = ("tools", "developer", "reasoning_effort", "current_date", "identity", "knowledge_cutoff", "builtin_tools")
-_EXTRA = {  # fields that a layout may have besides those it is recognised by
-    "messages": _SETTINGS,
-    "sharegpt": (*_SETTINGS, "system"),
-    "alpaca": (*_SETTINGS, "system", "input", *THINKING),
-    "prompt": (*_SETTINGS, "system", *THINKING),
-    "text": (),
-    "tokens": ("targets", "roles", "channels", "source"),
-}
-_REQUIRED = {
-    "messages": ("messages",),
-    "sharegpt": ("conversations",),
-    "alpaca": ("instruction", "output"),
-    "prompt": ("prompt", "completion"),
-    "text": ("text",),
-    "tokens": ("ids", "weights"),
-}
 _SHAREGPT_ROLES = {
     "human": "user",
     "user": "user",
@@ -55,134 +34,7 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
     "tool": "tool",
 }
-_NUM_PROBES = 64
 _MESSAGE_FIELD = re.compile(r"messages\[(\d+)\]")
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How the rows of one source are read.
-
-    format    messages | sharegpt | alpaca | prompt | text | tokens
-    columns   field -> the file's own name for it, where that differs
-    source, harmony  what a row doesn't say itself
-    """
-
-    format: str
-    columns: dict[str, str]
-    source: DataSourceConfig
-    harmony: HarmonyConfig
-
-    def fields(self, row: Row) -> Row:
-        """The row under Ossia's field names; null is the same as absent."""
-        renamed = {name: row[column] for name, column in self.columns.items() if column in row}
-        if renamed:
-            row = {name: value for name, value in row.items() if name not in self.columns.values()} | renamed
-        return {name: value for name, value in row.items() if value is not None}
-
-    def name(self, field: str) -> str:
-        """What the file calls a field."""
-        return self.columns.get(field, field)
-
-    def ignored(self, row: Row) -> tuple[str, ...]:
-        """Columns of the row that are not used."""
-        used = {self.name(field) for field in (*_REQUIRED[self.format], *_EXTRA[self.format])}
-        return tuple(row.keys() - used)
-
-    def has_null_arguments(self, row: Row) -> bool:
-        """Whether the arguments of a tool call in the row, a good one, are an object with a null in it."""
-        if self.format not in ("messages", "sharegpt", "prompt"):
-            return False
-        lists = [row.get(self.name(field)) for field in _REQUIRED[self.format]]
-        messages = [message for found in lists if isinstance(found, list) for message in found]
-        calls = [call for message in messages if isinstance(message, dict) for call in message.get("tool_calls") or ()]
-        functions = [call.get("function") or call for call in calls if isinstance(call, dict)]
-        return any(_holds_null(found.get("arguments")) for found in functions if isinstance(found, dict))
-
-
-# --- recognising ------------------------------------------------------------------------------------------------------
-
-
-def recognise(rows: Rows, source: DataSourceConfig, harmony: HarmonyConfig) -> tuple[Layout, str]:
-    """The layout of a source, and in words what told it: named by the recipe, or seen in rows from all over the source.
-
-    Raises  DataError if rows fit no layout, several, or not all the same; RecipeError for a column that doesn't exist
-    """
-    probes = list(_probe(rows)) or [(rows.where(0), rows.row(0))]
-    _check_columns(source, probes)
-    if source.format != "auto":
-        return Layout(source.format, source.columns, source, harmony), "named in the recipe"
-    found: dict[str, str] = {}  # layout -> first place it was seen
-    unknown: dict[str, list[str]] = {}
-    for where, row in probes:
-        names = _candidates(Layout("", source.columns, source, harmony).fields(row))
-        if len(names) > 1:
-            raise DataError(
-                f"{where}: the row fits the formats {' and '.join(names)}\n"
-                f"  next: name one for {source.path}: format: {names[0]}"
-            )
-        if names:
-            found.setdefault(names[0], where)
-        else:
-            unknown[where] = sorted(row)
-    if len(found) > 1:
-        seen = ", ".join(f"{name} at {where}" for name, where in found.items())
-        raise DataError(
-            f"{source.path}: rows of different formats: {seen}\n  next: put each format into its own source"
-        )
-    if not found:
-        where, names = next(iter(unknown.items()))
-        allowed = "; ".join(f"{name}: {' + '.join(columns)}" for name, columns in _REQUIRED.items())
-        raise DataError(
-            f"{where}: the format isn't known from the columns {', '.join(names) or '(it has none)'}\n"
-            f"  expected: {allowed}\n"
-            "  next: name your columns in the recipe, for example columns: {messages: YOUR_COLUMN}"
-        )
-    name = next(iter(found))
-    if name == "messages" and "messages" not in source.columns and _is_renamed(probes):
-        columns = {**source.columns, "messages": "conversations"}
-        return Layout(name, columns, source, harmony), "recognised by conversations with role and content"
-    return Layout(name, source.columns, source, harmony), f"recognised by {', '.join(_REQUIRED[name])}"
-
-
-def _probe(rows: Rows) -> Iterator[tuple[str, Row]]:
-    """Some of the first rows and some from all over; rows that aren't JSON are left for the reading to report."""
-    spread = np.linspace(0, len(rows) - 1, _NUM_PROBES).astype(int).tolist()
-    for index in sorted({*range(min(_NUM_PROBES, len(rows))), *spread}):
-        try:
-            yield rows.where(index), rows.row(index)
-        except DataError:
-            continue
-
-
-def _candidates(fields: Row) -> list[str]:
-    names = [name for name, required in _REQUIRED.items() if all(field in fields for field in required)]
-    if "sharegpt" in names and _has_roles(fields["conversations"]):
-        names[names.index("sharegpt")] = "messages"
-    return list(dict.fromkeys(names))
-
-
-def _has_roles(turns: Any) -> bool:
-    return isinstance(turns, list) and bool(turns) and isinstance(turns[0], dict) and "role" in turns[0]
-
-
-def _is_renamed(probes: list[tuple[str, Row]]) -> bool:
-    return any("messages" not in row and _has_roles(row.get("conversations")) for _, row in probes)
-
-
-def _check_columns(source: DataSourceConfig, probes: list[tuple[str, Row]]) -> None:
-    allowed = sorted({name for table in (_REQUIRED, _EXTRA) for names in table.values() for name in names})
-    for name, column in source.columns.items():
-        if name not in allowed:
-            raise RecipeError(f"data.columns: unknown field `{name}`\n  allowed: {', '.join(allowed)}")
-        if probes and not any(column in row for _, row in probes):
-            seen = sorted({key for _, row in probes for key in row})
-            raise RecipeError(
-                f"data.columns.{name}: {source.path} has no column `{column}`\n  found: {', '.join(seen)}"
-            )
-
-
-# --- a row as samples -------------------------------------------------------------------------------------------------
 
 
 class Encoder(NamedTuple):
@@ -193,29 +45,79 @@ class Encoder(NamedTuple):
     train_on: TrainOn
 
 
-def build(layout: Layout, row: Row, where: str, encoder: Encoder) -> list[Sample]:
+def build(layout: Layout, row: Row, where: str, encoder: Encoder, notes: list[str] | None = None) -> list[Sample]:
     """The samples of one row.
 
+    notes   takes, in words that fit behind "rows with", what is legal in the row but may not be meant
     Raises  DataError, HarmonyError or TokenizerError without the place, for a row that isn't of this layout
     """
     fields = layout.fields(row)
-    for name in _REQUIRED[layout.format]:
+    for name in REQUIRED[layout.format]:
         if name not in fields:
+            column = layout.name(name)
+            if column in row:
+                raise DataError(f"{column}: is null; rows of the format {layout.format} have something in it")
             raise DataError(
-                f"{layout.name(name)}: missing; rows of the format {layout.format} have it. "
-                f"Found: {', '.join(row) or 'nothing'}"
+                f"{column}: missing; rows of the format {layout.format} have it. "
+                f"Found: {', '.join(row) or 'nothing'}{nearest(column, row)}"
             )
     if layout.format == "tokens":
-        return [_tokens(fields, where, encoder.vocab.size)]
+        return [_tokens(fields, where, encoder.vocab.size, [] if notes is None else notes)]
     if layout.format == "text":
         return [_plain_text(_text(fields, "text"), where, encoder.vocab)]
     messages = _READERS[layout.format](fields, layout)
-    conversation = _conversation(messages, fields, layout)
-    found = encoder.renderer.samples(conversation, encoder.train_on)
+    chat = _chat(messages, fields, layout)
+    try:
+        _check_trained(chat, encoder.train_on)
+    except HarmonyError as error:
+        raise _in_the_row(error, [place for _, place in messages], layout) from error
+    if notes is not None:
+        notes += dict.fromkeys([*chat.notes, *_loose_ends(chat.conversation)])
+    found = encoder.renderer.samples(chat.conversation, encoder.train_on)
     return [Sample.from_rendered(rendered, where) for rendered in found]
 
 
-def _conversation(messages: list[Placed], fields: Row, layout: Layout) -> Conversation:
+def _check_trained(chat: Chat, train_on: TrainOn) -> None:
+    """Refuse what would teach a malformed call or an empty answer. Raises HarmonyError naming the field.
+
+    What isn't trained may be malformed: a model has to be able to read of its own mistakes.
+    """
+    messages = chat.conversation.messages
+    for message, field, weight in zip(messages, chat.fields, message_weights(messages, train_on), strict=True):
+        if not weight:
+            continue
+        if message.channel == "final" and not message.content:
+            raise HarmonyError(
+                "an empty answer would be trained; leave the row out, or keep it with train: false", field
+            )
+        if message.content_type != CONSTRAIN_JSON:
+            continue
+        what = "arguments of a call" if message.recipient else "text that is marked as JSON"
+        try:
+            value = parse_json(message.content, strict=True)
+            if message.recipient is None or isinstance(value, dict):
+                continue
+            found = f"found {_kind(value)}, but they have to be a JSON object"
+        except ValueError as error:
+            found = f"not valid JSON: {error}"
+        way_out = "mend it, or keep the message as context that isn't trained with train: false beside its role"
+        raise HarmonyError(f"{what}, {found}; {way_out}", field)
+
+
+def _loose_ends(conversation: Conversation) -> Iterator[str]:
+    """What a conversation lacks that a cut or a mistake in its export may have taken."""
+    messages = conversation.messages
+    if messages[-1].role != "assistant":
+        yield "text after the last answer or call, which nothing is trained on"
+    if any(message.role == "user" and not message.content.strip() for message in messages):
+        yield "a user message without text"
+    for message, following in zip(messages, [*messages[1:], None], strict=True):
+        ends = message.recipient is not None or message.channel == "final"
+        if message.role == "assistant" and not ends and (following is None or following.role != "assistant"):
+            yield "thinking or a preamble that no answer or call follows, in which the model learns no end of its turn"
+
+
+def _chat(messages: list[Placed], fields: Row, layout: Layout) -> Chat:
     """What the row says itself, and where it says nothing the source, then the recipe."""
     source, harmony = layout.source, layout.harmony
     tools = _tools(fields)
@@ -231,23 +133,21 @@ def _conversation(messages: list[Placed], fields: Row, layout: Layout) -> Conver
     instructions = [_text(fields, "developer", source.developer), _text(fields, "system")]
     developer = "\n\n".join(text for text in instructions if text) or None
     try:
-        return conversation_from_messages(
-            [message for message, _ in messages], tools=tools, developer=developer, system=head
-        )
+        return read_chat([message for message, _ in messages], tools=tools, developer=developer, system=head)
     except HarmonyError as error:
+        if error.field.startswith("tools") and fields.get("tools") is None:
+            raise RecipeError(f"data.{error}\n  next: mend the tools that the recipe gives to {source.path}") from error
         raise _in_the_row(error, [place for _, place in messages], layout) from error
-
-
-def _holds_null(value: Any) -> bool:
-    """Whether an object in `value` has a member that is null."""
-    if isinstance(value, dict):
-        return any(item is None or _holds_null(item) for item in value.values())
-    return isinstance(value, list) and any(map(_holds_null, value))
 
 
 def _in_the_row(error: HarmonyError, places: list[str], layout: Layout) -> HarmonyError:
     """The error with the row's own name for the field: `conversations[2].value` instead of `messages[2].content`."""
     match = _MESSAGE_FIELD.match(error.field)
+    if error.field == "messages":
+        name = " and ".join(map(layout.name, REQUIRED[layout.format]))
+        return HarmonyError(str(error).removeprefix("messages: "), name)
+    if error.field.startswith("tools"):
+        return HarmonyError(str(error).removeprefix(f"{error.field}: "), layout.name("tools") + error.field[5:])
     if match is None or int(match[1]) >= len(places):
         return error
     place, rest = places[int(match[1])], error.field[match.end() :]
@@ -284,6 +184,8 @@ def _day(fields: Row, default: str | None) -> str | None:
 
 
 def _kind(value: Any) -> str:
+    if isinstance(value, TableValue):
+        return f"a value of the type {value.kind}, which JSON doesn't have; store it as text"
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number"}
     return names.get(type(value), "null" if value is None else type(value).__name__)
 
@@ -293,9 +195,9 @@ def _tools(fields: Row) -> list[dict[str, Any]] | None:
     value = fields.get("tools")
     if isinstance(value, str):
         try:
-            value = json.loads(value) if value.strip() else None
-        except json.JSONDecodeError as error:
-            raise DataError(f"tools: text that isn't JSON: {error.msg} at column {error.pos + 1}") from error
+            value = parse_json(value, strict=True) if value.strip() else None
+        except ValueError as error:
+            raise DataError(f"tools: text that isn't JSON: {error}") from error
     if value is not None and not isinstance(value, list):
         raise DataError(f"tools: expected a list of tools, found {_kind(value)}")
     return value
@@ -304,7 +206,8 @@ def _tools(fields: Row) -> list[dict[str, Any]] | None:
 def _message_list(fields: Row, field: str, layout: Layout) -> list[Placed]:
     value, name = fields[field], layout.name(field)
     if not isinstance(value, list):
-        raise DataError(f"{name}: expected a list of messages, found {_kind(value)}")
+        expected = "a list of messages" if field in ("messages", "conversations") else "text or a list of messages"
+        raise DataError(f"{name}: expected {expected}, found {_kind(value)}")
     for number, message in enumerate(value):
         if not isinstance(message, dict):
             raise DataError(f"{name}[{number}]: expected an object, found {_kind(message)}")
@@ -321,21 +224,22 @@ def _from_messages(fields: Row, layout: Layout) -> list[Placed]:
 
 
 def _from_alpaca(fields: Row, layout: Layout) -> list[Placed]:
-    question = _text(fields, "instruction")
-    if given := _text(fields, "input", ""):
-        question = f"{question}\n\n{given}"
+    question = "\n\n".join(filter(None, [_text(fields, "instruction"), _text(fields, "input", "")]))
     answer = {"role": "assistant", "content": _text(fields, "output"), **_thinking(fields)}
     return [({"role": "user", "content": question}, layout.name("instruction")), (answer, layout.name("output"))]
 
 
 def _from_prompt(fields: Row, layout: Layout) -> list[Placed]:
-    """Text or messages on both sides; what the assistant says in the prompt is context, not trained."""
+    """Text or messages on both sides; what the assistant says in the prompt is context, unless its `train` is true."""
     prompt, completion = fields["prompt"], fields["completion"]
     if isinstance(prompt, str):
         before: list[Placed] = [({"role": "user", "content": prompt}, layout.name("prompt"))]
     else:
         before = [
-            ({**message, "train": False} if message.get("role") == "assistant" else message, place)
+            (
+                {**message, "train": message.get("train") or False} if message.get("role") == "assistant" else message,
+                place,
+            )
             for message, place in _message_list(fields, "prompt", layout)
         ]
     if isinstance(completion, str):
@@ -343,7 +247,10 @@ def _from_prompt(fields: Row, layout: Layout) -> list[Placed]:
         return [*before, (answer, layout.name("completion"))]
     if thinking := _thinking(fields):
         raise DataError(f"{next(iter(thinking))}: expected inside the messages of `completion`, found beside them")
-    return [*before, *_message_list(fields, "completion", layout)]
+    after = _message_list(fields, "completion", layout)
+    if not any(message.get("role") == "assistant" for message, _ in after):
+        raise DataError(f"{layout.name('completion')}: expected an assistant message, found none of its {len(after)}")
+    return [*before, *after]
 
 
 def _from_sharegpt(fields: Row, layout: Layout) -> list[Placed]:
@@ -354,14 +261,20 @@ def _from_sharegpt(fields: Row, layout: Layout) -> list[Placed]:
         if not isinstance(text, str):
             raise DataError(f"{place}.value: expected text, found {_kind(text)}")
         if not isinstance(speaker, str) or speaker not in _SHAREGPT_ROLES:
-            raise DataError(f"{place}.from: unknown speaker {speaker!r}; allowed: {', '.join(_SHAREGPT_ROLES)}")
+            raise DataError(
+                f"{place}.from: unknown speaker {speaker!r}; allowed: {', '.join(_SHAREGPT_ROLES)}"
+                + nearest(speaker, _SHAREGPT_ROLES)
+            )
         message: Message = {name: item for name, item in turn.items() if name not in ("from", "value")}
+        for name in ("role", "content", *(["tool_calls"] if speaker == "function_call" else [])):
+            if message.get(name) not in (None, "", []):
+                raise DataError(f"{place}.{name}: stands beside from and value, which say it already; keep one of them")
         message |= {"role": _SHAREGPT_ROLES[speaker], "content": text}
         if speaker == "function_call":
             calls = _sharegpt_calls(text, place, number)
             waiting = [call["id"] for call in calls]
             message |= {"content": None, "tool_calls": calls}
-        elif message["role"] == "tool" and waiting:
+        elif message["role"] == "tool" and waiting and not (message.get("tool_call_id") or message.get("name")):
             message["tool_call_id"] = waiting.pop(0)
         messages.append((message, place))
     return messages
@@ -370,18 +283,19 @@ def _from_sharegpt(fields: Row, layout: Layout) -> list[Placed]:
 def _sharegpt_calls(text: str, place: str, number: int) -> list[Message]:
     """`{"name": ..., "arguments": ...}`, or a list of these, as OpenAI's `tool_calls`."""
     try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{place}.value: a function_call has to be JSON: {error.msg} at column {error.pos + 1}"
-        ) from error
+        value = parse_json(text, strict=True)
+    except ValueError as error:
+        raise DataError(f"{place}.value: a function_call has to be JSON: {error}") from error
     calls = value if isinstance(value, list) else [value]
+    if not calls:
+        raise DataError(f"{place}.value: a function_call without a call in it")
     for call in calls:
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-            raise DataError(f'{place}.value: expected {{"name": ..., "arguments": ...}}, found {text[:80]}')
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or call.get("arguments") is None:
+            raise DataError(f'{place}.value: expected {{"name": ..., "arguments": ...}}, found {text[:80]!r}')
+        check_keys(call, f"{place}.value", ("name", "arguments", "id", "type", "index"))
     return [
         {
-            "id": f"call_{number}_{index}",
+            "id": call.get("id") or f"call_{number}_{index}",
             "type": "function",
             "function": {"name": call["name"], "arguments": call["arguments"]},
         }
@@ -405,40 +319,53 @@ def _plain_text(text: str, where: str, vocab: Vocabulary) -> Sample:
     return Sample(ids, weights, None, where, (Span(0, len(ids), "text", None),))
 
 
-def _tokens(fields: Row, where: str, vocab_size: int) -> Sample:
+def _tokens(fields: Row, where: str, vocab_size: int, notes: list[str]) -> Sample:
     """Ids that are used as they are. A weight on the first one is dropped: nothing is before it to predict it from."""
     ids = _id_array(fields, "ids", vocab_size)
     targets = _id_array(fields, "targets", vocab_size) if "targets" in fields else None
-    weights = _number_array(fields, "weights")
+    weights = _weight_array(fields, "weights")
     for name, values in (("weights", weights), ("targets", targets)):
         if values is not None and len(values) != len(ids):
             raise DataError(f"{name}: {len(values):,} entries for {len(ids):,} ids; expected as many")
     if not len(ids):
         raise DataError("ids: the list is empty")
-    if not np.isfinite(weights).all() or weights.min() < 0:
-        raise DataError("weights: expected numbers from 0 on; 0 is not trained")
-    weights[0] = 0
+    if weights[0]:
+        notes.append("a weight on their first token, which isn't trained: nothing is before it to predict it from")
+        weights[0] = 0
     return Sample(ids, weights, targets, where, _given_spans(fields, len(ids)))
 
 
 def _id_array(fields: Row, name: str, vocab_size: int) -> NDArray[np.int32]:
-    values = fields[name]
-    if not isinstance(values, list) or not set(map(type, values)) <= {int}:
-        raise DataError(f"{name}: expected a list of whole numbers")
+    values = _numbers(fields, name, {int}, "whole numbers")
     if values and not (min(values) >= 0 and max(values) < vocab_size):
-        wrong = next(value for value in values if not 0 <= value < vocab_size)
-        raise DataError(f"{name}: {wrong} is not in the vocabulary of {vocab_size:,} tokens")
+        index = next(index for index, value in enumerate(values) if not 0 <= value < vocab_size)
+        found = f"{_shortened(values[index])} is not in the vocabulary of {vocab_size:,} tokens"
+        raise DataError(f"{name}[{index}]: {found}")
     return np.array(values, np.int32)
 
 
-def _number_array(fields: Row, name: str) -> NDArray[np.float32]:
+def _weight_array(fields: Row, name: str) -> NDArray[np.float32]:
+    values = _numbers(fields, name, {int, float}, "numbers")
+    for index, value in enumerate(values):
+        if not (value == 0 or LEAST_WEIGHT <= value <= MOST_WEIGHT):
+            raise DataError(f"{name}[{index}]: found {_shortened(value)}; {WEIGHTS}")
+    return np.array(values, np.float32)
+
+
+def _numbers(fields: Row, name: str, kinds: set[type], expected: str) -> list[Any]:
     values = fields[name]
-    if not isinstance(values, list) or not set(map(type, values)) <= {int, float}:
-        raise DataError(f"{name}: expected a list of numbers")
-    try:
-        return np.array(values, np.float32)
-    except OverflowError as error:
-        raise DataError(f"{name}: a number is too large") from error
+    if not isinstance(values, list):
+        raise DataError(f"{name}: expected a list of {expected}, found {_kind(values)}")
+    if not set(map(type, values)) <= kinds:
+        index = next(index for index, value in enumerate(values) if type(value) not in kinds)
+        found = repr(values[index])[:60] if isinstance(values[index], int | float) else _kind(values[index])
+        raise DataError(f"{name}[{index}]: expected a list of {expected}, found {found}")
+    return values
+
+
+def _shortened(number: float) -> str:
+    text = repr(number)
+    return text if len(text) <= 40 else f"{text[:20]}... ({len(text)} digits)"
 
 
 def _given_spans(fields: Row, size: int) -> tuple[Span, ...]:

@@ -36,6 +36,8 @@ class Pack:
     weights  (T,) float32, of that prediction; 0 at the last position of each document
     starts   (D + 1,) int64: document d is [starts[d], starts[d + 1])
     sources  D times "file:line"
+    routes   (T, L, k) int16: experts that were chosen when the tokens were sampled, to be used again; -1 where none was
+             recorded. None: nothing is replayed
     """
 
     ids: Tensor
@@ -43,6 +45,7 @@ class Pack:
     weights: Tensor
     starts: Tensor
     sources: tuple[str, ...]
+    routes: Tensor | None = None
 
     @classmethod
     def from_samples(cls, samples: Sequence[Sample]) -> Self:
@@ -78,7 +81,7 @@ class Pack:
     def to(self, device: torch.device | str) -> Self:
         """The same pack on another device."""
         tensors = (tensor.to(device) for tensor in (self.ids, self.targets, self.weights, self.starts))
-        return type(self)(*tensors, self.sources)
+        return type(self)(*tensors, self.sources, None if self.routes is None else self.routes.to(device))
 
 
 def pack_samples(samples: Iterable[Sample], tokens_per_pack: int) -> list[Pack]:

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol
+from typing import IO, Any, NamedTuple, NoReturn, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +26,10 @@ Row = dict[str, Any]
 _CHUNK_BYTES = 1 << 22
 _LONGEST_BLANK = 16  # a line shorter than this is looked at when the index is made: it may hold only white space
 _BOM = b"\xef\xbb\xbf"
+_UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _SPACE = re.compile(r"\s*")
+_UNPRINTABLE = re.compile(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+_FOREIGN = "\0foreign"  # the only key of an object that stands for a value of a type that JSON doesn't have
 
 
 class Rows(Protocol):
@@ -55,6 +58,57 @@ class Rows(Protocol):
     def hashes(self, seed: int) -> NDArray[np.uint64]:
         """(len(self),) uint64, uniform, from each row's own bytes: equal rows have equal hashes wherever they stand."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class TableValue:
+    """A value of a table whose type JSON doesn't have: nothing that reads a row takes it for text or a number."""
+
+    kind: str
+
+    def __repr__(self) -> str:
+        return f"<{self.kind}; store it as text>"
+
+
+def foreign(value: object) -> dict[str, str]:
+    """What stands in JSON text for such a value; `parse_json` makes a `TableValue` of it."""
+    return {_FOREIGN: type(value).__name__}
+
+
+def printable(text: str) -> str:
+    """Text with control and direction characters, and halves of characters, as their escapes; lines stay lines."""
+    return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape").decode(), text)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> Any:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the key {twice!r} stands twice in one object")
+    return TableValue(row[_FOREIGN]) if _FOREIGN in row else row
+
+
+def _no_number(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_STRICT_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no_number)
+
+
+def parse_json(text: str, *, strict: bool = False) -> Any:
+    """JSON text in which no object has a key twice.
+
+    strict  whether NaN and Infinity, which Python writes and JSON doesn't have, are refused
+    Raises  ValueError with a reason that fits behind a field's name
+    """
+    try:
+        return (_STRICT_DECODER if strict else _DECODER).decode(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at column {error.pos + 1}") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
 
 
 def row_hash(raw: bytes, seed: int) -> bytes:
@@ -136,13 +190,12 @@ class FileRows:
 
 def _parse(raw: bytes, where: str) -> Row:
     try:
-        row = json.loads(raw)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where}: not valid JSON: {error.msg} at column {error.pos + 1}") from error
+        row = parse_json(raw.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         raise DataError(f"{where}: not UTF-8 text at byte {error.start + 1} of the row") from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where}: JSON that can't be read: {error}") from error
+    except ValueError as error:
+        array = "; an array of rows goes into a .json file" if raw.removeprefix(_BOM).lstrip().startswith(b"[") else ""
+        raise DataError(f"{where}: not valid JSON: {error}{array}") from error
     if not isinstance(row, dict):
         raise DataError(f"{where}: expected a JSON object {{...}} as the row, found {type(row).__name__}")
     return row
@@ -157,7 +210,10 @@ def index_lines(file: Path, name: str) -> FileRows:
     checksum, offset, num_lines, line_start = 0, 0, 0, 0
     with file.open("rb", buffering=0) as handle:
         stamp = _Stamp.of(os.fstat(handle.fileno()))
-        if os.pread(handle.fileno(), 3, 0) == _BOM:
+        head = os.pread(handle.fileno(), 3, 0)
+        if head.startswith(_UTF16):
+            raise DataError(f"{name}: UTF-16 text, expected UTF-8\n  next: iconv -f UTF-16 -t UTF-8")
+        if head == _BOM:
             line_start = 3
         while chunk := handle.read(_CHUNK_BYTES):
             checksum = zlib.crc32(chunk, checksum)
@@ -171,7 +227,9 @@ def index_lines(file: Path, name: str) -> FileRows:
         parts.append(_used_lines(handle.fileno(), last, offset - last, num_lines, name))
     starts, sizes, lines = (np.concatenate(column) for column in zip(*parts, strict=True))
     if not len(starts):
-        raise DataError(f"{name}: the file holds no rows\n  expected: one JSON object a line")
+        raise DataError(
+            f"{name}: the file holds no rows\n  expected: at least one; in JSON Lines that is one JSON object a line"
+        )
     without_blanks = lines[-1] == len(lines)
     return FileRows(name, file, starts, sizes, None if without_blanks else lines, checksum, stamp)
 
@@ -258,15 +316,19 @@ def _array_elements(text: str, name: str) -> Iterator[tuple[int, int]]:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChainedRows:
-    """Several files one after the other; `firsts` (num_parts + 1,) int64 is the number of each part's first row."""
+    """Several files one after the other; `firsts` (num_parts + 1,) int64 is the number of each part's first row.
+
+    own_remarks  what a user has to know besides the parts' remarks
+    """
 
     parts: tuple[Rows, ...]
     firsts: NDArray[np.int64]
+    own_remarks: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, parts: Sequence[Rows]) -> ChainedRows:
+    def of(cls, parts: Sequence[Rows], own_remarks: tuple[str, ...] = ()) -> ChainedRows:
         """The parts in this order."""
-        return cls(tuple(parts), np.cumsum([0, *map(len, parts)]))
+        return cls(tuple(parts), np.cumsum([0, *map(len, parts)]), own_remarks)
 
     def __len__(self) -> int:
         return int(self.firsts[-1])
@@ -278,8 +340,8 @@ class ChainedRows:
 
     @property
     def remarks(self) -> tuple[str, ...]:
-        """Those of the parts, each once."""
-        return tuple(dict.fromkeys(remark for part in self.parts for remark in part.remarks))
+        """Its own and those of the parts, each once."""
+        return tuple(dict.fromkeys([*self.own_remarks, *(line for part in self.parts for line in part.remarks)]))
 
     def row(self, index: int) -> Row:
         """One row; DataError with its place if it is no JSON object."""

@@ -24,8 +24,19 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ossia.config import is_hub_name
-from ossia.data.rows import ChainedRows, FileRows, Row, Rows, index_json, index_lines, row_hash
-from ossia.errors import DataError, MissingExtraError
+from ossia.data.rows import (
+    ChainedRows,
+    FileRows,
+    Row,
+    Rows,
+    TableValue,
+    foreign,
+    index_json,
+    index_lines,
+    printable,
+    row_hash,
+)
+from ossia.errors import DataError, MissingExtraError, first_few
 
 if TYPE_CHECKING:
     import pyarrow
@@ -41,14 +52,17 @@ def open_rows(path: str, split: str = "train") -> Rows:
     split   of a hub dataset only
     Raises  DataError if there is no such file, it holds no rows, or its kind is unknown; MissingExtraError
     """
-    place = Path(path).expanduser()
+    place, name = Path(path).expanduser(), printable(path)
     try:
         if place.is_dir():
-            return _open_folder(place, path)
+            return _open_folder(place, name)
         if place.is_file():
-            return _open_file(place, path)
+            return _open_file(place, name)
+        if place.exists():
+            raise _no_file(name)
     except OSError as error:
-        raise DataError(f"{error.filename or path}: can't be read: {error.strerror}") from error
+        found = printable(str(error.filename or path))
+        raise DataError(f"{found}: can't be read: {error.strerror or error}\n  next: mend or remove it") from error
     if is_hub_name(path) and not path.endswith(SUFFIXES):
         return _open_hub(path, split)
     raise DataError(
@@ -58,16 +72,45 @@ def open_rows(path: str, split: str = "train") -> Rows:
 
 
 def _open_folder(folder: Path, name: str) -> Rows:
-    """Every data file below a folder, in the order of their names; hidden ones are left out."""
-    inside = [(file.relative_to(folder), file) for file in sorted(folder.rglob("*")) if file.is_file()]
-    files = [
-        (relative, file)
-        for relative, file in inside
-        if file.name.endswith(SUFFIXES) and not any(part.startswith(".") for part in relative.parts)
-    ]
+    """Every data file below a folder, in the order of their names; hidden ones are left out, others are told."""
+    files, others = [], []
+    for file in sorted(_files_below(folder)):
+        relative = file.relative_to(folder)
+        if not any(part.startswith(".") for part in relative.parts):
+            (files if file.name.endswith(SUFFIXES) else others).append(relative)
+    told = ", ".join(first_few([printable(str(other)) for other in others]))
     if not files:
-        raise DataError(f"{name}: no data file in this folder\n  expected: files ending in {', '.join(SUFFIXES)}")
-    return ChainedRows.of([_open_file(file, os.path.join(name, relative)) for relative, file in files])
+        raise DataError(
+            f"{name}: no data file in this folder{f', only {told}' if others else ''}\n"
+            f"  expected: files ending in {', '.join(SUFFIXES)}"
+        )
+    remarks = (f"not read, because no data file ends so: {told}",) if others else ()
+    for relative in files:
+        if (folder / relative).exists() and not (folder / relative).is_file():
+            raise _no_file(os.path.join(name, printable(str(relative))))
+    parts = [_open_file(folder / relative, os.path.join(name, printable(str(relative)))) for relative in files]
+    return ChainedRows.of(parts, remarks)
+
+
+def _no_file(name: str) -> DataError:
+    return DataError(f"{name}: neither a file nor a folder\n  next: write its rows into a file first")
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """What isn't a folder, in the folders below too, and behind links to folders, each once. Raises OSError."""
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    seen = {folder.resolve()}
+    for place, folders, names in os.walk(folder, onerror=stop, followlinks=True):
+        folders.sort()
+        for name in list(folders):
+            real = Path(place, name).resolve()
+            if real in seen:
+                folders.remove(name)
+            seen.add(real)
+        yield from (Path(place, name) for name in names)
 
 
 def _open_file(file: Path, name: str) -> Rows:
@@ -104,27 +147,38 @@ def _gzip_chunks(file: Path, name: str) -> Iterator[bytes]:
             while chunk := handle.read(_CHUNK_BYTES):
                 yield chunk
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise DataError(f"{name}: not a whole gzip file: {error}") from error
+        raise DataError(f"{name}: not a whole gzip file: {error}\n  next: pack it again, or rename it") from error
 
 
 def _open_parquet(file: Path, name: str) -> FileRows:
     try:
-        from pyarrow import ArrowInvalid
+        from pyarrow import ArrowInvalid, ArrowNotImplementedError
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise MissingExtraError(f"{name}: reading Parquet needs pyarrow: pip install 'ossia[data]'") from error
     try:
         with ParquetFile(file) as parquet:
+            _check_names(parquet.schema_arrow, name)
             batches = (batch.to_pylist() for batch in parquet.iter_batches(batch_size=1024))
             rows = _unpacked(name, (b"".join(map(_json_line, batch)) for batch in batches))
             return replace(rows, remarks=_remarks(parquet.schema_arrow))
-    except ArrowInvalid as error:
-        raise DataError(f"{name}: not a Parquet file that can be read: {error}") from error
+    except (ArrowInvalid, ArrowNotImplementedError, OSError) as error:
+        raise DataError(f"{name}: not a Parquet file that can be read: {error}\n  next: write it again") from error
+
+
+def _check_names(fields: Iterable[pyarrow.Field], name: str) -> None:
+    """Raise DataError for two columns, at any depth, of one name: of a row only the last would be left."""
+    members = list(fields)
+    names = [member.name for member in members]
+    for member in members:
+        if names.count(member.name) > 1:
+            raise DataError(f"{name}: two columns are called {member.name!r}\n  next: rename or drop one of them")
+        _check_names(_members(member.type), name)
 
 
 def _json_line(row: Row) -> bytes:
-    """An Arrow row; dates and the like, for which JSON has no type, as their text."""
-    return json.dumps(_without_nulls(row), ensure_ascii=False, default=str).encode() + b"\n"
+    """An Arrow row; values for which JSON has no type are marked, and read back as `TableValue`."""
+    return json.dumps(_without_nulls(row), ensure_ascii=False, default=foreign).encode() + b"\n"
 
 
 def _without_nulls(value: Any) -> Any:
@@ -134,6 +188,15 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, list):
         return [_without_nulls(item) for item in value]
     return value
+
+
+def _marked(value: Any) -> Any:
+    """A value without nulls whose parts that JSON has no type for are `TableValue`, as they are in a Parquet file."""
+    if isinstance(value, dict):
+        return {key: _marked(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_marked(item) for item in value]
+    return value if isinstance(value, str | int | float | None) else TableValue(type(value).__name__)
 
 
 def _remarks(schema: pyarrow.Schema) -> tuple[str, ...]:
@@ -148,15 +211,17 @@ def _remarks(schema: pyarrow.Schema) -> tuple[str, ...]:
 
 def _has_struct(name: str, fields: Iterable[pyarrow.Field]) -> bool:
     """Whether a field of this name, at any depth, holds objects."""
+    members = [(member.name, _members(member.type)) for member in fields]
+    return any(inner and (found == name or _has_struct(name, inner)) for found, inner in members)
+
+
+def _members(kind: pyarrow.DataType) -> list[pyarrow.Field]:
+    """The fields of a type of objects, or of lists of objects; none of any other."""
     from pyarrow import types
 
-    for member in fields:
-        kind = member.type
-        while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
-            kind = kind.value_type
-        if types.is_struct(kind) and (member.name == name or _has_struct(name, kind)):
-            return True
-    return False
+    while types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind):
+        kind = kind.value_type
+    return list(kind) if types.is_struct(kind) else []
 
 
 class HubFeatures(Protocol):
@@ -203,7 +268,7 @@ class HubRows:
 
     def row(self, index: int) -> Row:
         """One row; DataError with its place if it is no JSON object."""
-        row: Row = _without_nulls(self.table[index])
+        row: Row = _marked(_without_nulls(self.table[index]))
         return row
 
     def hashes(self, seed: int) -> NDArray[np.uint64]:

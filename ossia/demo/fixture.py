@@ -16,6 +16,7 @@ from ossia import sft
 from ossia.config import load_recipe
 from ossia.demo.conversations import Sizes
 from ossia.demo.prepare import Plan, prepare
+from ossia.run.trained import MODEL
 from ossia.train.events import Event
 
 # Enough for bf16 to predict what float32 predicts on held-out conversations; tests/oracle/test_bf16.py holds that.
@@ -34,6 +35,7 @@ _DECIDES = (
     "harmony",
     "model",
     "ops",
+    "run",
     "train",
     "sft.py",
 )  # what the trained weights depend on
@@ -58,7 +60,7 @@ def trained_fixture(cache_dir: Path, *, seed: int = 0, plan: Plan = FIXTURE_PLAN
             shutil.rmtree(partial, ignore_errors=True)
     folder.touch()
     _forget_longest_unused(cache_dir)
-    return folder / sft.MODEL
+    return folder / MODEL
 
 
 def content_hash(plan: Plan, seed: int) -> str:

@@ -25,6 +25,7 @@ from ossia.demo.prepare import DATA, RECIPE, START, Plan, prepare, recipe_text
 from ossia.disk import why_no_folder
 from ossia.errors import UserError
 from ossia.model.checkpoint import Checkpoint
+from ossia.run.trained import MODEL
 from ossia.train.events import EVENTS, Sink, read_events
 from ossia.train.report import write_report
 
@@ -62,9 +63,9 @@ def run_demo(folder: Path, *, seed: int = 0, plan: Plan | None = None, sink: Sin
     before, after = _tell(place, seed=seed, plan=plan, sink=sink)
     if place != folder:
         _take_place(place, folder, seed=seed, plan=plan)
-    print(f"\nThe report: {folder / 'report.html'}\nTalk to it: ossia chat {folder / sft.MODEL}")
+    print(f"\nThe report: {folder / 'report.html'}\nTalk to it: ossia chat {folder / MODEL}")
     print(f"All of this took {time.monotonic() - started:.0f} s.")
-    return DemoResult(folder, folder / sft.MODEL, before, after)
+    return DemoResult(folder, folder / MODEL, before, after)
 
 
 def _tell(folder: Path, *, seed: int, plan: Plan, sink: Sink | None) -> tuple[Score, Score]:
@@ -113,7 +114,7 @@ def _make_room(folder: Path) -> Path:
     if Path.cwd().is_relative_to(folder.resolve()):
         raise UserError(f"{folder}: the current folder or one around it; name another folder with --output")
     place = folder
-    if (folder / RECIPE).is_file() and (folder / sft.MODEL).is_dir():
+    if (folder / RECIPE).is_file() and (folder / MODEL).is_dir():
         place = folder.with_name(f"{folder.name}.new")
         print(f"{folder} holds an earlier demo, which stays as it is until this one is done. It is made in {place}")
     if place.exists() and (not place.is_dir() or any(place.iterdir())):

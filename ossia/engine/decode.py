@@ -13,25 +13,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.engine.cache import Lane, attend_cached
+from ossia.engine.head import Draw, Drawn, draw_plainly, step_norm
 from ossia.model.lora import Lora
 from ossia.model.transformer import Layer, Transformer
 from ossia.model.weights import Weights
-from ossia.ops.linear import Linear, linear
+from ossia.ops.linear import linear
 from ossia.ops.moe import Expert, clamped_swiglu_only, combine, project, route
 from ossia.ops.rope import rope_tables
+
+if TYPE_CHECKING:
+    from ossia.engine.prefill import Prompt
 
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
 
 
 class Decoder(Protocol):
-    """What a session decodes with."""
+    """What a session decodes with.
+
+    reads_prompts  whether `read` can be called; else prompts go through the training forward
+    """
+
+    reads_prompts: bool
 
     def refresh(self) -> None:
         """Weights or adapters have changed, as an optimizer changes them: read them again."""
@@ -48,8 +56,16 @@ class Decoder(Protocol):
         Returns     (B, D): the last layer's output, before the final norm. Keys and values are in the cache.
         """
 
-    def logits(self, h_BD: Tensor, head_VD: Tensor) -> Tensor:
-        """h W^T of normed hidden states: (B, V) float32, rounded to h's dtype on the way."""
+    def read(self, x_TD: Tensor, parts: Sequence[tuple[Prompt, int]], routes_LTk: Tensor | None = None) -> Tensor:
+        """The next so many tokens of each prompt, which has blocks for them, into the cache.
+
+        x_TD        their embeddings, one prompt after the other
+        routes_LTk  int16, filled with the experts chosen; in the last layer of each prompt's last token alone
+        Returns     (S, D): the last layer's output of each prompt's last token, before the final norm
+        """
+
+    def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
+        """Tokens from normed hidden states (B, D) under a head (V, D); logits are rounded to h's dtype on the way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,8 @@ class TorchDecoder:
     grouped   experts in one grouped matmul instead of one by one as they are chosen; None: on a GPU, where waiting for
               the list of the chosen would cost more. Packed experts are always taken one by one.
     """
+
+    reads_prompts = False
 
     def __init__(
         self,
@@ -115,9 +133,13 @@ class TorchDecoder:
                 routes_LBk[:, row_B] = routes
         return out_BD
 
-    def logits(self, h_BD: Tensor, head_VD: Tensor) -> Tensor:
-        """See `Decoder.logits`."""
-        return linear(h_BD, Linear(head_VD)).float()
+    def read(self, x_TD: Tensor, parts: Sequence[tuple[Prompt, int]], routes_LTk: Tensor | None = None) -> Tensor:
+        """Never called."""
+        raise AssertionError("prompts go through the training forward")
+
+    def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
+        """See `Decoder.draw`."""
+        return draw_plainly(h_BD, head_VD, draw)
 
     def forward_rows(
         self,
@@ -273,10 +295,3 @@ def _rotate(x_BXd: Tensor, cos_B1d: Tensor, sin_B1d: Tensor) -> None:
 def rotary_rows(cos_TF: Tensor, sin_TF: Tensor) -> tuple[Tensor, Tensor]:
     """`rope_tables` as `StepContext` wants them: (T, 1, d) each."""
     return torch.cat((cos_TF, cos_TF), -1).unsqueeze(1), torch.cat((-sin_TF, sin_TF), -1).unsqueeze(1)
-
-
-def step_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """`ops.linear.rms_norm` without its gradient, in one operation."""
-    if x_BD.dtype == torch.float32:
-        return F.rms_norm(x_BD, weight_D.shape, weight_D, eps)
-    return F.rms_norm(x_BD.float(), weight_D.shape, weight_D.float(), eps).to(x_BD.dtype)

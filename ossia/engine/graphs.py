@@ -17,6 +17,8 @@ from torch import Tensor
 
 from ossia.engine.cache import Lane
 from ossia.engine.decode import TorchDecoder
+from ossia.engine.head import Draw, Drawn
+from ossia.engine.prefill import Prompt
 from ossia.model.lora import Lora
 from ossia.model.transformer import Transformer
 
@@ -36,6 +38,8 @@ class _Captured:
 
 class GraphDecoder:
     """`TorchDecoder` on a CUDA device, captured. The model's experts are expanded (see `keeps_experts`)."""
+
+    reads_prompts = False
 
     def __init__(self, model: Transformer, lanes: Sequence[Lane], adapters: Sequence[Lora | None]) -> None:
         self._model, self._plain, self._lanes = model, TorchDecoder(model, lanes, adapters), tuple(lanes)
@@ -74,9 +78,13 @@ class GraphDecoder:
             routes_LBk.copy_(captured.routes_LBk[:, :num_rows])
         return captured.out_BD[:num_rows].clone()
 
-    def logits(self, h_BD: Tensor, head_VD: Tensor) -> Tensor:
-        """See `Decoder.logits`."""
-        return self._plain.logits(h_BD, head_VD)
+    def read(self, x_TD: Tensor, parts: Sequence[tuple[Prompt, int]], routes_LTk: Tensor | None = None) -> Tensor:
+        """Never called."""
+        return self._plain.read(x_TD, parts, routes_LTk)
+
+    def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
+        """See `Decoder.draw`."""
+        return self._plain.draw(h_BD, head_VD, draw)
 
     def _capture(self, size: int, adapter: int, wants_routes: bool) -> _Captured:
         arch, device = self._model.arch, self._model.device

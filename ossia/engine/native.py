@@ -15,16 +15,18 @@ import torch
 from torch import Tensor
 
 from ossia.engine.cache import Lane
+from ossia.engine.head import Draw, Drawn
+from ossia.engine.prefill import Prompt
 from ossia.kernels import native
 from ossia.kernels.native import Kernels, Unavailable, load_kernels
 from ossia.model.lora import MODULE_OF, Lora
 from ossia.model.transformer import Transformer
-from ossia.ops.linear import Linear, linear
 from ossia.ops.rope import rope_tables
 
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
-_FEW_ROWS = 8
 _THREAD_PRODUCTS = 4_000_000  # multiplications of a step that are worth a thread
+_HEAD_THREAD_PRODUCTS = 4_000_000  # the same of the head
+_READ_HIDDEN = 1024  # of a larger model, torch's own matrix products are the faster way through a prompt
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
 
@@ -55,6 +57,7 @@ class NativeDecoder:
         self._workspace = torch.empty(0, dtype=torch.uint8)
         self._sized_for: tuple[int, int] = (0, 0)
         self._lane_structs = (native.Lane * len(self._lanes))()
+        self.reads_prompts = model.arch.hidden_size <= _READ_HIDDEN
         self.refresh()
 
     @torch.no_grad()
@@ -93,6 +96,39 @@ class NativeDecoder:
         self, x_BD: Tensor, position_B: Tensor, adapter_B: Sequence[int], routes_LBk: Tensor | None = None
     ) -> Tensor:
         """See `Decoder.forward`."""
+        self._point_at_caches(len(x_BD))
+        return self._run(x_BD, position_B, adapter_B, routes_LBk)
+
+    @torch.no_grad()
+    def read(self, x_TD: Tensor, parts: Sequence[tuple[Prompt, int]], routes_LTk: Tensor | None = None) -> Tensor:
+        """See `Decoder.read`."""
+        position_T = torch.cat([torch.arange(prompt.done, prompt.done + count) for prompt, count in parts])
+        adapter_T, sequence_T, first_T = [], [], []
+        for number, (prompt, count) in enumerate(parts):
+            first_T += [len(first_T)] * count
+            sequence_T += [number] * count
+            adapter_T += [prompt.adapter] * count
+        tables = [self._table(lane, parts) for lane in self._lanes]
+        for index, (lane, struct) in enumerate(zip(self._lanes, self._lane_structs, strict=True)):
+            _point_at(struct, lane, index, tables[index])
+        out_TD = self._run(x_TD, position_T, adapter_T, routes_LTk, _ints(sequence_T), _ints(first_T))
+        return out_TD[torch.tensor([count for _, count in parts]).cumsum(0) - 1]
+
+    def _table(self, lane: Lane, parts: Sequence[tuple[Prompt, int]]) -> Tensor:
+        """The blocks of prompts in a lane, (S, M) int32."""
+        blocks = [prompt.holding[lane.index] for prompt, _ in parts]
+        width = max(map(len, blocks))
+        return torch.tensor([[*mine, *[0] * (width - len(mine))] for mine in blocks], dtype=torch.int32)
+
+    def _run(
+        self,
+        x_BD: Tensor,
+        position_B: Tensor,
+        adapter_B: Sequence[int],
+        routes_LBk: Tensor | None,
+        sequence_B: ctypes.Array[ctypes.c_int32] | None = None,
+        first_B: ctypes.Array[ctypes.c_int32] | None = None,
+    ) -> Tensor:
         num_rows = len(x_BD)
         # a second thread has to be woken, which takes longer than a small step
         threads = max(1, min(torch.get_num_threads(), num_rows * self._row_products // _THREAD_PRODUCTS))
@@ -105,18 +141,19 @@ class NativeDecoder:
         assert routes is None or routes.dtype == torch.int16, routes.dtype
         cos_TF, sin_TF = self._rotary(int(position_B.max()) + 1)
         self._make_room(num_rows, threads)
-        self._point_at_caches(num_rows)
         out_BD = torch.empty_like(x_BD)
         call = native.Call(
             x=x_BD.data_ptr(),
             out=out_BD.data_ptr(),
             positions=position_B.data_ptr(),
-            adapters=(ctypes.c_int32 * num_rows)(*adapter_B),
+            adapters=_ints(adapter_B),
             cos=cos_TF.data_ptr(),
             sin=sin_TF.data_ptr(),
             lanes=self._lane_structs,
             routes=None if routes is None else routes.data_ptr(),
             workspace=-(-self._workspace.data_ptr() // 64) * 64,
+            sequence=sequence_B,
+            first=first_B,
             rows=num_rows,
             threads=threads,
         )
@@ -125,13 +162,11 @@ class NativeDecoder:
             routes_LBk.copy_(routes)
         return out_BD
 
-    def logits(self, h_BD: Tensor, head_VD: Tensor) -> Tensor:
-        """See `Decoder.logits`."""
-        fits = head_VD.dtype in _KINDS and head_VD.is_contiguous()
-        # for few rows the head's bytes are the time; for many, the library's matrix product is faster
-        if len(h_BD) <= _FEW_ROWS and fits:
-            return head_logits(self._kernels, h_BD, head_VD)
-        return linear(h_BD, Linear(head_VD)).float()
+    def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
+        """See `Decoder.draw`: the head's bytes are read once, and logits that nobody wants are never in memory."""
+        num_products = len(h_BD) * head_VD.numel()
+        threads = max(1, min(torch.get_num_threads(), num_products // _HEAD_THREAD_PRODUCTS))
+        return draw_natively(self._kernels, h_BD, head_VD, draw, threads)
 
     def _make_room(self, num_rows: int, threads: int) -> None:
         if (num_rows, threads) != self._sized_for:
@@ -143,12 +178,8 @@ class NativeDecoder:
     def _point_at_caches(self, num_rows: int) -> None:
         """Pools and tables grow, and are other tensors then."""
         for index, (lane, struct) in enumerate(zip(self._lanes, self._lane_structs, strict=True)):
-            table_RM, pool = lane.table_RM, lane.pool(index)
-            assert table_RM.is_contiguous()
-            assert len(table_RM) >= num_rows
-            assert pool.is_contiguous()
-            struct.pool, struct.table, struct.table_width = pool.data_ptr(), table_RM.data_ptr(), table_RM.shape[1]
-            struct.block, struct.window = lane.block, lane.window or 0
+            assert len(lane.table_RM) >= num_rows
+            _point_at(struct, lane, index, lane.table_RM)
 
     def _rotary(self, length: int) -> tuple[Tensor, Tensor]:
         """Rotary tables of at least `length` positions, (T, F) float32, rounded to the model's dtype."""
@@ -208,7 +239,13 @@ class NativeDecoder:
             matrix.bias = self._small(self._model.tensor(f"{module}_bias"))
         else:
             matrix.bias = self._small(weights.expert_bias(index, projection))
-        if module in trainable or weights.placement == "bf16":
+        # a quarter of the bytes of what they stand for, and the memory's speed is a step's time
+        reads_codes = weights.placement != "bf16" or (
+            weights.checkpoint.layout == "mxfp4"
+            and self._model.dtype == torch.bfloat16
+            and self._kernels.multiplies_pairs
+        )
+        if module in trainable or not reads_codes:
             weight_EOD = self._model.tensor(module) if module in trainable else weights.expert_weight(index, projection)
             matrix.weight, matrix.kind = self._hold(weight_EOD.detach()), _KINDS[weight_EOD.dtype]
             return matrix
@@ -228,26 +265,48 @@ class NativeDecoder:
         return native.Factors(a=self._hold(a.detach()), b=self._hold(turned), rank=a.shape[-2])
 
 
-def head_logits(kernels: Kernels, h_BD: Tensor, head_VD: Tensor) -> Tensor:
-    """`F.linear(h, head).float()`, with the head read once at the speed of memory.
+def _point_at(struct: native.Lane, lane: Lane, layer: int, table_RM: Tensor) -> None:
+    pool = lane.pool(layer)
+    assert table_RM.is_contiguous()
+    assert pool.is_contiguous()
+    struct.pool, struct.table, struct.table_width = pool.data_ptr(), table_RM.data_ptr(), table_RM.shape[1]
+    struct.block, struct.window = lane.block, lane.window or 0
 
-    h_BD     (B, D) on the CPU; its dtype is what logits are rounded to
-    head_VD  (V, D) float32 or bfloat16, contiguous
-    Returns  (B, V) float32; a row doesn't depend on the others
-    """
+
+def _ints(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
+    return (ctypes.c_int32 * len(values))(*values)
+
+
+def draw_natively(kernels: Kernels, h_BD: Tensor, head_VD: Tensor, draw: Draw, threads: int) -> Drawn:
+    """`draw_plainly` in C, on the CPU: head and hidden states float32 or bfloat16. A row depends on no other one."""
+    num_rows, (vocab, hidden) = len(h_BD), head_VD.shape
     assert head_VD.is_contiguous()
     assert head_VD.device.type == h_BD.device.type == "cpu"
     x_BD = h_BD.detach().float().contiguous()
-    logits_BV = torch.empty(len(h_BD), len(head_VD))
-    kernels.logits(
-        x_BD.data_ptr(),
-        head_VD.data_ptr(),
-        logits_BV.data_ptr(),
-        rows=len(x_BD),
-        hidden=x_BD.shape[1],
-        vocab=len(head_VD),
-        kind=_KINDS[head_VD.dtype],
-        rounds=h_BD.dtype == torch.bfloat16,
-        threads=torch.get_num_threads(),
+    assert draw.temperature_B.dtype == torch.float32
+    assert draw.uniform_B.dtype == torch.float64
+    place_of = {row: place for place, row in enumerate(draw.left)}
+    logits_LV = torch.empty(len(draw.left), vocab)
+    ids_B, (logprob_B, lse_B) = torch.empty(num_rows, dtype=torch.int64), torch.empty(2, num_rows)
+    workspace = torch.empty(kernels.head_workspace_bytes(num_rows, hidden, vocab, threads) + 64, dtype=torch.uint8)
+    kernels.draw(
+        native.Head(
+            x=x_BD.data_ptr(),
+            weight=head_VD.data_ptr(),
+            temperature=draw.temperature_B.data_ptr(),
+            uniform=draw.uniform_B.data_ptr(),
+            wanted=_ints([place_of.get(row, -1) for row in range(num_rows)]),
+            logits=logits_LV.data_ptr(),
+            ids=ids_B.data_ptr(),
+            logprobs=logprob_B.data_ptr(),
+            sums=lse_B.data_ptr(),
+            workspace=-(-workspace.data_ptr() // 64) * 64,
+            rows=num_rows,
+            hidden=hidden,
+            vocab=vocab,
+            kind=_KINDS[head_VD.dtype],
+            bf16=h_BD.dtype == torch.bfloat16,
+            threads=threads,
+        )
     )
-    return logits_BV
+    return Drawn(ids_B, logprob_B, lse_B, logits_LV)

@@ -1,12 +1,14 @@
-"""Prompts into the cache: a packed batch of them, or of their next parts, layer by layer through the training forward.
+"""Prompts into the cache: a packed batch of them, or of their next parts, layer by layer.
 
+Through the decoder where it reads prompts, which on a small model is far faster, else through the training forward,
+which can run wherever the model does.
 Letters: T packed tokens, N tokens kept, P tokens of a prompt that are in the cache already, D hidden, L layers,
 k experts a token, X key and value heads.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -16,10 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.engine.cache import Cache, Holding, Lane
-from ossia.engine.decode import keeps_experts
+from ossia.engine.decode import Decoder, keeps_experts
 from ossia.model.transformer import Attend, Context, Layer, Transformer
 from ossia.ops.attention import Segments, prefix_attention, sink_attention
 from ossia.ops.rope import rope_tables
+
+_CALL_TOKENS = 512  # that a decoder reads at once: its activations stay in the second-level cache or near it
 
 
 @dataclass(slots=True)
@@ -48,8 +52,8 @@ class Prompt:
 class Prefill:
     """Reads prompts with any of several models that share their weights."""
 
-    def __init__(self, models: Sequence[Transformer], cache: Cache) -> None:
-        self._models, self._cache = models, cache
+    def __init__(self, models: Sequence[Transformer], cache: Cache, decoder: Decoder) -> None:
+        self._models, self._cache, self._decoder = models, cache, decoder
         self._layers: list[list[Layer]] = []
         self.refresh()
 
@@ -67,8 +71,25 @@ class Prefill:
 
     def run(self, parts: Sequence[tuple[Prompt, int]]) -> None:
         """Take each prompt's next so many tokens into the cache, which has room for them."""
+        if self._decoder.reads_prompts:
+            for call in _calls(parts):
+                self._read(call)
+            return
         for adapter in dict.fromkeys(prompt.adapter for prompt, _ in parts):
             self._run(self._models[adapter], [part for part in parts if part[0].adapter == adapter])
+
+    def _read(self, parts: Sequence[tuple[Prompt, int]]) -> None:
+        ids = [number for prompt, count in parts for number in prompt.ids[prompt.done : prompt.done + count]]
+        arch, routes_LTk = self._models[0].arch, None
+        if any(prompt.wants_routes for prompt, _ in parts):
+            routes_LTk = torch.full((arch.num_layers, len(ids), arch.experts_per_token), -1, dtype=torch.int16)
+        hidden_SD, start = self._decoder.read(self.embed(torch.tensor(ids)), parts, routes_LTk), 0
+        for (prompt, count), hidden_D in zip(parts, hidden_SD, strict=True):
+            prompt.done += count
+            prompt.hidden_D = None if prompt.num_left else hidden_D
+            if routes_LTk is not None and prompt.wants_routes:
+                prompt.routes.append(routes_LTk[:, start : start + count].transpose(0, 1).numpy())
+            start += count
 
     def _run(self, model: Transformer, parts: list[tuple[Prompt, int]]) -> None:
         counts = [count for _, count in parts]
@@ -109,6 +130,21 @@ class Prefill:
         if keeps_experts(model):
             layers.append(layer)
         return layer
+
+
+def _calls(parts: Sequence[tuple[Prompt, int]]) -> Iterator[list[tuple[Prompt, int]]]:
+    """Parts of a decoder's size, in the order of the prompts; one that doesn't fit goes on in the next."""
+    call: list[tuple[Prompt, int]] = []
+    room = _CALL_TOKENS
+    for prompt, count in parts:
+        while count:
+            call.append((prompt, min(count, room)))
+            count, room = count - call[-1][1], room - call[-1][1]
+            if not room:
+                yield call
+                call, room = [], _CALL_TOKENS
+    if call:
+        yield call
 
 
 class _Writer:

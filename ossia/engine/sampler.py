@@ -160,7 +160,7 @@ class BatchSampler:
         for row, generator in self._drawing:
             self._uniforms[row] = generator.random()
         uniform_B1 = torch.tensor(self._uniforms, dtype=torch.float64, device=self._device)[:, None]
-        chosen_B = _where_passed(self.kept(logits_BV), uniform_B1)
+        chosen_B = where_passed(self.kept(logits_BV), uniform_B1)
         if len(self._drawing) < len(self._uniforms):
             chosen_B = torch.where(self._greedy_B, logits_BV.argmax(-1), chosen_B)
         return chosen_B
@@ -197,7 +197,7 @@ class BatchSampler:
         return torch.zeros_like(probs_BV).scatter_(-1, order_BC, probs_BC.masked_fill(out_BC, 0.0))
 
 
-def _where_passed(weights_BV: Tensor, share_B1: Tensor) -> Tensor:
+def where_passed(weights_BV: Tensor, share_B1: Tensor) -> Tensor:
     """The first token where the running sum of a row's weights passes that share of their sum.
 
     weights_BV  (B, V) >= 0, float32; share_B1 (B, 1) float64, 0 <= share < 1

@@ -13,28 +13,23 @@ import random
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.engine.cache import Cache, Holding
-from ossia.engine.decode import Decoder, step_norm
+from ossia.engine.decode import Decoder
+from ossia.engine.head import Heads, Rules
 from ossia.engine.prefill import Prefill, Prompt
 from ossia.engine.request import Constraint, Finish, Request, Token
-from ossia.engine.sampler import BatchSampler
 from ossia.errors import UserError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.lora import Lora
 from ossia.model.transformer import Transformer
-from ossia.ops.linear import Linear, linear
 
-_NOT_FINITE = (
-    "the model's output is not finite, so there is nothing to sample\n"
-    "  next: check the checkpoint and the adapter, or try another dtype"
-)
 _JOIN_SHARE = 4  # waiting requests join when a quarter of the batch is free, so that prefills are few
 
 _Key = tuple[int, tuple[int, ...], bool]
@@ -91,7 +86,7 @@ class Session:
         others = [Transformer(model.weights, lora=lora, backend=model.backend) for lora in adapters.values()]
         self._models = [model, *others]
         self._adapter_of: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(adapters, start=1)}}
-        self._prefill = Prefill(self._models, cache)
+        self._prefill = Prefill(self._models, cache, decoder)
         self._trained = list(
             {id(t): t for one in self._models for t in one.trainable.tensors.values()}.values()
         )  # fmt: skip
@@ -101,8 +96,9 @@ class Session:
         self._prompts: dict[_Key, Prompt] = {}
         self._rows: list[_Sequence] = []
         self._changed = True  # rows came or went since the last decode step
-        self._row_sampler = BatchSampler([], [], model.device)
-        self._read_weights()
+        self._row_rules = Rules([], [], [], [], model.device)
+        self._heads = Heads(self._models, decoder)
+        self._versions = [tensor._version for tensor in self._trained]
 
     @property
     def idle(self) -> bool:
@@ -163,19 +159,15 @@ class Session:
             self._decoder.refresh()
             self._prefill.refresh()
             self._keep_prompts(set())
-            self._read_weights()
+            self._heads.refresh()
+            self._versions = versions
         first = len(self._rows)
         self._read_prompts()
         hidden = self._start()
-        tokens = self._emit(torch.stack(hidden), first, self._sampler(first)) if hidden else []
+        tokens = self._emit(torch.stack(hidden), first, self._rules(first)) if hidden else []
         if self._rows and not (hidden and first == 0):
             tokens += self._decode()
         return tokens
-
-    def _read_weights(self) -> None:
-        self._versions = [tensor._version for tensor in self._trained]
-        self._final_norm_D = self._model.tensor("model.norm.weight")
-        self._heads = [one.head() for one in self._models]
 
     def _check(self, request: Request) -> None:
         arch, where = self._model.arch, f"request {self._next}"
@@ -326,7 +318,7 @@ class Session:
             self._ids_B = torch.tensor([row.ids[-1] for row in rows], device=device)
             self._position_B = torch.tensor([row.length for row in rows], device=device)
             self._adapter_B = [row.adapter for row in rows]
-            self._row_sampler, self._changed = self._sampler(0), False
+            self._row_rules, self._changed = self._rules(0), False
             self._wants_routes = any(row.request.routes for row in rows)
         arch = self._model.arch
         routes_LBk = None
@@ -343,39 +335,26 @@ class Session:
         self._position_B += 1
         for row in rows:
             row.length += 1
-        return self._emit(x_BD, 0, self._row_sampler)
+        return self._emit(x_BD, 0, self._row_rules)
 
-    def _sampler(self, first: int) -> BatchSampler:
+    def _rules(self, first: int) -> Rules:
         rows = self._rows[first:]
-        return BatchSampler(
-            [row.request.sampling for row in rows],
+        adapted = [self._heads.is_adapted(row.adapter) for row in rows]
+        return Rules(
+            [row.request for row in rows],
             [row.generator for row in rows],
-            self._model.device,
+            adapted,
             [row.ids for row in rows],
+            self._model.device,
         )
 
-    def _emit(self, x_BD: Tensor, first: int, sampler: BatchSampler) -> list[Token]:
+    def _emit(self, x_BD: Tensor, first: int, rules: Rules) -> list[Token]:
         """Sample a token for each row from `first` on, and let go of those that are finished."""
-        rows = self._rows[first:]
-        h_BD = step_norm(x_BD, self._final_norm_D, self._model.arch.rms_eps)
-        head_VD = self._heads[0].weight
-        adapted = self._adapted_heads(h_BD, [row.adapter for row in rows])
-        logits_BV = self._decoder.logits(h_BD, head_VD)
-        for mine_N, a_Nr, b_Vr in adapted:
-            logits_BV[mine_N] += linear(a_Nr, Linear(b_Vr)).float()
-        lse_B = logits_BV.logsumexp(-1)
-        failed = {i: _NOT_FINITE for i, finite in enumerate(lse_B.isfinite().tolist()) if not finite}
-        if failed:
-            logits_BV = logits_BV.nan_to_num()
-        self._ids_B = sampler.draw(logits_BV, _masks(rows, failed))
-        # the sampled tokens' logits anew, in float32 as in `ops.loss`, not rounded to h's dtype
-        own_B = (h_BD.float() * head_VD[self._ids_B].float()).sum(-1)
-        for mine_N, a_Nr, b_Vr in adapted:
-            own_B[mine_N] += (a_Nr.float() * b_Vr[self._ids_B[mine_N]].float()).sum(-1)
-        logprobs = _logprobs(own_B, logits_BV, lse_B, self._ids_B).tolist()
-        top = _top(logits_BV, lse_B, [row.request.top_logprobs for row in rows])
-        tokens = []
-        for i, (row, number, logprob) in enumerate(zip(rows, self._ids_B.tolist(), logprobs, strict=True)):
+        rows, failed = self._rows[first:], dict[int, str]()
+        picked = self._heads.pick(x_BD, rules, [row.adapter for row in rows], failed, partial(_masks, rows))
+        self._ids_B = picked.ids_B
+        tokens, finished = [], []
+        for i, (row, number, logprob) in enumerate(zip(rows, picked.ids, picked.logprobs, strict=True)):
             row.ids.append(number)
             finish: Finish | None = "length" if len(row.ids) == row.limit else None
             if number in row.request.stops or (row.request.stop_texts and self._says_stop(row, number)):
@@ -384,22 +363,16 @@ class Session:
                 _push(row.constraint, number, i, failed)
             if i in failed:
                 finish = "error"
+            if finish is None and not picked.top:
+                tokens.append(Token(row.number, number, logprob, None))
+                continue
             routes = np.concatenate(row.routes) if finish is not None and row.request.routes else None
-            tokens.append(Token(row.number, number, logprob, finish, top[i] if top else (), routes, failed.get(i)))
-        for place in range(len(tokens) - 1, -1, -1):
-            if tokens[place].finish is not None:
-                self._remove(first + place)
+            tokens.append(Token(row.number, number, logprob, finish, picked.top.get(i, ()), routes, failed.get(i)))
+            if finish is not None:
+                finished.append(first + i)
+        for place in reversed(finished):
+            self._remove(place)
         return tokens
-
-    def _adapted_heads(self, h_BD: Tensor, adapter_B: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Of each adapter on the head: its rows (N,) int64, what its A makes of them (N, r), and its B (V, r)."""
-        found = []
-        for adapter in sorted(set(adapter_B)):
-            head = self._heads[adapter]
-            if head.lora_a is not None and head.lora_b is not None:
-                mine_N = torch.tensor([i for i, one in enumerate(adapter_B) if one == adapter], device=h_BD.device)
-                found.append((mine_N, linear(h_BD[mine_N], Linear(head.lora_a)), head.lora_b))
-        return found
 
     def _says_stop(self, row: _Sequence, number: int) -> bool:
         assert self._vocab is not None
@@ -408,13 +381,6 @@ class Session:
         longest = max(map(len, stops)) - 1
         row.tail = said[-longest:] if longest else b""
         return any(stop in said for stop in stops)
-
-
-def _logprobs(own_B: Tensor, logits_BV: Tensor, lse_B: Tensor, ids_B: Tensor) -> Tensor:
-    """ln p of each token from its logit anew: as in `ops.loss` it is left out of the sum of the rounded ones."""
-    rounded_B = logits_BV.gather(-1, ids_B[:, None])[:, 0]
-    others_B = lse_B + torch.log1p(-(rounded_B - lse_B).exp().clamp(max=1.0))
-    return F.logsigmoid(own_B - others_B)
 
 
 def _masks(rows: Sequence[_Sequence], failed: dict[int, str]) -> dict[int, Tensor]:
@@ -438,15 +404,3 @@ def _push(constraint: Constraint, token: int, row: int, failed: dict[int, str]) 
         constraint.push(token)
     except UserError as error:
         failed[row] = str(error)
-
-
-def _top(logits_BV: Tensor, lse_B: Tensor, wanted: Sequence[int]) -> list[tuple[tuple[int, float], ...]] | None:
-    """The likeliest tokens of each row, as many as it wants; None where none wants any."""
-    if not any(wanted):
-        return None
-    values, ids = logits_BV.topk(max(wanted), dim=-1)
-    logprobs = (values - lse_B[:, None]).tolist()
-    return [
-        tuple(zip(mine[:count], theirs[:count], strict=True))
-        for mine, theirs, count in zip(ids.tolist(), logprobs, wanted, strict=True)
-    ]

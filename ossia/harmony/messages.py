@@ -6,7 +6,6 @@ and, for tools, a name), a recipient, a channel, a content type, and text.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -17,6 +16,8 @@ Effort = Literal["low", "medium", "high"]
 ROLES = ("system", "developer", "user", "assistant", "tool")
 EFFORTS = ("low", "medium", "high")
 CHANNELS = ("analysis", "commentary", "final")
+LEAST_WEIGHT, MOST_WEIGHT = 1e-9, 1e9  # so that sums of weights over any data set stay inside float32
+WEIGHTS = f"a weight is 0 (not trained) or from {LEAST_WEIGHT:g} to {MOST_WEIGHT:g}"
 CONSTRAIN_JSON = "<|constrain|>json"  # the content type of a function call's arguments
 
 
@@ -24,7 +25,7 @@ CONSTRAIN_JSON = "<|constrain|>json"  # the content type of a function call's ar
 class Message:
     """One message. `train` overrides what the recipe says of it (None: follow the recipe); `weight` scales its tokens.
 
-    Raises  HarmonyError for an unknown role, a tool without a name, a weight that isn't finite and >= 0, or
+    Raises  HarmonyError for an unknown role, a tool without a name, a weight out of range, or
             `train=True` on anything but the assistant, whose messages alone are sampled
     """
 
@@ -44,8 +45,8 @@ class Message:
             raise HarmonyError("a tool message needs the tool's name, like functions.get_weather", "name")
         if self.train and self.role != "assistant":
             raise HarmonyError(f"only assistant messages can be trained, not those of role {self.role}", "train")
-        if not (math.isfinite(self.weight) and self.weight >= 0):
-            raise HarmonyError(f"is {self.weight}; a weight is a finite number >= 0 (0: not trained)", "weight")
+        if not (self.weight == 0 or LEAST_WEIGHT <= self.weight <= MOST_WEIGHT):
+            raise HarmonyError(f"is {self.weight}; {WEIGHTS}", "weight")
 
 
 @dataclass(frozen=True, slots=True)

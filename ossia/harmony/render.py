@@ -101,6 +101,16 @@ class Renderer:
         ids = [number for index in _context(parts, len(parts)) for number in parts[index].ids]
         return ids + self._prompt
 
+    def continuation(self, messages: Sequence[Message]) -> list[int]:
+        """Ids to sample from after a turn that was sampled: these messages (tool results), then `<|start|>assistant`.
+
+        What was sampled stays as it is: its ids come before these. Raises as `completion`
+        """
+        ids = [
+            number for message in messages for number in self._part(message, self._vocab.encode(message.content)).ids
+        ]
+        return ids + self._prompt
+
     def training_ids(self, conversation: Conversation) -> list[int]:
         """Ids of the whole conversation as openai-harmony 0.0.8's `render_conversation_for_training` gives them.
 
@@ -122,7 +132,7 @@ class Renderer:
         """
         parts = self._encode(conversation)
         offset = len(parts) - len(conversation.messages)
-        weights = [0.0] * offset + _message_weights(conversation.messages, train_on or TrainOn())
+        weights = [0.0] * offset + message_weights(conversation.messages, train_on or TrainOn())
         chains: list[tuple[list[int], dict[int, bool]]] = []  # message indices; trained ones -> opens its generation
         for start, stop in _generations(parts):
             if not any(weights[start:stop]):
@@ -178,14 +188,15 @@ class Renderer:
             for index, text in enumerate(texts):
                 check_field(text, f"messages[{index}].content")
             raise
-        for message, body in zip(messages, bodies, strict=True):
-            role, channel = message.role, message.channel
-            assistant = role == "assistant"
-            calls = assistant and message.recipient is not None
-            ids = [*self._header(message), *body, self._call if calls else self._end]
-            answer = assistant and channel == "final"
-            parts.append(_Part(ids, role, channel, answer, answer or calls))
+        parts += [self._part(message, body) for message, body in zip(messages, bodies, strict=True)]
         return parts
+
+    def _part(self, message: Message, body: Sequence[int]) -> _Part:
+        assistant = message.role == "assistant"
+        calls = assistant and message.recipient is not None
+        ids = [*self._header(message), *body, self._call if calls else self._end]
+        answer = assistant and message.channel == "final"
+        return _Part(ids, message.role, message.channel, answer, answer or calls)
 
     def _plain(self, role: Literal["system", "developer"], text: str) -> _Part:
         """A system or developer message; it is remembered, because a data set repeats few of them."""
@@ -280,7 +291,7 @@ def _generations(parts: Sequence[_Part]) -> list[tuple[int, int]]:
     return found if start is None else [*found, (start, len(parts))]
 
 
-def _message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[float]:
+def message_weights(messages: Sequence[Message], train_on: TrainOn) -> list[float]:
     """The weight of each message's tokens if the model samples it: its own `train` first, then `train_on`."""
     first = 0
     if train_on.turns == "last":

@@ -1,4 +1,5 @@
-/* One new token of each running sequence through all layers of a gpt-oss model, on the CPU, in one call.
+/* One new token of each running sequence through all layers of a gpt-oss model, on the CPU, in one call; or the next
+ * tokens of some prompts, a row each, with which the same is done.
  *
  * In plain torch a decode step is some thirty-five small operators a layer, and on a small model their number is its
  * time. Here a step is one parallel region, whose threads meet where a stage needs all of the one before it. Weights
@@ -7,231 +8,23 @@
  *
  * Numbers: sums are float32; activations are held as floats, and rounded to bfloat16 wherever torch's path would have
  * written a bfloat16 tensor. Every sum is taken in one order, which depends neither on the rows beside it nor on the
- * number of threads: a row's result is the same bits alone and in any batch.
+ * number of threads: a row's result is the same bits alone and in any batch. A machine that multiplies pairs of bfloat16
+ * sums in another order than one that doesn't, and takes numbers below 2^-126 for zero.
  *
  * Letters: B rows, D hidden, H query heads, K key-value heads, G = H / K, d head size, E experts, k chosen of them,
  * N = B * k pairs (row, chosen expert) sorted by expert, I expert width, r rank, T threads.
  */
-#include "parts.h"
-#include <omp.h>
-#include <sched.h>
-#include <stdatomic.h>
-
-enum { SLOTS = 512 }; /* of the cache that attention takes at a time, as torch's flash attention for the CPU */
-
-/* ---- What the caller hands over; ossia/kernels/native.py declares the same structs. ---- */
-
-enum { Q, K_, V_, O, ROUTER, GATE_UP, DOWN, TARGETS }; /* what may have an adapter */
-
-typedef struct { /* y = W x + b, of one expert or many */
-    const void *weight;    /* (E, out, in); MXFP4: (E, out, in / 2) codes; BFLOAT16_COLUMNS: (E, in, out) */
-    const uint8_t *scales; /* MXFP4: (E, out, in / 32) */
-    const float *bias;     /* (E, out), in the order of the results */
-    int32_t kind, fan_in, fan_out;
-    int32_t interleaved; /* outputs lie as g0 u0 g1 u1 ...; results are always g0 g1 ... u0 u1 ... */
-} Matrix;
-
-typedef struct { /* an adapter's factors of one matrix, in the activations' dtype; rank 0: none */
-    const void *a, *b; /* (E, r, in) and, scaled, (E, r, out) */
-    int64_t rank;
-} Factors;
-
-typedef struct {
-    const float *input_norm, *post_norm, *sinks;
-    Matrix matrix[TARGETS];
-} Layer;
-
-typedef struct { /* a layer's cache, see engine/cache.py */
-    void *pool;           /* (slots, 2K, d) of the activations' dtype: keys, then values */
-    const int32_t *table; /* (B, table_width) block numbers */
-    int32_t table_width, block, window, unused; /* window 0: full attention */
-} Lane;
-
-typedef struct {
-    const Layer *layers;
-    const Factors *factors; /* (adapters, layers, TARGETS) */
-    int32_t num_layers, num_adapters, hidden, num_heads, num_kv_heads, head_dim, width, num_experts, top_k;
-    int32_t bf16;     /* activations are bfloat16, else float32 */
-    int32_t max_rank; /* of all factors */
-    float rms_eps, swiglu_limit, swiglu_alpha;
-} Model;
-
-typedef struct {
-    const void *x; /* (B, D) of the activations' dtype */
-    void *out;     /* the same */
-    const int64_t *positions;
-    const int32_t *adapters;
-    const float *cos, *sin; /* (positions, d / 2), scaled and rounded to the activations' dtype */
-    const Lane *lanes;      /* one a layer */
-    int16_t *routes;        /* (layers, B, k) chosen experts, out; or null */
-    char *workspace;        /* of ossia_workspace bytes, aligned to 64 */
-    int32_t rows, threads;
-} Call;
-
-/* ---- A step's memory, and what its threads share ---- */
-
-typedef struct { int32_t expert, adapter, first, count; } Run; /* inputs of one expert and one adapter */
-
-typedef struct { /* inputs in runs, sorted by expert, then adapter */
-    const int32_t *sources, *targets; /* row of x and of y of each input; null: its own number */
-    const Run *runs;
-    int32_t num_runs;
-} Batch;
-
-typedef struct { /* the activations of a step, all floats, rows one after the other */
-    float *x, *normed, *qkv, *attended, *logits, *shares, *gate_up, *hidden, *y, *low; /* low: adapters' x A^T */
-    float *normed_packed, *hidden_packed; /* for MXFP4, see pack_row */
-    int32_t *chosen;                      /* (B, k) */
-} Shared;
-
-typedef struct { /* one thread's */
-    float *expanded, *scores, *mixed, *total;
-    int32_t *order, *token, *pair, *count; /* rows by adapter; row of each of N; N of each choice; of each expert */
-    Run *rows, *own, *pairs;               /* runs of all rows, of this thread's, and of N */
-    int32_t num_rows, num_own, num_pairs;
-} Private;
-
-static void *take(char **at, int64_t bytes) {
-    void *mine = *at;
-    *at += (bytes + 63) & ~(int64_t)63;
-    return mine;
-}
-
-static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-static char *share_out(const Model *m, const Call *c, Shared *s, Private *p, int threads) {
-    char *at = c->workspace;
-    const int64_t B = c->rows, N = B * m->top_k, D = m->hidden, I = m->width, f = sizeof(float);
-    const int64_t G = m->num_heads / m->num_kv_heads, heads = m->num_heads * (int64_t)m->head_dim;
-    const int64_t kv = m->num_kv_heads * (int64_t)m->head_dim;
-    s->x = take(&at, B * D * f), s->normed = take(&at, B * D * f), s->normed_packed = take(&at, B * D * f);
-    s->qkv = take(&at, B * (heads + 2 * kv) * f), s->attended = take(&at, B * heads * f);
-    s->logits = take(&at, B * m->num_experts * f), s->shares = take(&at, N * f), s->chosen = take(&at, N * 4);
-    s->gate_up = take(&at, N * 2 * I * f), s->y = take(&at, max_of(N, B) * D * f);
-    s->hidden = take(&at, N * I * f), s->hidden_packed = take(&at, N * I * f);
-    s->low = take(&at, max_of(3 * B, N) * m->max_rank * f);
-    for (int t = 0; t < threads; t++) {
-        Private mine;
-        mine.expanded = take(&at, TILE_OUTS * max_of(max_of(D, I), max_of(heads, m->num_experts)) * f);
-        mine.scores = take(&at, G * SLOTS * f);
-        mine.mixed = take(&at, G * m->head_dim * f), mine.total = take(&at, G * m->head_dim * f);
-        mine.order = take(&at, B * 4), mine.token = take(&at, N * 4), mine.pair = take(&at, N * 4);
-        mine.count = take(&at, (m->num_experts + 1) * (int64_t)4);
-        mine.rows = take(&at, B * (int64_t)sizeof(Run)), mine.own = take(&at, B * (int64_t)sizeof(Run));
-        mine.pairs = take(&at, N * (int64_t)sizeof(Run));
-        if (p && t == omp_get_thread_num()) *p = mine;
-    }
-    return at;
-}
-
-/* Bytes of workspace for a step of this many rows and threads. */
-int64_t ossia_workspace(const Model *m, int32_t rows, int32_t threads) {
-    Call call = {.rows = rows};
-    Shared shared;
-    return share_out(m, &call, &shared, 0, threads) - (char *)0;
-}
-
-/* Where threads meet: some fifty times a step, so a waiting one spins a little before it lets others have its core.
-   OpenMP's own barrier sleeps at once where OMP_WAIT_POLICY is passive, and is woken in longer than a stage takes. */
-typedef struct { atomic_int arrived, turn; } Meeting;
-enum { SPINS = 4000 };
-
-static void meet(Meeting *m, int threads) {
-    if (threads == 1) return;
-    const int turn = atomic_load(&m->turn);
-    if (atomic_fetch_add(&m->arrived, 1) == threads - 1) {
-        atomic_store(&m->arrived, 0);
-        atomic_store(&m->turn, turn + 1);
-        return;
-    }
-    for (int spins = 0; atomic_load(&m->turn) == turn; spins++)
-        if (spins >= SPINS) sched_yield();
-}
-
-typedef struct { /* what a stage reads */
-    const Model *model;
-    const Call *call;
-    Shared shared;
-    Private mine;
-    Meeting *meeting;
-    int32_t thread, threads, layer;
-} Step;
-
-static void wait_for_all(const Step *s) { meet(s->meeting, s->threads); }
-
-typedef struct { int32_t begin, end; } Part;
-
-/* This thread's share of `count` things, in whole units except for the last. */
-static Part part_of(const Step *s, int32_t count, int32_t unit) {
-    int64_t units = (count + unit - 1) / unit;
-    int64_t begin = units * s->thread / s->threads * unit, end = units * (s->thread + 1) / s->threads * unit;
-    return (Part){begin < count ? begin : count, end < count ? end : count};
-}
-
-static const Factors *factors_of(const Step *s, int adapter, int target) {
-    return s->model->factors + ((int64_t)adapter * s->model->num_layers + s->layer) * TARGETS + target;
-}
-
-static int is_adapted(const Step *s, int target) {
-    for (int adapter = 0; adapter < s->model->num_adapters; adapter++)
-        if (factors_of(s, adapter, target)->rank) return 1;
-    return 0;
-}
-
-/* The runs of rows order[part.begin] .. order[part.end - 1]; returns their number. */
-static int32_t runs_of(const Step *s, Part part, Run *runs) {
-    int32_t num_runs = 0;
-    for (int i = part.begin; i < part.end; i++) {
-        const int32_t adapter = s->call->adapters[s->mine.order[i]];
-        if (num_runs && runs[num_runs - 1].adapter == adapter)
-            runs[num_runs - 1].count++;
-        else
-            runs[num_runs++] = (Run){0, adapter, i, 1};
-    }
-    return num_runs;
-}
-
-static void sort_rows(Step *s) {
-    const int B = s->call->rows;
-    for (int adapter = 0, at = 0; adapter < s->model->num_adapters; adapter++)
-        for (int b = 0; b < B; b++)
-            if (s->call->adapters[b] == adapter) s->mine.order[at++] = b;
-    s->mine.num_rows = runs_of(s, (Part){0, B}, s->mine.rows);
-    s->mine.num_own = runs_of(s, part_of(s, B, 1), s->mine.own);
-}
-
-/* Pairs (row, chosen expert) sorted by expert, then adapter, in runs. Each thread does it for itself. */
-static void sort_pairs(Step *s) {
-    const int k = s->model->top_k, num_experts = s->model->num_experts;
-    Private *mine = &s->mine;
-    memset(mine->count, 0, sizeof(int32_t) * (size_t)(num_experts + 1));
-    for (int n = 0; n < s->call->rows * k; n++) mine->count[s->shared.chosen[n] + 1]++;
-    for (int e = 0; e < num_experts; e++) mine->count[e + 1] += mine->count[e];
-    mine->num_pairs = 0;
-    for (int i = 0; i < s->call->rows; i++)
-        for (int n = mine->order[i] * k; n < (mine->order[i] + 1) * k; n++) {
-            mine->pair[n] = mine->count[s->shared.chosen[n]]++;
-            mine->token[mine->pair[n]] = mine->order[i];
-        }
-    for (int e = 0, n = 0; e < num_experts; e++)
-        for (; n < mine->count[e]; n++) {
-            int32_t adapter = s->call->adapters[mine->token[n]];
-            Run *last = mine->pairs + mine->num_pairs - 1;
-            if (mine->num_pairs && last->expert == e && last->adapter == adapter)
-                last->count++;
-            else
-                mine->pairs[mine->num_pairs++] = (Run){e, adapter, n, 1};
-        }
-}
+#include "head.h"
+#include "step.h"
 
 /* ---- A projection: weight, bias and adapter ---- */
 
-static View view_of(const Matrix *m, int expert) {
+static View view_of(const Matrix *m, int expert, int bf16) {
     const int64_t elements = (int64_t)m->fan_in * m->fan_out, skipped = expert * elements;
     const int64_t stride = bytes_of(m->kind, m->kind == BFLOAT16_COLUMNS ? m->fan_out : m->fan_in);
-    const uint8_t *scales = m->kind == MXFP4 ? m->scales + skipped / MX_BLOCK : 0;
+    const uint8_t *scales = is_mxfp4(m->kind) ? m->scales + skipped / MX_BLOCK : 0;
     return (View){(const uint8_t *)m->weight + bytes_of(m->kind, skipped), scales, stride, m->fan_in / MX_BLOCK,
-                  m->kind, m->fan_in, 0};
+                  kind_of(m->kind, bf16), m->fan_in, 0};
 }
 
 static Rows some_rows(const float *x, int64_t stride, const int32_t *rows, int first) {
@@ -251,7 +44,7 @@ static void lower(Step *s, int target, const Batch *batch, const float *x, int64
         Part part = part_of(s, (int32_t)f->rank, TILE_OUTS);
         Matrix a = {f->a, 0, 0, m->bf16 ? BFLOAT16 : FLOAT32, m->layers[s->layer].matrix[target].fan_in,
                     (int32_t)f->rank, 0};
-        View view = view_of(&a, run->expert);
+        View view = view_of(&a, run->expert, m->bf16);
         Rows in = some_rows(x, stride, batch->sources, run->first);
         Results out = {low + (int64_t)run->first * m->max_rank, m->max_rank, 0, 0};
         multiply(&view, part.begin, part.end, &in, run->count, &out, s->mine.expanded);
@@ -294,8 +87,8 @@ static void project(Step *s, int target, const Batch *batch, const float *x, con
         int count = 0;
         for (next = i; next < batch->num_runs && batch->runs[next].expert == run->expert; next++)
             count += batch->runs[next].count;
-        const View view = view_of(m, run->expert);
-        const Rows in = some_rows(m->kind == MXFP4 ? packed : x, stride, batch->sources, run->first);
+        const View view = view_of(m, run->expert, s->model->bf16);
+        const Rows in = some_rows(view.kind == MXFP4 ? packed : x, stride, batch->sources, run->first);
         const Results out = some_results(y, m->fan_out, batch->targets, run->first, m->interleaved ? half : 0);
         const int ranges = half ? 2 : 1; /* of gates, and of ups; interleaved ones are one range of the matrix */
         if (m->interleaved)
@@ -328,45 +121,83 @@ static int64_t slot_of(const Lane *lane, const int32_t *table, int64_t place) {
     return (int64_t)table[place / lane->block] * lane->block + place % lane->block;
 }
 
-/* Row b's queries of key-value heads `heads` over its cache, the new token's own keys and values written first. SLOTS
-   slots share a maximum, and weights are rounded before they meet the values, as in torch's flash attention. The sink
-   comes last: a head's output is shrunk by the share of its softmax that isn't the sink's. */
+typedef struct { View keys, values; int64_t next; } Stretch; /* what lies side by side, up to position `next` */
+
+/* Keys and values of row b's sequence from position `at` on. A decode step's own are in the cache, whose ring is read as
+   it lies: `at` is a place in it. Of a prompt, those of this call are still where they were computed, in floats. */
+static Stretch stretch_of(const Step *s, int b, int head, int64_t at, int64_t end) {
+    const Model *m = s->model;
+    const Call *c = s->call;
+    const Lane *lane = c->lanes + s->layer;
+    const int64_t kv = (int64_t)m->num_kv_heads * m->head_dim, size = m->bf16 ? 2 : 4, slot_bytes = 2 * kv * size;
+    const int d = m->head_dim, kind = m->bf16 ? BFLOAT16 : FLOAT32;
+    if (c->first && at >= c->positions[c->first[b]]) {
+        const int64_t row = c->first[b] + at - c->positions[c->first[b]], B = c->rows;
+        const float *k = s->shared.qkv + B * m->num_heads * d + row * kv + head * d;
+        return (Stretch){{(const uint8_t *)k, 0, 4 * kv, 0, FLOAT32, d, 0},
+                         {(const uint8_t *)(k + B * kv), 0, 4 * kv, 0, FLOAT32, (int32_t)(end - at), 0}, end};
+    }
+    const int64_t place = c->first && lane->window ? at % lane->window : at;
+    const int32_t *table = lane->table + (int64_t)(c->sequence ? c->sequence[b] : b) * lane->table_width;
+    int64_t next = at + lane->block - place % lane->block;
+    if (c->first && next > c->positions[c->first[b]]) next = c->positions[c->first[b]];
+    if (next > end) next = end;
+    const uint8_t *slots = (const uint8_t *)lane->pool + slot_of(lane, table, place) * slot_bytes + head * d * size;
+    return (Stretch){{slots, 0, slot_bytes, 0, kind_of(kind, m->bf16), d, 0},
+                     {slots + kv * size, 0, slot_bytes, 0, kind, (int32_t)(next - at), 0}, next};
+}
+
+/* Row b's new keys and values of some key-value heads into the cache. Keys are turned already. */
+static void keep(const Step *s, int b, Part heads) {
+    const Model *m = s->model;
+    const Lane *lane = s->call->lanes + s->layer;
+    const int64_t position = s->call->positions[b], d = m->head_dim, kv = m->num_kv_heads * d, B = s->call->rows;
+    const int32_t *table = lane->table + (int64_t)(s->call->sequence ? s->call->sequence[b] : b) * lane->table_width;
+    const int64_t slot = slot_of(lane, table, lane->window ? position % lane->window : position);
+    const float *k = s->shared.qkv + B * m->num_heads * d + b * kv, *v = k + B * kv;
+    const int64_t from = heads.begin * d;
+    const int count = (int)((heads.end - heads.begin) * d);
+    store(m->bf16, lane->pool, slot * 2 * kv + from, k + from, count);
+    store(m->bf16, lane->pool, slot * 2 * kv + kv + from, v + from, count);
+}
+
+/* Turn a row's keys by its position. */
+static void turn_keys(const Step *s, int b, Part heads) {
+    const Model *m = s->model;
+    const int64_t d = m->head_dim, position = s->call->positions[b];
+    float *k = s->shared.qkv + (int64_t)s->call->rows * m->num_heads * d + (int64_t)b * m->num_kv_heads * d;
+    for (int head = heads.begin; head < heads.end; head++)
+        rotate(m->bf16, k + head * d, s->call->cos + position * (d / 2), s->call->sin + position * (d / 2), (int)d / 2);
+}
+
+/* Row b's queries of key-value heads `heads` over its sequence. SLOTS slots share a maximum, and weights are rounded
+   before they meet the values, as in torch's flash attention. The sink comes last: a head's output is shrunk by the
+   share of its softmax that isn't the sink's. */
 static void attend(Step *s, int b, Part heads) {
     const Model *m = s->model;
     const Lane *lane = s->call->lanes + s->layer;
-    const int bf16 = m->bf16, d = m->head_dim, G = m->num_heads / m->num_kv_heads, size = bf16 ? 2 : 4;
-    const int kind = bf16 ? BFLOAT16 : FLOAT32;
-    const int64_t position = s->call->positions[b], kv = (int64_t)m->num_kv_heads * d, B = s->call->rows;
+    const int bf16 = m->bf16, d = m->head_dim, G = m->num_heads / m->num_kv_heads;
+    const int64_t position = s->call->positions[b];
     const int64_t used = lane->window && position >= lane->window ? lane->window : position + 1;
-    const int64_t slot_bytes = 2 * kv * size;
+    const int64_t begin = s->call->first ? position + 1 - used : 0, stop = begin + used;
     const float *cos = s->call->cos + position * (d / 2), *sin = s->call->sin + position * (d / 2);
     const float *sinks = m->layers[s->layer].sinks;
-    float *q = s->shared.qkv + (int64_t)b * m->num_heads * d;
-    float *k = s->shared.qkv + B * m->num_heads * d + b * kv, *v = k + B * kv;
-    float *scores = s->mine.scores, *mixed = s->mine.mixed;
-    const int32_t *table = lane->table + (int64_t)b * lane->table_width;
-    const int64_t new_slot = slot_of(lane, table, lane->window ? position % lane->window : position);
+    float *q = s->shared.qkv + (int64_t)b * m->num_heads * d, *scores = s->mine.scores, *mixed = s->mine.mixed;
     for (int head = heads.begin; head < heads.end; head++) {
         float top[G], sum[G], *total = s->mine.total;
-        rotate(bf16, k + head * d, cos, sin, d / 2);
-        store(bf16, lane->pool, new_slot * 2 * kv + head * d, k + head * d, d);
-        store(bf16, lane->pool, new_slot * 2 * kv + kv + head * d, v + head * d, d);
         for (int g = 0; g < G; g++) {
             rotate(bf16, q + (head * G + g) * d, cos, sin, d / 2);
             top[g] = -INFINITY, sum[g] = 0.f;
         }
         memset(total, 0, sizeof(float) * (size_t)(G * d));
-        for (int64_t from = 0, end; from < used; from = end) {
-            end = from + SLOTS < used ? from + SLOTS : used;
+        for (int64_t from = begin, end; from < stop; from = end) {
+            end = from + SLOTS < stop ? from + SLOTS : stop;
             for (int pass = 0; pass < 2; pass++) /* scores from the keys, then the values' sum; block by block */
                 for (int64_t at = from, next; at < end; at = next) {
-                    next = at + lane->block - at % lane->block;
-                    next = next < end ? next : end;
-                    const uint8_t *slots = (const uint8_t *)lane->pool + slot_of(lane, table, at) * slot_bytes;
-                    const View keys = {slots + head * d * size, 0, slot_bytes, 0, kind, d, 0};
-                    const View values = {keys.weight + kv * size, 0, slot_bytes, 0, kind, (int32_t)(next - at), 0};
+                    const Stretch found = stretch_of(s, b, head, at, end);
+                    next = found.next;
                     if (pass == 0) {
-                        multiply(&keys, 0, (int)(next - at), &(Rows){q + head * G * d, d, 0}, G,
+                        multiply(&found.keys, 0, (int)(next - at), &(Rows){q + head * G * d, d, 0}, G,
                                  &(Results){scores + (at - from), SLOTS, 0, 0}, s->mine.expanded);
                         for (int g = 0; g < G && next == end; g++) {
                             float shrink = soften(bf16, scores + g * SLOTS, (int)(end - from), 1.f / sqrtf((float)d),
@@ -374,7 +205,7 @@ static void attend(Step *s, int b, Part heads) {
                             for (int i = 0; i < d; i++) total[g * d + i] *= shrink;
                         }
                     } else {
-                        multiply_columns(&values, 0, d, &(Rows){scores + (at - from), SLOTS, 0}, G,
+                        multiply_columns(&found.values, 0, d, &(Rows){scores + (at - from), SLOTS, 0}, G,
                                          &(Results){mixed, d, 0, 0});
                         for (int i = 0; i < G * d; i++) total[i] += mixed[i];
                     }
@@ -386,6 +217,38 @@ static void attend(Step *s, int b, Part heads) {
             for (int i = 0; i < d; i++) out[i] = rounded(bf16, rounded(bf16, total[g * d + i] / sum[g]) * share);
         }
     }
+}
+
+/* Attention of all rows that go on. Those of a prompt see each other's keys, which therefore are turned before; and the
+   ring keeps what it has until all have read it, and then no more of them than it has room for. */
+static Part attend_all(Step *s, Part rows) {
+    const Model *m = s->model;
+    const Call *c = s->call;
+    const Part all = {0, m->num_kv_heads};
+    if (!c->first) {
+        const int parts = c->rows < s->threads ? m->num_kv_heads : 1; /* of a row: its heads lie side by side */
+        for (int unit = s->thread; unit < c->rows * parts; unit += s->threads) {
+            const int b = unit / parts, begin = unit % parts;
+            const Part heads = parts == 1 ? all : (Part){begin, begin + 1};
+            turn_keys(s, b, heads);
+            keep(s, b, heads);
+            attend(s, b, heads);
+        }
+        wait_for_all(s);
+        return rows;
+    }
+    const Part every = part_of(s, c->rows, 1);
+    for (int b = every.begin; b < every.end; b++) turn_keys(s, b, all);
+    if (s->layer == m->num_layers - 1) rows = sort_rows(s, 1);
+    wait_for_all(s);
+    for (int i = s->thread; i < s->mine.num_order; i += s->threads) attend(s, s->mine.order[i], all);
+    wait_for_all(s);
+    const int64_t window = c->lanes[s->layer].window;
+    for (int b = every.begin, last = b; b < every.end; b++) {
+        for (last = last < b ? b : last; !is_last(c, last);) last++;
+        if (!window || last - b < window) keep(s, b, all);
+    }
+    return rows;
 }
 
 /* The experts of a row, and their softmax. */
@@ -414,11 +277,11 @@ static void combine(Step *s, int b) {
 
 /* ---- A layer, and a step ---- */
 
-static void attention_part(Step *s, const Layer *layer, Part rows) {
+static Part attention_part(Step *s, const Layer *layer, Part rows) {
     const Model *m = s->model;
     Shared *a = &s->shared;
     const int64_t B = s->call->rows, D = m->hidden, d = m->head_dim;
-    const Batch batch = {s->mine.order, s->mine.order, s->mine.rows, s->mine.num_rows};
+    Batch batch = {s->mine.order, s->mine.order, s->mine.rows, s->mine.num_rows};
     float *results[] = {a->qkv, a->qkv + B * m->num_heads * d, a->qkv + B * (m->num_heads + m->num_kv_heads) * d};
     float *low[] = {a->low, a->low + B * m->max_rank, a->low + 2 * B * m->max_rank};
     for (int i = rows.begin; i < rows.end; i++) {
@@ -433,13 +296,10 @@ static void attention_part(Step *s, const Layer *layer, Part rows) {
     for (int target = Q; target <= V_; target++)
         project(s, target, &batch, a->normed, 0, D, low[target], results[target]);
     wait_for_all(s);
-    const int parts = B < s->threads ? m->num_kv_heads : 1; /* of a row: its heads lie side by side in the cache */
-    for (int unit = s->thread; unit < B * parts; unit += s->threads) {
-        const int begin = unit % parts;
-        attend(s, unit / parts, parts == 1 ? (Part){0, m->num_kv_heads} : (Part){begin, begin + 1});
-    }
-    wait_for_all(s);
+    rows = attend_all(s, rows);
+    batch.num_runs = s->mine.num_rows;
     project_all(s, O, &batch, a->attended, 0, m->num_heads * d, a->y);
+    return rows;
 }
 
 /* This thread's rows through the router: which experts, and their shares. */
@@ -447,7 +307,7 @@ static void route(Step *s, const Layer *layer, Part rows) {
     const Model *m = s->model;
     Shared *a = &s->shared;
     const int64_t D = m->hidden, k = m->top_k;
-    const int packs = layer->matrix[GATE_UP].kind == MXFP4;
+    const int packs = kind_of(layer->matrix[GATE_UP].kind, m->bf16) == MXFP4;
     for (int i = rows.begin; i < rows.end; i++) {
         const int64_t b = s->mine.order[i];
         for (int j = 0; j < D; j++) a->x[b * D + j] = rounded(m->bf16, a->x[b * D + j] + a->y[b * D + j]);
@@ -471,7 +331,7 @@ static void route(Step *s, const Layer *layer, Part rows) {
 static void experts_part(Step *s, const Layer *layer, Part rows) {
     const Model *m = s->model;
     Shared *a = &s->shared;
-    const int I = m->width, N = s->call->rows * m->top_k;
+    const int I = m->width, N = s->mine.num_order * m->top_k;
     route(s, layer, rows);
     wait_for_all(s);
     sort_pairs(s);
@@ -488,7 +348,7 @@ static void experts_part(Step *s, const Layer *layer, Part rows) {
         float *hidden = a->hidden + n * I + part.begin;
         if (m->bf16) swiglu(1, gates, gates + I, part.end - part.begin, m->swiglu_limit, m->swiglu_alpha, hidden);
         else swiglu(0, gates, gates + I, part.end - part.begin, m->swiglu_limit, m->swiglu_alpha, hidden);
-        if (layer->matrix[DOWN].kind == MXFP4)
+        if (kind_of(layer->matrix[DOWN].kind, m->bf16) == MXFP4)
             pack_row(a->hidden_packed + n * I + part.begin, hidden, part.end - part.begin);
     }
     wait_for_all(s);
@@ -504,8 +364,7 @@ void ossia_decode(const Model *m, const Call *c) {
         Step s = {.model = m, .call = c, .meeting = &meeting};
         s.thread = omp_get_thread_num(), s.threads = omp_get_num_threads();
         share_out(m, c, &s.shared, &s.mine, s.threads);
-        sort_rows(&s);
-        const Part rows = part_of(&s, c->rows, 1);
+        Part rows = sort_rows(&s, 0);
         const int64_t D = m->hidden, size = m->bf16 ? 2 : 4;
         for (int i = rows.begin; i < rows.end; i++)
             for (int64_t j = 0, b = s.mine.order[i]; j < D; j += LANES) {
@@ -513,28 +372,12 @@ void ossia_decode(const Model *m, const Call *c) {
                 memcpy(s.shared.x + b * D + j, &xs, sizeof(float) * (size_t)(D - j < LANES ? D - j : LANES));
             }
         for (s.layer = 0; s.layer < m->num_layers; s.layer++) {
-            attention_part(&s, m->layers + s.layer, rows);
+            rows = attention_part(&s, m->layers + s.layer, rows);
             experts_part(&s, m->layers + s.layer, rows);
         }
         for (int i = rows.begin; i < rows.end; i++) {
             const int64_t b = s.mine.order[i];
             store(m->bf16, c->out, b * D, s.shared.x + b * D, m->hidden);
         }
-    }
-}
-
-/* Logits (B, V) of rows x (B, D) under a head (V, D) of FLOAT32 or BFLOAT16; `rounds`: to bfloat16, as torch's are. */
-void ossia_logits(const float *x, const void *head, float *logits, int32_t rows, int32_t hidden, int32_t vocab,
-                  int32_t kind, int32_t rounds, int32_t threads) {
-    const Matrix matrix = {head, 0, 0, kind, hidden, vocab, 0};
-    const View view = view_of(&matrix, 0);
-#pragma omp parallel num_threads(threads)
-    {
-        const Step s = {.thread = omp_get_thread_num(), .threads = omp_get_num_threads()};
-        const Part part = part_of(&s, vocab, MX_BLOCK);
-        float scratch[TILE_OUTS * hidden];
-        multiply(&view, part.begin, part.end, &(Rows){x, hidden, 0}, rows, &(Results){logits, vocab, 0, 0}, scratch);
-        for (int r = 0; r < rows; r++)
-            round_range(rounds, logits + r * (int64_t)vocab + part.begin, part.end - part.begin);
     }
 }

@@ -15,7 +15,12 @@ enum { LANES = 16, TILE_ROWS = 4 };
 #else
 enum { LANES = 8, TILE_ROWS = 2 };
 #endif
-enum { TILE_OUTS = 4, AXPY_VECTORS = 2, MX_BLOCK = 32, EXPAND_ABOVE = 2 * TILE_ROWS };
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+enum { MULTIPLIES_PAIRS = 1 }; /* of bfloat16, into sums of 32 bits */
+#else
+enum { MULTIPLIES_PAIRS = 0 };
+#endif
+enum { TILE_OUTS = 4, AXPY_VECTORS = 2, MX_BLOCK = 32, EXPAND_ABOVE = 2 * TILE_ROWS, FETCH_OUTS = 4 * TILE_OUTS };
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #if defined(__AVX2__)
@@ -30,7 +35,17 @@ typedef float Vu __attribute__((vector_size(4 * LANES), may_alias, aligned(1)));
 typedef uint16_t Hu __attribute__((vector_size(2 * LANES), may_alias, aligned(1)));
 typedef uint8_t Bu __attribute__((vector_size(LANES), may_alias, aligned(1)));
 
-enum { FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS }; /* how a matrix lies in memory; columns: (in, out) */
+/* How a matrix lies in memory; columns: (in, out). Pairs: as the kind before, and the rows it meets hold bfloat16 values
+   too: products of such are exact in float32, and a machine that multiplies pairs of them needs half the instructions. */
+enum { FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS, BFLOAT16_PAIRS, MXFP4_PAIRS };
+INLINE int is_pairs(int kind) { return kind == BFLOAT16_PAIRS || kind == MXFP4_PAIRS; }
+INLINE int is_mxfp4(int kind) { return kind == MXFP4 || kind == MXFP4_PAIRS; }
+
+/* A matrix's kind, given that the rows it meets are of the activations' dtype. */
+static int kind_of(int kind, int bf16) {
+    if (!MULTIPLIES_PAIRS || !bf16) return kind;
+    return kind == BFLOAT16 ? BFLOAT16_PAIRS : kind == MXFP4 ? MXFP4_PAIRS : kind;
+}
 
 /* ---- Vectors ---- */
 
@@ -49,13 +64,23 @@ INLINE W wide8(const uint8_t *p) { return __builtin_convertvector(*(const Bu *)p
 INLINE W wide16(const uint8_t *p) { return __builtin_convertvector(*(const Hu *)p, W); }
 #endif
 
+INLINE int any_equal(V values, float value) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask((__m512)values, _mm512_set1_ps(value), _CMP_EQ_OQ) != 0;
+#else
+    int any = 0;
+    for (int lane = 0; lane < LANES; lane++) any |= values[lane] == value;
+    return any;
+#endif
+}
+
 INLINE V from_bf16(const void *p) { return (V)(wide16(p) << 16); }
 
 INLINE float as_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); return value; }
 INLINE uint32_t as_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
 
 INLINE int64_t bytes_of(int kind, int64_t elements) {
-    return kind == FLOAT32 ? 4 * elements : kind == MXFP4 ? elements / 2 : 2 * elements;
+    return kind == FLOAT32 ? 4 * elements : is_mxfp4(kind) ? elements / 2 : 2 * elements;
 }
 
 /* Elements p[i] .. of a row of floats or bfloat16; past `count` of them zeros. */
@@ -92,6 +117,33 @@ INLINE V sum_each(V a, V b, V c, V d) {
     return SHUFFLE(a, a, 0, 2, 4, 6, 0, 2, 4, 6) + SHUFFLE(a, a, 1, 3, 5, 7, 1, 3, 5, 7);
 #endif
 }
+
+/* The sums of four times four vectors, added in the same order as `sum_each` adds: a lane for each. Of two vectors one
+   half each is blended and the others are shuffled into their places: half as many shuffles as bringing both there. */
+#if defined(__AVX512F__)
+INLINE V sum_sixteen(V sum[4][4]) {
+    V by8[8], by4[4], by2[2];
+    UNROLL for (int i = 0; i < 8; i++) { /* row i / 4 * 2 in the lower half, the next in the upper one */
+        const V a = sum[i / 4 * 2][i % 4], b = sum[i / 4 * 2 + 1][i % 4];
+        by8[i] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31) +
+                 SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
+    }
+    UNROLL for (int i = 0; i < 4; i++) { /* rows 0 2 1 3 in the quarters */
+        const V a = by8[i], b = by8[i + 4];
+        by4[i] = SHUFFLE(a, b, 0, 1, 2, 3, 20, 21, 22, 23, 8, 9, 10, 11, 28, 29, 30, 31) +
+                 SHUFFLE(a, b, 4, 5, 6, 7, 16, 17, 18, 19, 12, 13, 14, 15, 24, 25, 26, 27);
+    }
+    UNROLL for (int i = 0; i < 2; i++) { /* outs i, i + 2 in a quarter's pairs */
+        const V a = by4[i], b = by4[i + 2];
+        by2[i] = SHUFFLE(a, b, 0, 1, 18, 19, 4, 5, 22, 23, 8, 9, 26, 27, 12, 13, 30, 31) +
+                 SHUFFLE(a, b, 2, 3, 16, 17, 6, 7, 20, 21, 10, 11, 24, 25, 14, 15, 28, 29);
+    }
+    return SHUFFLE(by2[0], by2[1], 0, 17, 2, 19, 8, 25, 10, 27, 4, 21, 6, 23, 12, 29, 14, 31) +
+           SHUFFLE(by2[0], by2[1], 1, 16, 3, 18, 9, 24, 11, 26, 5, 20, 7, 22, 13, 28, 15, 30);
+}
+#else
+INLINE V sum_sixteen(V sum[TILE_ROWS][4]) { return sum[0][0]; } /* a tile has fewer here */
+#endif
 
 static const float MX_VALUES[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
 
@@ -142,6 +194,21 @@ INLINE float exp_of(float x) {
     return x < -87.f ? 0.f : p * power;
 }
 
+/* The same of a vector. */
+INLINE V exp_each(V x) {
+    const W over = x > splat(88.f), under = x < splat(-87.f);
+    const V top = (V)((over & (W)splat(88.f)) | (~over & (W)x));
+    const V shifted = top * 1.44269504f + 12582912.f, n = shifted - 12582912.f;
+    const V rest = top - n * 0.693359375f + n * 2.12194440e-4f;
+    V p = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1.f;
+    return (V)(~under & (W)(p * (V)(((W)shifted + 127) << 23)));
+}
+
 /* ---- Matrices times rows ---- */
 
 typedef struct { /* one matrix: row o at weight + (o - origin) * stride, its scales likewise; strides in bytes */
@@ -176,6 +243,56 @@ static void pack_row(float *packed, const float *x, int count) {
         }
 }
 
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
+/* The values of a block's 32 codes in their own order, as bfloat16: a code's words are looked up, its scale is added to
+   the exponents. A scale at the ends of its range, of numbers that no model has, goes through floats. */
+INLINE __m512bh decode_pairs(const uint8_t *block, uint32_t scale) {
+    const __m256i half = _mm256_setr_epi16(0, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, (short)0x8000,
+                                           (short)0xbf00, (short)0xbf80, (short)0xbfc0, (short)0xc000, (short)0xc040,
+                                           (short)0xc080, (short)0xc0c0);
+    const __m512i values = _mm512_inserti64x4(_mm512_castsi256_si512(half), half, 1);
+    __m512i table = _mm512_mask_add_epi16(values, 0xfefefefe, values, _mm512_set1_epi16((short)((scale - 127) << 7)));
+    if (__builtin_expect(scale - 2 > 250, 0)) {
+        V floats[16 / LANES];
+        scaled_table(floats, scale);
+        const __m256i words = _mm512_cvtepi32_epi16(_mm512_srli_epi32((__m512i)floats[0], 16));
+        table = _mm512_inserti64x4(_mm512_castsi256_si512(words), words, 1);
+    }
+    const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)block));
+    return (__m512bh)_mm512_permutexvar_epi16(_mm512_or_si512(bytes, _mm512_slli_epi32(bytes, 12)), table);
+}
+
+/* Products of a tile's elements i .. i + 2 LANES - 1, its rows being bfloat16 too; where not `whole`, of `count`. */
+INLINE void add_pairs(const int kind, const int rows, const int whole, const uint8_t *const *weight,
+                      const uint8_t *const *scales, const float *const *x, int i, int count,
+                      V sum[TILE_ROWS][TILE_OUTS]) {
+    const __mmask32 some = whole ? ~(__mmask32)0 : ((__mmask32)1 << count) - 1;
+    __m512bh value[TILE_OUTS];
+    UNROLL for (int j = 0; j < TILE_OUTS; j++)
+        value[j] = kind == MXFP4_PAIRS ? decode_pairs(weight[j] + i / 2, scales[j][i / MX_BLOCK])
+                                       : (__m512bh)_mm512_maskz_loadu_epi16(some, (const uint16_t *)weight[j] + i);
+    UNROLL for (int r = 0; r < rows; r++) {
+        const __m512bh xs = (__m512bh)_mm512_maskz_loadu_epi16(some, (const uint16_t *)x[r] + i);
+        UNROLL for (int j = 0; j < TILE_OUTS; j++) sum[r][j] = (V)_mm512_dpbf16_ps((__m512)sum[r][j], value[j], xs);
+    }
+}
+
+/* Row o of a matrix of codes as bfloat16. */
+static void expand_pairs(const View *w, int o, uint16_t *words) {
+    const uint8_t *weight = w->weight + (o - w->origin) * w->stride;
+    const uint8_t *scales = w->scales + (o - w->origin) * w->scale_stride;
+    for (int i = 0; i < w->fan_in; i += MX_BLOCK)
+        _mm512_storeu_si512(words + i, (__m512i)decode_pairs(weight + i / 2, scales[i / MX_BLOCK]));
+}
+#else /* no matrix is of these kinds here */
+INLINE void add_pairs(const int kind, const int rows, const int whole, const uint8_t *const *weight,
+                      const uint8_t *const *scales, const float *const *x, int i, int count,
+                      V sum[TILE_ROWS][TILE_OUTS]) {
+    (void)kind, (void)rows, (void)whole, (void)weight, (void)scales, (void)x, (void)i, (void)count, (void)sum;
+}
+static void expand_pairs(const View *w, int o, uint16_t *words) { (void)w, (void)o, (void)words; }
+#endif
+
 /* Results o .. o + TILE_OUTS - 1 of `rows` rows from the `first` on. Constant arguments make it many functions. */
 INLINE void dot_tile(const int kind, const int rows, const View *w, int o, int end, const Rows *in, int first,
                      const Results *out) {
@@ -187,8 +304,16 @@ INLINE void dot_tile(const int kind, const int rows, const View *w, int o, int e
         weight[j] = w->weight + from * w->stride;
         scales[j] = w->scales + from * w->scale_stride;
     }
-    UNROLL for (int r = 0; r < rows; r++) x[r] = row_of(in, first + r);
+    UNROLL for (int r = 0; r < rows; r++) {
+        if (is_pairs(kind)) x[r] = (const float *)((const uint16_t *)in->x + (first + r) * in->stride);
+        else x[r] = row_of(in, first + r);
+    }
     int i = 0;
+    if (is_pairs(kind)) {
+        for (; i + 2 * LANES <= w->fan_in; i += 2 * LANES) add_pairs(kind, rows, 1, weight, scales, x, i, 0, sum);
+        if (i < w->fan_in) add_pairs(kind, rows, 0, weight, scales, x, i, w->fan_in - i, sum);
+        i = w->fan_in;
+    }
     for (; i + MX_BLOCK <= w->fan_in; i += MX_BLOCK) {
         V table[TILE_OUTS][16 / LANES];
         if (kind == MXFP4)
@@ -215,11 +340,18 @@ INLINE void dot_tile(const int kind, const int rows, const View *w, int o, int e
                 UNROLL for (int r = 0; r < rows; r++)
                     sum[r][j] += value * load_some(FLOAT32, x[r], i, w->fan_in - i);
             }
+    const V all = rows == 4 ? sum_sixteen(sum) : (V){0};
     UNROLL for (int r = 0; r < rows; r++) {
-        V sums = sum_each(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+        float sums[TILE_OUTS];
+        if (rows == 4) {
+            memcpy(sums, (const float *)&all + r * TILE_OUTS, sizeof sums);
+        } else {
+            const V mine = sum_each(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
+            memcpy(sums, &mine, sizeof sums);
+        }
         float *y = result_of(out, first + r);
         if (!out->half && o + TILE_OUTS <= end)
-            memcpy(y + o, &sums, sizeof(float) * TILE_OUTS);
+            memcpy(y + o, sums, sizeof sums);
         else
             for (int j = 0; j < TILE_OUTS && o + j < end; j++) y[place(out->half, o + j)] = sums[j];
     }
@@ -288,8 +420,11 @@ typedef void (*Tile)(const View *, int, int, const Rows *, int, const Results *)
 #define TILES(name, kind) TILE(name, kind, 1) TILE(name, kind, 2)
 #define NAMES(name, kind) {name##_##kind##_1, name##_##kind##_2}
 #endif
-TILES(dot, FLOAT32) TILES(dot, BFLOAT16) TILES(dot, MXFP4) TILES(axpy, FLOAT32) TILES(axpy, BFLOAT16)
-static const Tile DOT_TILES[][TILE_ROWS] = {NAMES(dot, FLOAT32), NAMES(dot, BFLOAT16), NAMES(dot, MXFP4)};
+TILES(dot, FLOAT32) TILES(dot, BFLOAT16) TILES(dot, MXFP4)
+TILES(dot, BFLOAT16_PAIRS) TILES(dot, MXFP4_PAIRS)
+TILES(axpy, FLOAT32) TILES(axpy, BFLOAT16)
+static const Tile DOT_TILES[][TILE_ROWS] = {NAMES(dot, FLOAT32), NAMES(dot, BFLOAT16), NAMES(dot, MXFP4), {0},
+                                            NAMES(dot, BFLOAT16_PAIRS), NAMES(dot, MXFP4_PAIRS)};
 static const Tile AXPY_TILES[][TILE_ROWS] = {NAMES(axpy, FLOAT32), NAMES(axpy, BFLOAT16)};
 
 static void all_rows(const Tile *tiles, const View *w, int o, int end, const Rows *in, int count, const Results *out) {
@@ -305,24 +440,46 @@ static void multiply_columns(const View *w, int begin, int end, const Rows *in, 
 }
 
 /* Ask memory for the rows after those that are computed now, in one sweep: the tile itself reads several at once, which
-   the machine's own prefetching doesn't follow. */
+   the machine's own prefetching doesn't follow. Into the second level: the first is full of what the tile uses. */
 static void fetch_ahead(const View *w, int o, int end) {
     const int last = o + TILE_OUTS < end ? o + TILE_OUTS : end;
     for (int64_t at = (o - w->origin) * w->stride; at < (last - w->origin) * w->stride; at += 64)
-        __builtin_prefetch(w->weight + at);
+        __builtin_prefetch(w->weight + at, 0, 2);
 }
 
-/* Results begin .. end - 1 of `count` rows, without bias. scratch: TILE_OUTS * fan_in floats. */
+/* Rows that hold bfloat16 values, as such, one after the other. */
+static void narrow(const Rows *in, int count, int fan_in, uint16_t *narrowed) {
+    for (int r = 0; r < count; r++, narrowed += fan_in) {
+        const float *x = row_of(in, r);
+        for (int i = 0; i < fan_in; i++) narrowed[i] = (uint16_t)(as_bits(x[i]) >> 16);
+    }
+}
+
+/* Bytes of `multiply`'s scratch: some outs as floats, and all rows as bfloat16. */
+static int64_t scratch_bytes(int64_t rows, int64_t fan_in) { return fan_in * (rows * 2 + TILE_OUTS * 4); }
+
+/* Results begin .. end - 1 of `count` rows, without bias. */
 static void multiply(const View *w, int begin, int end, const Rows *in, int count, const Results *out, float *scratch) {
     if (w->kind == BFLOAT16_COLUMNS) return multiply_columns(w, begin, end, in, count, out);
+    const Rows narrowed = {scratch + TILE_OUTS * w->fan_in, w->fan_in, 0};
+    if (is_pairs(w->kind)) {
+        narrow(in, count, w->fan_in, (uint16_t *)(scratch + TILE_OUTS * w->fan_in));
+        in = &narrowed;
+    }
+    const int is_wide = w->kind == FLOAT32 || w->kind == BFLOAT16_PAIRS; /* nothing to expand */
+    const int expanded = w->kind == MXFP4_PAIRS ? BFLOAT16_PAIRS : FLOAT32;
     for (int o = begin; o < end; o += TILE_OUTS) {
-        fetch_ahead(w, o + TILE_OUTS, end);
-        if (count <= EXPAND_ABOVE || w->kind == FLOAT32) {
+        if (o + FETCH_OUTS < end) fetch_ahead(w, o + FETCH_OUTS, end);
+        if (is_wide || count <= EXPAND_ABOVE) {
             all_rows(DOT_TILES[w->kind], w, o, end, in, count, out);
             continue;
         }
-        expand(w, o, end, scratch);
-        View floats = {(const uint8_t *)scratch, 0, 4 * (int64_t)w->fan_in, 0, FLOAT32, w->fan_in, o};
-        all_rows(DOT_TILES[FLOAT32], &floats, o, end, in, count, out);
+        const View other = {(const uint8_t *)scratch, 0, bytes_of(expanded, w->fan_in), 0, expanded, w->fan_in, o};
+        if (w->kind == MXFP4_PAIRS)
+            for (int j = 0; j < TILE_OUTS; j++)
+                expand_pairs(w, o + j < end ? o + j : end - 1, (uint16_t *)scratch + j * w->fan_in);
+        else
+            expand(w, o, end, scratch);
+        all_rows(DOT_TILES[expanded], &other, o, end, in, count, out);
     }
 }

@@ -22,7 +22,7 @@ from pathlib import Path
 FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS = range(4)  # Matrix.kind
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj")  # Layer.matrix, in order
 COMPILERS = ("cc", "gcc", "clang")
-_SOURCES = ("decode.c", "parts.h", "matrix.h")
+_SOURCES = ("decode.c", "head.h", "step.h", "parts.h", "matrix.h")
 # not -ffast-math: linking with it makes the whole process flush denormals, and it lets sums change their order
 _FLAGS = ("-std=gnu11", "-O3", "-march=native", "-fopenmp", "-fPIC", "-fno-math-errno", "-fno-trapping-math")
 _OPENMP = re.compile(r"/lib(gomp|iomp5|omp)[^/]*\.so[.\d]*$")
@@ -109,7 +109,32 @@ class Call(ctypes.Structure):
         ("lanes", POINTER(Lane)),
         ("routes", c_void_p),
         ("workspace", c_void_p),
+        ("sequence", POINTER(c_int32)),
+        ("first", POINTER(c_int32)),
         ("rows", c_int32),
+        ("threads", c_int32),
+    ]
+
+
+class Head(ctypes.Structure):
+    """As in head.h."""
+
+    _fields_ = [
+        ("x", c_void_p),
+        ("weight", c_void_p),
+        ("temperature", c_void_p),
+        ("uniform", c_void_p),
+        ("wanted", POINTER(c_int32)),
+        ("logits", c_void_p),
+        ("ids", c_void_p),
+        ("logprobs", c_void_p),
+        ("sums", c_void_p),
+        ("workspace", c_void_p),
+        ("rows", c_int32),
+        ("hidden", c_int32),
+        ("vocab", c_int32),
+        ("kind", c_int32),
+        ("bf16", c_int32),
         ("threads", c_int32),
     ]
 
@@ -122,7 +147,10 @@ class Unavailable:
 
 
 class Kernels:
-    """The loaded library."""
+    """The loaded library.
+
+    multiplies_pairs  of bfloat16, into sums of 32 bits: this machine has an instruction for it
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -131,8 +159,13 @@ class Kernels:
         self._library.ossia_workspace.restype = c_int64
         self._library.ossia_decode.argtypes = (POINTER(Model), POINTER(Call))
         self._library.ossia_decode.restype = None
-        self._library.ossia_logits.argtypes = (c_void_p, c_void_p, c_void_p, *[c_int32] * 6)
-        self._library.ossia_logits.restype = None
+        self._library.ossia_multiplies_pairs.argtypes = ()
+        self._library.ossia_multiplies_pairs.restype = c_int32
+        self.multiplies_pairs: bool = bool(self._library.ossia_multiplies_pairs())
+        self._library.ossia_head_workspace.argtypes = (c_int32,) * 4
+        self._library.ossia_head_workspace.restype = c_int64
+        self._library.ossia_head.argtypes = (POINTER(Head),)
+        self._library.ossia_head.restype = None
 
     def workspace_bytes(self, model: Model, rows: int, threads: int) -> int:
         """Bytes of workspace for a step of so many rows, aligned to 64."""
@@ -142,11 +175,13 @@ class Kernels:
         """A step; Python's lock is not held meanwhile."""
         self._library.ossia_decode(ctypes.byref(model), ctypes.byref(call))
 
-    def logits(
-        self, x: int, head: int, out: int, *, rows: int, hidden: int, vocab: int, kind: int, rounds: bool, threads: int
-    ) -> None:
-        """Of the addresses, `out` is written: (rows, vocab) float32. x: (rows, hidden) float32; head: of `kind`."""
-        self._library.ossia_logits(x, head, out, rows, hidden, vocab, kind, rounds, threads)
+    def head_workspace_bytes(self, rows: int, hidden: int, vocab: int, threads: int) -> int:
+        """Bytes of workspace for `draw`, aligned to 64."""
+        return self._library.ossia_head_workspace(rows, hidden, vocab, threads)
+
+    def draw(self, head: Head) -> None:
+        """A token for each row; Python's lock is not held meanwhile."""
+        self._library.ossia_head(ctypes.byref(head))
 
 
 def cache_folder() -> Path:

@@ -22,12 +22,16 @@ static void rms_norm(int bf16, const float *x, const float *weight, int count, f
 }
 
 /* Pairs (i, i + d/2) of a head turned by their position's angle, as ops/rope.py */
-static void rotate(int bf16, float *x, const float *cos, const float *sin, int half) {
+INLINE void rotate_as(const int bf16, float *x, const float *cos, const float *sin, int half) {
     for (int i = 0; i < half; i++) {
         const float first = x[i], second = x[i + half];
         x[i] = rounded(bf16, rounded(bf16, first * cos[i]) - rounded(bf16, second * sin[i]));
         x[i + half] = rounded(bf16, rounded(bf16, second * cos[i]) + rounded(bf16, first * sin[i]));
     }
+}
+static void rotate(int bf16, float *x, const float *cos, const float *sin, int half) {
+    if (bf16) rotate_as(1, x, cos, sin, half);
+    else rotate_as(0, x, cos, sin, half);
 }
 
 static void store(int bf16, void *to, int64_t at, const float *x, int count) {

@@ -185,6 +185,7 @@ class Transformer:
         attend: Attend | None = None,
         dropout: Dropout | None = None,
         note_experts: Callable[[Tensor], None] | None = None,
+        replay: Tensor | None = None,
     ) -> Tensor:
         """One layer over one pack.
 
@@ -193,6 +194,7 @@ class Transformer:
         attend   attention to use instead of that over the pack itself (decoding, over a cache)
         dropout  of the adapters' inputs
         note_experts  is told which experts were chosen, (T, k) int64, or (R, k) with `rows`
+        replay   (T, k) int64, or (R, k) with `rows`: experts to use instead, see `ops.moe.route`
         Returns  (T, D), or (R, D) with `rows`
         """
         num_tokens = len(x_TD)
@@ -212,7 +214,7 @@ class Transformer:
         x_TD = x_TD + linear(attended, layer.o, adapted(attended, 3))
 
         normed = rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
-        routing = route(linear(normed, layer.router, adapted(normed, 4)), a.experts_per_token)
+        routing = route(linear(normed, layer.router, adapted(normed, 4)), a.experts_per_token, replay)
         if note_experts is not None:
             note_experts(routing.experts_TK)
         gathered = normed[routing.token_N]

@@ -36,12 +36,12 @@ def route(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None = None) -> Rou
     """Softmax over the k largest logits, and the sort that groups rows by expert.
 
     logits_TE  (T, E) in the activations' dtype, as the released model computes it
-    replay_TK  (T, K) int64 experts to use instead of the top k (recorded while sampling)
+    replay_TK  (T, K) int64 experts to use instead of the top k (recorded while sampling); -1: none was recorded
     """
-    if replay_TK is None:
-        chosen_TK, experts_TK = logits_TE.topk(top_k, dim=-1)
-    else:
-        experts_TK, chosen_TK = replay_TK, logits_TE.gather(-1, replay_TK)
+    chosen_TK, experts_TK = logits_TE.topk(top_k, dim=-1)
+    if replay_TK is not None:
+        experts_TK = torch.where(replay_TK < 0, experts_TK, replay_TK)
+        chosen_TK = logits_TE.gather(-1, experts_TK)
     flat_N = experts_TK.flatten()
     order_N = flat_N.argsort(stable=True)
     row_N = torch.empty_like(order_N)

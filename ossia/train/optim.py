@@ -160,6 +160,8 @@ class AdamW:
         with torch.no_grad():
             for name, master in self._masters.items():
                 self.params[name].copy_(master)
+        # torch's fused form leaves the versions as they were, and who generates with these tensors looks at them
+        torch.autograd.graph.increment_version(list(self.params.values()))
         self.num_updates = step
         return norm
 

@@ -37,6 +37,12 @@ class Micro:
         pack = pack.to(model.device)
         return cls(pack, model.context(pack), pack.weights.nonzero()[:, 0])
 
+    def in_layer(self, index: int, last: int) -> dict[str, Tensor | None]:
+        """What layer `index` needs to know of the pack beside its activations; of the last layer only rows count."""
+        rows = self.rows_R if index == last else None
+        replay = None if self.pack.routes is None else self.pack.routes[:, index].to(torch.int64)
+        return {"rows": rows, "replay": replay if rows is None or replay is None else replay[rows]}
+
 
 def logprobs(model: Transformer, micro: Micro, x_RD: Tensor, head: Linear, dropout: Dropout | None = None) -> Tensor:
     """ln p of each counted target from the last layer's output. Returns (R,) float32."""
@@ -76,7 +82,7 @@ def forward_backward(
             layer = model.fetch(index)
             inputs = [x.detach().requires_grad_(graph and (index > 0 or embedded.trained)) for x in xs]
             outputs = [
-                model.layer_forward(layer, x, micro.context, rows=micro.rows_R if index == last else None, dropout=drop)
+                model.layer_forward(layer, x, micro.context, dropout=drop, **micro.in_layer(index, last))
                 for x, micro, drop in zip(inputs, micros, drops, strict=True)
             ]
         kept.append((inputs, outputs if graph else None))
@@ -90,7 +96,7 @@ def forward_backward(
         for m, (x, micro) in enumerate(zip(inputs, micros, strict=True)):
             if outputs is None:
                 x.requires_grad_(index > 0 or embedded.trained)
-                y = model.layer_forward(layer, x, micro.context, dropout=drops[m])
+                y = model.layer_forward(layer, x, micro.context, dropout=drops[m], **micro.in_layer(index, last))
             else:
                 y, outputs[m] = outputs[m], None
             if y.requires_grad:
@@ -109,8 +115,7 @@ def forward_logprobs(model: Transformer, packs: Sequence[Pack]) -> list[Tensor]:
     for index in range(model.arch.num_layers):
         layer = model.fetch(index)
         for m, micro in enumerate(micros):
-            rows = micro.rows_R if index == last else None
-            xs[m] = model.layer_forward(layer, xs[m], micro.context, rows=rows)
+            xs[m] = model.layer_forward(layer, xs[m], micro.context, **micro.in_layer(index, last))
     head = model.head()
     return [logprobs(model, micro, x, head) for micro, x in zip(micros, xs, strict=True)]
 

@@ -127,7 +127,8 @@ class TerminalSink:
         width  in columns; None: the terminal's own
         """
         file = file or sys.stderr
-        self._steps, self._step, self._eval_loss = steps, step, None
+        self._steps, self._step = steps, step
+        self._held_out: float | None = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS)
         self._since_line_s = _PLAIN_EVERY_S
         self._console = Console(file=file, width=width, highlight=False, soft_wrap=not file.isatty())
@@ -142,10 +143,12 @@ class TerminalSink:
             self._bar.start()
 
     def write(self, event: Event) -> None:
+        """See Sink."""
         if event["event"] == "eval":
-            self._eval_loss = event["eval_loss"]
+            name, value = ("loss", event.get("eval_loss")) if "eval_loss" in event else ("reward", event["eval_reward"])
+            self._held_out = value
             if self._bar is None:
-                self.say(f"step {event['step']}/{self._steps}  held-out loss {self._eval_loss:.4f}")
+                self.say(f"step {event['step']}/{self._steps}  held-out {name} {value:.4f}")
         if event["event"] == "step":
             self._write_step(event)
 
@@ -153,6 +156,8 @@ class TerminalSink:
         self._step = event["step"]
         self._recent.append((event["step_s"], event["trained"]))
         self._since_line_s += event["step_s"]
+        if "alarm" in event:
+            self.say(f"step {self._step}: {event['alarm']}")
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step, now=self._now(event))
             self._bar.refresh()
@@ -163,11 +168,12 @@ class TerminalSink:
     def _now(self, event: Event) -> str:
         """Loss, held-out loss once there is one, trained tokens/s, memory, time left."""
         seconds, trained = (sum(column) for column in zip(*self._recent, strict=True))
-        held_out = "" if self._eval_loss is None else f" (held-out {self._eval_loss:.4f})"
+        held_out = "" if self._held_out is None else f" (held-out {self._held_out:.4f})"
         speed = trained / seconds if seconds else 0.0
         left = human_time((self._steps - self._step) * seconds / len(self._recent))
         memory = human_bytes(event["peak_bytes"])
-        return f"loss {event['loss']:.4f}{held_out}  {speed:,.0f} tok/s  {memory}  {left} left"
+        name = "reward" if "reward" in event else "loss"
+        return f"{name} {event[name]:.4f}{held_out}  {speed:,.0f} tok/s  {memory}  {left} left"
 
     def say(self, text: str) -> None:
         """Print a message of the run above the bar."""

@@ -1,4 +1,4 @@
-"""One optimizer step of supervised fine-tuning, and held-out loss: the loss is a weighted sum over one denominator.
+"""One optimizer step, and held-out loss: the loss is a weighted sum over one denominator.
 
 Letters: R rows whose prediction counts.
 """
@@ -16,7 +16,7 @@ from ossia.model.transformer import Transformer
 from ossia.ops.loss import weighted_nll
 from ossia.ops.memory import return_freed_memory
 from ossia.train.optim import AdamW
-from ossia.train.schedule import forward_backward, forward_logprobs
+from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs
 
 Recompute = Literal["auto", "always", "never"]
 
@@ -25,7 +25,7 @@ Recompute = Literal["auto", "always", "never"]
 class StepResult:
     """What a step did.
 
-    loss       nats per unit of weight, before the update
+    loss       before the update: nats per unit of weight, or what `loss_of` gives
     weight     sum of the weights, the loss's denominator
     tokens     all tokens that went through the model; there is no padding
     trained    those whose prediction counted
@@ -58,19 +58,21 @@ def train_step(
     clip: float | None,
     recompute: bool,
     dropout_seed: int | None = None,
+    loss_of: LossOfLogprobs | None = None,
 ) -> StepResult:
     """Forward, backward and update over any number of micro-batches.
 
+    loss_of  each micro-batch's part of the loss; None: of supervised fine-tuning, -ln p weighted by the packs' weights
     Raises  RunError before anything is changed if the loss or a gradient is missing or not finite
     """
     weight = float(sum(pack.weights.double().sum() for pack in packs))
 
-    def loss_of(logp_R: Tensor, micro: int, rows_R: Tensor) -> Tensor:
+    def weighted(logp_R: Tensor, micro: int, rows_R: Tensor) -> Tensor:
         weights_R = packs[micro].weights.to(logp_R.device)[rows_R]
         return weighted_nll(logp_R, weights_R, weight)
 
     model.trainable.zero_grad()
-    loss = forward_backward(model, packs, loss_of, recompute=recompute, dropout_seed=dropout_seed)
+    loss = forward_backward(model, packs, loss_of or weighted, recompute=recompute, dropout_seed=dropout_seed)
     grad_norm = optimizer.update(loss=loss, lr=lr, clip=clip)
     return_freed_memory(model.device)
     tokens, trained = (sum(counts) for counts in zip(*((p.num_tokens, p.num_trained) for p in packs), strict=True))

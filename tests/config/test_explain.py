@@ -22,7 +22,7 @@ def test_every_key_has_a_meaning_that_is_a_sentence() -> None:
 
 def test_every_key_says_its_type_and_its_default() -> None:
     required = {name for name, key in all_keys().items() if not key.default}
-    assert required == {"model", "data", "data.path", "eval.data.path"}
+    assert required == {"model", "data.path", "eval.data.path", "env.id"}
     assert all("mapping" in key.type or key.type for key in all_keys().values())
 
 

@@ -216,9 +216,18 @@ def test_a_weight_is_how_often_a_row_is_read_an_epoch(
     assert epochs[0] != epochs[1]
 
 
-def test_a_weight_below_one_row_an_epoch_is_refused(
+def test_a_weight_below_one_row_an_epoch_or_beyond_memory_is_refused(
     write_rows: Callable[..., str], make_recipe: Callable[..., Recipe], vocab: Vocabulary
 ) -> None:
     datasets = open_datasets(make_recipe({"path": write_rows(texts(5)), "weight": 0.1}), vocab).train
     with pytest.raises(RecipeError, match=r"weight 0.1 of 5 rows is less than one row an epoch"):
         EpochOrder(datasets, 0, 0)
+    datasets = open_datasets(make_recipe({"path": write_rows(texts(5)), "weight": 1e300}), vocab).train
+    with pytest.raises(RecipeError, match=r"rows.jsonl: weight 1e\+300 of 5 rows is over 4,294,967,296 rows an epoch"):
+        EpochOrder(datasets, 0, 0)
+
+
+def test_statistics_of_a_checkpoint_from_before_notes_were_counted_are_read() -> None:
+    record = Statistics(rows=3).to_json()
+    del record["noted"]
+    assert Statistics.from_json(record) == Statistics(rows=3)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -142,8 +144,8 @@ def test_a_folder_is_its_data_files_one_after_the_other(tmp_path: Path) -> None:
         ("rows.jsonl", b'{"text": "a"}\n{"text": "b"\n', r"rows.jsonl:2: not valid JSON: .* at column 13"),
         ("rows.jsonl", b'{"text": "a"}\n["b"]\n', r"rows.jsonl:2: expected a JSON object .* found list"),
         ("rows.jsonl", b'{"text": "a"}\n{"text": "\xff"}\n', r"rows.jsonl:2: not UTF-8 text at byte 11 of the row"),
-        ("rows.jsonl", b'{"text": ' + b"[" * 100_000, r"rows.jsonl:1: JSON that can't be read: .*recursion"),
-        ("rows.jsonl", b'{"n": ' + b"9" * 5000 + b"}", r"rows.jsonl:1: JSON that can't be read: .*digits"),
+        ("rows.jsonl", b'{"text": ' + b"[" * 100_000, r"rows.jsonl:1: not valid JSON: nested too deeply"),
+        ("rows.jsonl", b'{"n": ' + b"9" * 5000 + b"}", r"rows.jsonl:1: not valid JSON: .*digits"),
         ("rows.json", b"[" * 100_000, r"rows.json:1: not valid JSON: .*recursion"),
         ("rows.jsonl", b" \n\n", r"rows.jsonl: the file holds no rows"),
         ("rows.json", b"[]", r"rows.json: the file holds no rows"),
@@ -235,3 +237,61 @@ def test_300_mb_of_rows_grow_the_process_by_less_than_60_mb(tmp_path: Path) -> N
     assert rows == num_rows
     assert tokens > 250 * 981
     assert growth_bytes < 60_000_000
+
+
+def test_a_folder_tells_what_it_leaves_out_and_what_it_cannot_read(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    for name in ("b.csv", "c.jsonl.zst", "D.JSONL"):
+        (tmp_path / name).write_text("x")
+    rows = open_rows(str(tmp_path))
+    assert len(rows) == 1
+    assert rows.remarks == ("not read, because no data file ends so: D.JSONL, b.csv, c.jsonl.zst",)
+    (tmp_path / "e.jsonl").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"e.jsonl: can't be read: No such file.*\n  next: mend or remove it"):
+        open_rows(str(tmp_path))
+    (tmp_path / "e.jsonl").unlink()
+    (tmp_path / "e.jsonl").symlink_to(tmp_path / "e.jsonl")
+    with pytest.raises(DataError, match=r"e.jsonl: can't be read: Too many levels"):
+        open_rows(str(tmp_path))
+    (tmp_path / "e.jsonl").unlink()
+    os.mkfifo(tmp_path / "e.jsonl")
+    with pytest.raises(DataError, match=r"e.jsonl: neither a file nor a folder\n  next: write its rows into a file"):
+        open_rows(str(tmp_path))
+    with pytest.raises(DataError, match=r"e.jsonl: neither a file nor a folder"):
+        open_rows(str(tmp_path / "e.jsonl"))
+
+
+def test_folders_behind_links_are_read_once_and_loops_end(tmp_path: Path) -> None:
+    data, other = tmp_path / "data", tmp_path / "other"
+    data.mkdir()
+    other.mkdir()
+    (data / "a.jsonl").write_text('{"text": "a"}\n')
+    (other / "b.jsonl").write_text('{"text": "b"}\n')
+    for name, target in (("loop", data), ("more", other), ("more-again", other)):
+        (data / name).symlink_to(target)
+    rows = open_rows(str(data))
+    assert [rows.where(index) for index in range(len(rows))] == [f"{data}/a.jsonl:1", f"{data}/more/b.jsonl:1"]
+    assert rows.remarks == ()
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n')
+    (tmp_path / "closed").mkdir()
+    scan = os.scandir
+
+    def refusing(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)  # the tests may run as root, who may read everything
+    with pytest.raises(DataError, match=r"closed: can't be read: Permission denied\n  next: mend or remove it"):
+        open_rows(str(tmp_path))
+
+
+def test_a_name_that_is_no_text_can_be_printed(tmp_path: Path) -> None:
+    file = Path(os.fsdecode(bytes(tmp_path) + b"/a\xff.jsonl"))
+    file.write_text('{"text": "a"}\n')
+    rows = open_rows(str(file))
+    assert rows.where(0) == f"{tmp_path}/a\\udcff.jsonl:1"
+    assert rows.row(0) == {"text": "a"}

@@ -221,9 +221,9 @@ def test_where_experts_are_packed_decoding_expands_only_the_chosen_or_none(
     engine = Engine(Transformer(weights), max_batch=1, decoder=decoder)
     engine.generate([Request([1, 2, 3], GREEDY, 4), Request([4, 5], GREEDY, 4)])
     whole, single = ([asked for asked in weights.asked if (asked[1] is None) == is_whole] for is_whole in (True, False))
-    assert len(whole) == 2 * 2 * NARROW.num_layers  # gate_up and down of each layer in both prefills: none is kept
-    # three decode steps of each request, gate_up and down
     expands = decoder == "torch"
+    # gate_up and down of each layer in both prefills: none is kept; and in three decode steps of each request
+    assert len(whole) == expands * 2 * 2 * NARROW.num_layers
     assert len(single) == expands * 2 * 3 * 2 * NARROW.num_layers * NARROW.experts_per_token
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ossia.engine.cache import Cache
 from ossia.engine.decode import Decoder, TorchDecoder
-from ossia.engine.native import NativeDecoder, find_kernels, head_logits
+from ossia.engine.native import NativeDecoder, find_kernels
 from ossia.kernels.native import Kernels, Unavailable
 from ossia.model.arch import Layout, alternating_layers
 from ossia.model.lora import TARGETS, Lora, LoraSpec
@@ -292,15 +292,3 @@ def test_what_c_cannot_decode_says_why(tiny: MakeTiny) -> None:
     refused = find_kernels(model, beside)
     assert isinstance(refused, Unavailable)
     assert "weights are trained" in refused.reason
-
-
-@pytest.mark.parametrize("dtype", [FLOAT, BF16])
-def test_the_heads_logits_are_torchs(tiny: MakeTiny, dtype: torch.dtype) -> None:
-    model = load(tiny(UNEQUAL), dtype, "bf16")
-    kernels, head_VD = kernels_for(model), model.tensor("lm_head.weight")
-    h_BD = torch.randn(9, UNEQUAL.hidden_size, generator=torch.Generator().manual_seed(0)).to(dtype)
-    found = head_logits(kernels, h_BD, head_VD)
-    expected = torch.nn.functional.linear(h_BD, head_VD).float()
-    assert found.dtype == FLOAT
-    assert torch.allclose(found, expected, rtol=8e-3 if dtype == BF16 else 1e-5, atol=1e-5)
-    assert torch.equal(found, torch.cat([head_logits(kernels, h_D[None], head_VD) for h_D in h_BD]))

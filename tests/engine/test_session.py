@@ -9,13 +9,16 @@ import pytest
 import torch
 
 from ossia.engine import Completion, Engine, Request, Sampling, Session, Token, completion
+from ossia.engine.engine import DecoderChoice
+from ossia.engine.native import NativeDecoder
 from ossia.errors import UserError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.lora import TARGETS
 from ossia.model.transformer import Transformer
 from ossia.ops.moe import Route, route
+from ossia.train.optim import AdamW
 from tests.conftest import MakeTiny
-from tests.engine.support import adapter, random_prompts, recomputed, sample_of
+from tests.engine.support import adapter, decoders, random_prompts, recomputed, sample_of
 from tests.engine.test_engine import GREEDY, NARROW, assert_recomputed, sampled
 from tests.oracle.model_pairs import load, pack_of
 
@@ -60,26 +63,38 @@ def test_what_runs_goes_on_while_a_long_prompt_is_read(tiny: MakeTiny) -> None:
     assert len(finish(session)[second]) == 3  # its first two came in the last step above
 
 
-class CountingModel(Transformer):
-    """Counts the tokens that go through the layers in prefills."""
+def count_prompt_tokens(monkeypatch: pytest.MonkeyPatch, num_layers: int) -> list[int]:
+    """A list that grows by the tokens that go through all layers in prefills, whichever way they go."""
+    seen: list[int] = []
+    forward, read = Transformer.layer_forward, NativeDecoder.read
 
-    def layer_forward(self, layer, x_TD, context, **options):
-        self.num_read += len(x_TD)
-        return super().layer_forward(layer, x_TD, context, **options)
+    def counted_forward(self, layer, x_TD, context, **options):
+        seen.append(len(x_TD) * (layer.index == num_layers - 1))
+        return forward(self, layer, x_TD, context, **options)
+
+    def counted_read(self, x_TD, *rest):
+        seen.append(len(x_TD))
+        return read(self, x_TD, *rest)
+
+    monkeypatch.setattr(Transformer, "layer_forward", counted_forward)
+    monkeypatch.setattr(NativeDecoder, "read", counted_read)
+    return seen
 
 
+@pytest.mark.parametrize("decoder", decoders())
 @pytest.mark.parametrize("max_batch", [16, 3])
-def test_samples_of_one_prompt_read_it_once_and_share_its_blocks(tiny: MakeTiny, max_batch: int) -> None:
-    plain = load(tiny(NARROW), placement="bf16")
-    model = CountingModel(plain.weights)
-    model.num_read = 0
+def test_samples_of_one_prompt_read_it_once_and_share_its_blocks(
+    tiny: MakeTiny, max_batch: int, decoder: DecoderChoice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(tiny(NARROW), placement="bf16")
+    seen = count_prompt_tokens(monkeypatch, NARROW.num_layers)
     (prompt,) = random_prompts((200,))
     requests = [Request(prompt, Sampling(seed=seed), 20) for seed in range(8)]
-    session = Engine(model, max_batch=max_batch).session()
+    session = Engine(model, max_batch=max_batch, decoder=decoder).session()
     for request in requests:
         session.add(request)
     first = session.step()
-    assert model.num_read == 200 * NARROW.num_layers
+    assert sum(seen) == 200
     full = next(lane for lane in session.cache.lanes if lane.window is None)
     rows = min(8, max_batch)
     kept = 1 if max_batch < 8 else 0  # the prompt itself, for those who wait
@@ -87,10 +102,10 @@ def test_samples_of_one_prompt_read_it_once_and_share_its_blocks(tiny: MakeTiny,
     found = finish(session)
     for token in reversed(first):
         found[token.request].insert(0, token)
-    assert model.num_read == 200 * NARROW.num_layers
+    assert sum(seen) == 200
     assert session.cache.num_used == 0
     for number, request in enumerate(requests):
-        assert_same(completion(found[number]), Engine(plain).generate([request])[0])
+        assert_same(completion(found[number]), Engine(model, decoder=decoder).generate([request])[0])
 
 
 def test_penalties_follow_a_request_through_its_mates_coming_and_going_and_its_own_pause(tiny: MakeTiny) -> None:
@@ -155,6 +170,32 @@ def test_the_next_token_comes_from_the_adapter_as_it_is_after_an_optimizer_step(
     stale = Transformer(model.weights, lora=adapter(base, *TARGETS))
     old = stale.logits(pack_of([sample_of(prompts[0] + first)]))[-1].float().log_softmax(-1)
     assert abs(after.logprob - float(logits.log_softmax(-1)[after.id])) < abs(after.logprob - float(old[after.id]))
+
+
+def test_a_request_after_an_update_of_the_trainer_is_of_the_new_policy_exactly(tiny: MakeTiny) -> None:
+    base = load(tiny(NARROW), placement="bf16")
+    model = load(tiny(NARROW), placement="bf16", lora=adapter(base, *TARGETS))
+    (prompt,) = random_prompts((30,))
+    session = Engine(model).session()
+    request = Request(prompt, GREEDY, 6)
+
+    def answer() -> list[Token]:
+        number = session.add(request)
+        tokens: list[Token] = []
+        while not session.idle:
+            tokens += [token for token in session.step() if token.request == number]
+        return tokens
+
+    answer()
+    optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
+    for tensor in model.trainable.tensors.values():
+        tensor.grad = torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    optimizer.update(loss=1.0, lr=0.02, clip=None)
+    tokens = answer()
+    ids = [*prompt, *(token.id for token in tokens)]
+    logprobs = model.logits(pack_of([sample_of(ids)])).float().log_softmax(-1)
+    wanted = [float(logprobs[len(prompt) - 1 + i, token.id]) for i, token in enumerate(tokens)]
+    assert [token.logprob for token in tokens] == pytest.approx(wanted, abs=1e-5)
 
 
 def test_random_cancels_pauses_and_resumes_lose_no_block_and_change_no_answer(tiny: MakeTiny) -> None:

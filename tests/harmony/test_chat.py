@@ -113,11 +113,14 @@ BROKEN: list[tuple[Any, str, str]] = [
     ([{"content": "Q"}], "messages[0].role", "found None"),
     ([user("Q", contnet="x")], "messages[0].contnet", "did you mean content"),
     ([user("Q", thinking="x")], "messages[0].thinking", "role user has no thinking"),
+    ([user("Q", name=False)], "messages[0].name", "found False"),
+    ([user("Q"), assistant(tool_calls=[call(0, "{}")])], "messages[1].tool_calls[0].id", "expected text, found 0"),  # type: ignore[arg-type]
+    ([*TOOL_ROWS, result([], "R")], "messages[2].tool_call_id", "expected text, found list []"),  # type: ignore[arg-type]
     ([user("Q", name="Ann Lee")], "messages[0].name", "without spaces"),
     ([{"role": "system", "content": "S", "train": True}], "messages[0].train", "only assistant"),
     ([user("Q", train=True)], "messages[0].train", "only assistant"),
     ([user("Q"), assistant("A", train="yes")], "messages[1].train", "true or false"),
-    ([user("Q"), assistant("A", weight=-1)], "messages[1].weight", "finite number >= 0"),
+    ([user("Q"), assistant("A", weight=-1)], "messages[1].weight", "0 (not trained) or from 1e-09"),
     ([user("Q"), assistant("A", weight=True)], "messages[1].weight", "expected a number"),
     ([{"role": "user", "content": None}], "messages[0].content", "expected text"),
     ([{"role": "user", "content": 3}], "messages[0].content", "found 3"),

@@ -164,3 +164,9 @@ def test_impossible_messages_are_refused(settings: dict[str, object], field: str
     with pytest.raises(HarmonyError) as caught:
         Message(content="x", **settings)  # type: ignore[arg-type]
     assert caught.value.field == field
+
+
+def test_what_follows_a_sampled_turn_is_what_the_whole_conversation_would_hold() -> None:
+    whole = renderer().completion(Conversation((USER, THINK, CALL, RESULT)))
+    (sample,) = samples(USER, THINK, CALL)
+    assert whole == sample.ids + renderer().continuation([RESULT])

@@ -109,7 +109,7 @@ def test_every_python_example_of_the_readme_runs(place: Path) -> None:
 def test_every_recipe_loads_and_fits(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     recipe, places = read_recipe(file)
-    for source in (*recipe.data, *(recipe.eval.data or ())):
+    for source in (*(recipe.data or ()), *(recipe.eval.data or ())):
         if not is_hub_name(source.path):
             Path(source.path).parent.mkdir(parents=True, exist_ok=True)
             Path(source.path).write_text(json.dumps(ROW) + "\n")

@@ -107,3 +107,15 @@ def test_gradients_reach_router_weights_inputs_and_adapters() -> None:
     true = torch.autograd.grad((one_by_one(x, logits, gate_up, down) * target).sum(), tensors)
     for mine, expected in zip(found, true, strict=True):
         torch.testing.assert_close(mine, expected.float(), rtol=1e-4, atol=1e-4)
+
+
+def test_replayed_experts_are_used_and_where_none_was_recorded_the_router_chooses() -> None:
+    logits = torch.randn(T, E, generator=torch.Generator().manual_seed(3))
+    own = route(logits, K)
+    other = (own.experts_TK + 1) % E
+    replay = other.clone()
+    replay[::2] = -1
+    found = route(logits, K, replay)
+    assert torch.equal(found.experts_TK[::2], own.experts_TK[::2])
+    assert torch.equal(found.experts_TK[1::2], other[1::2])
+    assert torch.allclose(found.weights_TK, logits.gather(-1, found.experts_TK).softmax(-1))

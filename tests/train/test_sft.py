@@ -18,6 +18,7 @@ from ossia.data.dataset import open_datasets
 from ossia.data.formats import build
 from ossia.errors import DataError, MissingExtraError, RecipeError, RunError, UserError
 from ossia.harmony.vocab import Vocabulary
+from ossia.run import start
 from ossia.train.events import EventLog
 from tests.conftest import MakeTiny
 from tests.shapes import LEAST
@@ -70,9 +71,9 @@ def rendered(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each row was rendered."""
     count: Counter[str] = Counter()
 
-    def counting(layout: Any, row: Any, where: str, encoder: Any) -> Any:
+    def counting(layout: Any, row: Any, where: str, *rest: Any) -> Any:
         count[where.rpartition(":")[2]] += 1
-        return build(layout, row, where, encoder)
+        return build(layout, row, where, *rest)
 
     monkeypatch.setattr(datasets_module, "build", counting)
     return count
@@ -170,7 +171,7 @@ def test_what_can_be_known_before_weights_are_read_is_told_before(
     words: str,
 ) -> None:
     monkeypatch.setitem(sys.modules, "trackio", None)  # how Python marks a module that can't be imported
-    monkeypatch.setattr(sft, "open_model", None)
+    monkeypatch.setattr(start, "open_model", None)
     with pytest.raises(kind, match=words):
         sft.run(make(rows, **{"train": {"steps": 1}, **keys}))
 
@@ -178,7 +179,7 @@ def test_what_can_be_known_before_weights_are_read_is_told_before(
 def test_a_folder_that_another_process_trains_into_is_told_before_weights_are_read(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sft, "open_model", None)
+    monkeypatch.setattr(start, "open_model", None)
     recipe = make([say_row(1)], {"steps": 1})
     with EventLog(recipe.output), pytest.raises(RunError, match="another process is training into this folder"):
         sft.run(recipe)

@@ -102,6 +102,13 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
             "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "strange"}}}],
             "tool_choice": "required",
         },
+        "tools[0].function.parameters.type",
+    ),
+    (
+        {
+            "tools": [{"type": "function", "function": {"name": "f", "parameters": {"$ref": "#/nowhere"}}}],
+            "tool_choice": "required",
+        },
         "tools[0].function.parameters",
     ),
 ]

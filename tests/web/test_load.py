@@ -12,7 +12,7 @@ def test_under_load_with_clients_that_leave_nothing_is_lost_mixed_up_or_left_beh
     model: Model, endless: dict[str, int]
 ) -> None:
     with serving(model, max_batch=8, max_queue=24) as live:
-        found: Found = asyncio.run(load(live.url, "base", endless, requests=80, at_once=24, longest=24))
+        found: Found = asyncio.run(load(live.url, "base", endless, requests=80, at_once=24, longest=96))
         assert found.wrong == []
         assert sum(found.outcomes.values()) == 80
         assert found.outcomes["broken off"] > 3

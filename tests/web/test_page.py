@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from ossia.config.schema import DataSourceConfig, HarmonyConfig
-from ossia.data.formats import Encoder, build, recognise
+from ossia.data.formats import Encoder, build
+from ossia.data.layout import recognise
 from ossia.data.sources import open_rows
 from ossia.harmony import Renderer, TrainOn
 from tests.web.browser import ALT, CHROMIUM, CTRL, SHIFT, Browser, Page
@@ -282,6 +283,7 @@ def test_a_reload_brings_back_conversation_branch_and_settings(page: Page, chatt
     assert page.js("find('select').value") == "talker"
     assert page.shown("#list")
     assert not page.shown("#settings"), "a panel that was closed stays closed"
+    page.wait("document.querySelector('select').length > 1")  # the models are known, and base can be chosen
     change_requests(page, logit_bias=chatter)
     page.press("n", ALT)
     assert page.js("document.querySelector('#system').value") == "Be kind.", "a new one begins as the last one was set"
@@ -356,6 +358,7 @@ def test_the_keyboard_alone_is_enough(page: Page) -> None:
     page.press("a", CTRL)
     page.type("Salut !")
     page.press("Enter", CTRL)
+    page.wait_for(".answer .text")
     assert answers(page) == ["Salut !"]
     page.press("m", ALT)
     assert page.js("document.activeElement.id") == "prompt"

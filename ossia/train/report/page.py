@@ -12,7 +12,7 @@ gives the same page, byte for byte, also while the run is still going on. A line
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib import resources
 from itertools import groupby
@@ -23,6 +23,7 @@ from typing import Any
 from ossia.errors import RunError
 from ossia.train.events import ENV, EVENTS, read_events
 from ossia.train.report.chart import Series, chart_html
+from ossia.train.report.rewards import Kept, is_rewarded, reward_charts
 from ossia.train.sinks import human_time
 from ossia.train.state import checkpoint_paths, human_bytes, step_of, write_file
 
@@ -62,7 +63,7 @@ def report_html(run: Path) -> str:
     name = escape(run.resolve().name)
     sections = (
         _section("Curves", _curves(steps, evals)),
-        _section("Samples", _samples(_read_samples(run / SAMPLES))),
+        *(_section(title, _samples(found)) for title, found in _read_samples(run / SAMPLES)),
         '<div class="columns">\n',
         _section("Data", _counts(steps)),
         _section("Checkpoints", _checkpoints(run)),
@@ -101,8 +102,11 @@ def _tiles(steps: Sequence[Event], evals: Sequence[Event]) -> str:
     tiles: list[tuple[str, str, str]] = []
     if evals:
         first, last = evals[0], evals[-1]
-        after = f"{first['eval_loss']:.4f} {_when(first['step'])}" if len(evals) > 1 else ""
-        tiles.append(("Held-out loss", f"{last['eval_loss']:.4f}", after))
+        title, key = ("Held-out loss", "eval_loss") if "eval_loss" in last else ("Held-out reward", "eval_reward")
+        after = f"{first[key]:.4f} {_when(first['step'])}" if len(evals) > 1 else ""
+        tiles.append((title, f"{last[key]:.4f}", after))
+    if is_rewarded(steps):
+        tiles.append(("Reward", f"{steps[-1]['reward']:.4f}", f"{steps[0]['reward']:.4f} in step {steps[0]['step']:,}"))
     if steps:
         last, trained = steps[-1], sum(e["trained"] for e in steps)
         tokens, seconds = sum(e["tokens"] for e in steps), sum(e["step_s"] for e in steps)
@@ -127,13 +131,15 @@ def _curves(steps: Sequence[Event], evals: Sequence[Event]) -> str:
         return ""
     losses = [
         Series("training loss", points("loss", steps)),
-        Series("held-out loss", points("eval_loss", evals), sparse=True),
+        Series("held-out loss", points("eval_loss", [e for e in evals if "eval_loss" in e]), sparse=True),
     ]
+    unit = "of the policy" if is_rewarded(steps) else "nats per trained token, weighted"
     exponent, power = _power_of_ten(max(e["lr"] for e in steps))
     rate, norm = points("lr", steps, 10.0**-exponent), points("grad_norm", steps)
     speed, memory = points("tokens_per_s", steps), points("peak_bytes", steps, 2.0**-30)
     charts = [
-        chart_html("Loss", "nats per trained token, weighted", losses, from_zero=False),
+        *(reward_charts(steps, evals) if is_rewarded(steps) else []),
+        chart_html("Loss", unit, losses, from_zero=False),
         chart_html("Learning rate", power, [Series("learning rate", rate)], from_zero=True),
         chart_html("Gradient norm", "L2, before clipping", [Series("gradient norm", norm)], from_zero=True),
         chart_html("Speed", "trained tokens/s", [Series("tokens/s", speed)], from_zero=True),
@@ -194,20 +200,29 @@ def _facts(facts: Mapping[str, Any]) -> str:
     return f'<div class="card scroll"><table><tbody>{rows}</tbody></table></div>\n' if rows else ""
 
 
-def _read_samples(path: Path) -> list[dict[str, Any]]:
-    """The lines of samples.jsonl; a torn last one is left out. RunError names file:line of any other bad one."""
-    found = []
-    for number, line in enumerate(path.read_text().splitlines(keepends=True) if path.is_file() else (), 1):
+def _read_samples(path: Path) -> list[tuple[str, list[Mapping[str, Any]]]]:
+    """What is shown of samples.jsonl under which title; a torn last line is left out.
+
+    Raises  RunError, naming file:line, for any other bad one
+    """
+    found = Kept()
+    for number, line in enumerate(_lines(path), 1):
         if not line.endswith("\n"):
             break
         try:
             sample = json.loads(line)
-            found.append({key: sample[key] for key in ("step", "messages", "completions")} | sample)
+            found.add({key: sample[key] for key in ("step", "messages", "completions")} | sample)
         except (ValueError, KeyError, TypeError) as error:
             raise RunError(
                 f"{path}:{number}: not a sample ({type(error).__name__}: {error}); it needs step, messages, completions"
             ) from error
-    return found
+    return found.sections()
+
+
+def _lines(path: Path) -> Iterator[str]:
+    if path.is_file():
+        with path.open(encoding="utf-8") as file:
+            yield from file
 
 
 def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
@@ -223,7 +238,8 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
         group.sort(key=lambda sample: sample["step"])
         shown = group[:1] if len(group) == 1 else [group[0], group[-1]]
         ask = "".join(f"<h4>{escape(m['role'])}</h4>{_message(m)}" for m in group[0]["messages"])
-        answers = "".join(f"<div><h4>{_when(s['step'])}</h4>{_answers(s['completions'])}</div>" for s in shown)
+        heads = [f"<h4>{_when(s['step'])}{_reward(s)}</h4>" for s in shown]
+        answers = "".join(f"<div>{h}{_answers(s['completions'])}</div>" for h, s in zip(heads, shown, strict=True))
         wanted = group[-1].get("expected")
         expected = f'<p class="text expected">Expected: {escape(str(wanted))}</p>' if wanted is not None else ""
         cards.append(
@@ -236,6 +252,12 @@ def _samples(samples: Sequence[Mapping[str, Any]]) -> str:
 
 def _when(step: int) -> str:
     return f"after step {step:,}" if step else "before training"
+
+
+def _reward(sample: Mapping[str, Any]) -> str:
+    if "reward" not in sample:
+        return ""
+    return ": failed" if sample["reward"] is None else f": reward {sample['reward']:.3g}"
 
 
 def _answers(completions: Sequence[Mapping[str, Any]]) -> str:

@@ -1,0 +1,66 @@
+"""Reinforcement learning from rewards, top to bottom: tasks, rollouts, rewards, advantages, the step, the run folder.
+
+```text
+tasks -> Harmony prompts -> engine (live adapter) -> turns -> rewards -> advantages -> packs -> the same step as SFT
+```
+One process and one copy of the weights: the engine samples with the very tensors that the optimizer updates, and the
+reference policy is the model with its adapter switched off. The run folder is that of `sft.py`; samples.jsonl holds
+every rollout. Sources: GRPO, arXiv:2402.03300, and its kin, see `ops/policy.py`.
+"""
+
+from __future__ import annotations
+
+from ossia.config import Recipe
+from ossia.data.sources import open_rows
+from ossia.rl.envs import load_object, make_env
+from ossia.rl.functions import RewardFunctions
+from ossia.rl.policy import Policy
+from ossia.rl.tasks import NamedEnv
+from ossia.run.start import adamw_of, job_of, say, settle, started
+from ossia.run.trained import RunResult, save_result
+from ossia.train.events import Sink
+from ossia.train.loop import run_loop
+from ossia.train.report import write_report
+
+
+def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> RunResult:
+    """Train as the recipe says.
+
+    resume  go on from the newest whole checkpoint of `recipe.output`
+    sink    hears every event instead of the terminal
+    Raises  UserError for what the user has to change; Interrupted, saved, after Ctrl-C
+    """
+    settle(recipe)
+    envs, steps = open_envs(recipe), recipe.train.steps
+    assert steps is not None
+    with started(recipe, steps, resume=resume, sink=sink) as begun:
+        model = begun.model
+        policy = Policy(recipe, model, begun.vocab, adamw_of(recipe, model), envs)
+        if begun.saved is None:
+            policy.samples.cut(0)
+        job = job_of(
+            recipe,
+            model,
+            policy.optimizer,
+            steps,
+            data=policy,
+            step=policy.step,
+            evaluate=policy.evaluate if recipe.rl.eval_tasks else None,
+            counts=lambda: policy.counts,
+        )
+        try:
+            result = run_loop(job, begun.log, begun.saved)
+        finally:
+            policy.judge.close()
+    trained = save_result(recipe, model)
+    say(f"report: {write_report(recipe.output)}")
+    return RunResult(recipe.output, result.step, trained)
+
+
+def open_envs(recipe: Recipe) -> list[NamedEnv]:
+    """The recipe's environments, or its reward functions as one. Raises RecipeError, DataError."""
+    if recipe.reward is None:
+        return [NamedEnv(one.id, make_env(one.id, one.options), one.weight) for one in recipe.env or ()]
+    rows = [open_rows(source.path, source.split) for source in recipe.data or ()]
+    functions = {reference.rpartition(":")[2]: load_object(reference) for reference in recipe.reward}
+    return [NamedEnv("reward", RewardFunctions(rows, functions), 1.0)]

@@ -1,0 +1,76 @@
+"""What a person would want to be woken for: a run from rewards that is collapsing, or that is being cheated.
+
+Rewards have no scale of their own, so each is looked at within the lowest and highest that the run has seen.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+from typing import Any
+
+WINDOW = 8
+LOST = 0.5  # of what the best mean was above the lowest reward
+STUCK = 0.75  # of the groups
+JUMP, SHORTER = 0.3, 0.6
+
+
+class Alarm:
+    """Looks at every step's rewards, group by group, and at the mean length of answers."""
+
+    def __init__(
+        self, history: Iterable[Sequence[float]] = (), best: float | None = None, seen: Sequence[float] | None = None
+    ) -> None:
+        """Anew, or with what `state` gave."""
+        self._history: deque[Sequence[float]] = deque(history, maxlen=2 * WINDOW)
+        self._best, self._seen = best, seen  # the best mean of a window; the lowest and highest reward of a sample
+
+    def state(self) -> dict[str, Any]:
+        """What it remembers, as JSON."""
+        return {"history": list(self._history), "best": self._best, "seen": self._seen}
+
+    def see(self, rewards: Sequence[Sequence[float]], length: float) -> str | None:
+        """Note a step; what is wrong, in words, or None.
+
+        rewards  of each group's samples, in the reward's unit; a group may be empty
+        length   mean sampled tokens of a sample
+        """
+        groups = [group for group in rewards if group]
+        if not groups:
+            return None
+        low, high = min(map(min, groups)), max(map(max, groups))
+        low, high = (low, high) if self._seen is None else (min(low, self._seen[0]), max(high, self._seen[1]))
+        self._seen = (low, high)
+        # a group that got the highest reward there is throughout is solved, not stuck
+        stuck = fmean(min(group) == max(group) and (max(group) < high or low == high) for group in groups)
+        self._history.append((fmean(x for group in groups for x in group), stuck, length))
+        if len(self._history) < WINDOW:
+            return None
+        last = list(self._history)[-WINDOW:]
+        now, share = fmean(row[0] for row in last), fmean(row[1] for row in last)
+        self._best = now if self._best is None else max(self._best, now)
+        if share > STUCK:
+            return (
+                f"{share:.0%} of the groups of the last {WINDOW} steps had equal rewards, and not the highest: "
+                "there is nearly nothing to learn from. Try easier tasks, a better start, a larger rl.group, or "
+                "a lower learning rate"
+            )
+        if now - low < (1 - LOST) * (self._best - low):
+            return (
+                f"the mean reward of the last {WINDOW} steps is {now:.3g}, after {self._best:.3g}: the policy is "
+                "collapsing. Go back to an earlier checkpoint with a lower learning rate"
+            )
+        return self._hacked(last, JUMP * (high - low))
+
+    def _hacked(self, last: Sequence[Sequence[float]], jump: float) -> str | None:
+        before = list(self._history)[:-WINDOW]
+        if len(before) < WINDOW:
+            return None
+        (then, _, long), (now, _, short) = ((fmean(c) for c in zip(*rows, strict=True)) for rows in (before, last))
+        if now - then > jump and short < SHORTER * long:
+            return (
+                f"the mean reward rose from {then:.3g} to {now:.3g} within {WINDOW} steps while answers became shorter "
+                f"({long:.0f} to {short:.0f} tokens): read the best samples; the reward may be being cheated"
+            )
+        return None

@@ -1,0 +1,81 @@
+"""Environments by name, and those of a user's own by reference."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from difflib import get_close_matches
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ossia.errors import RecipeError
+from ossia.rl.env import Env
+from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
+
+ENVS: Mapping[str, type] = {"sort": Sort, "reverse": Reverse, "add": Add, "count": Count}
+
+
+def make_env(name: str, options: Mapping[str, Any]) -> Env:
+    """An environment from a recipe's `env` entry.
+
+    name     one of ENVS, or `module:name` or `file.py:name` of a class or function that makes an environment
+    options  its own, as keyword arguments
+    Raises   RecipeError for a name or an option that doesn't exist, or a value that isn't allowed
+    """
+    if ":" in name:
+        return _made(name, load_object(name), options)
+    if name not in ENVS:
+        close = get_close_matches(name, ENVS, n=1)
+        guess = f"; did you mean `{close[0]}`?" if close else ""
+        raise RecipeError(
+            f"env: no environment `{name}`{guess}\n  allowed: {', '.join(ENVS)}, or `file.py:name` of your own"
+        )
+    allowed = {field.name: field.type for field in fields(ENVS[name])}
+    for option, value in options.items():
+        if option not in allowed:
+            close = get_close_matches(option, allowed, n=1)
+            guess = f"; did you mean `{close[0]}`?" if close else ""
+            raise RecipeError(f"env.{name}: unknown option `{option}`{guess}\n  allowed: {', '.join(allowed)}")
+        if type(value).__name__ != allowed[option]:
+            raise RecipeError(f"env.{name}: `{option}` is {value!r}; expected: {allowed[option]}")
+    return ENVS[name](**options)
+
+
+def _made(name: str, maker: Callable[..., Env], options: Mapping[str, Any]) -> Env:
+    try:
+        return maker(**options)
+    except TypeError as error:
+        raise RecipeError(f"env: `{name}` can't be made with {dict(options)}: {error}") from error
+
+
+def load_object(reference: str) -> Any:
+    """What `module:name` or `file.py:name` stands for. Raises RecipeError where there is no such thing."""
+    where, _, name = reference.rpartition(":")
+    module = _load_module(where, reference)
+    if name not in vars(module):
+        raise RecipeError(f"`{reference}`: {where} has no `{name}`; it has: {_public(module)}")
+    return vars(module)[name]
+
+
+def _load_module(where: str, reference: str) -> ModuleType:
+    if where.endswith(".py"):
+        path = Path(where)
+        if not path.is_file():
+            raise RecipeError(f"`{reference}`: {where} is no file (the current folder is {Path.cwd()})")
+        spec = importlib.util.spec_from_file_location(path.stem, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    try:
+        return importlib.import_module(where)
+    except ImportError as error:
+        raise RecipeError(f"`{reference}`: {where} can't be imported: {error}") from error
+
+
+def _public(module: ModuleType) -> str:
+    return ", ".join(name for name in vars(module) if not name.startswith("_")) or "nothing"

@@ -1,0 +1,202 @@
+"""A policy that learns from rewards: it samples and judges groups, trains on them, and answers held-out tasks."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from statistics import fmean, pstdev
+from typing import Any
+
+from torch import Tensor
+
+from ossia.config import Recipe
+from ossia.engine import Engine
+from ossia.errors import RunError
+from ossia.harmony.render import Renderer
+from ossia.harmony.vocab import Vocabulary
+from ossia.model.transformer import Transformer
+from ossia.ops.memory import machine_memory
+from ossia.rl.alarm import Alarm
+from ossia.rl.batch import Group, PolicyBatch, PolicyLoss, make_batch, rule_of, score_group
+from ossia.rl.judge import Judge
+from ossia.rl.record import SampleLog
+from ossia.rl.rollout import Asked, Limits, Rollout, Trajectory
+from ossia.rl.tasks import NamedEnv, TaskStream
+from ossia.train.optim import AdamW
+from ossia.train.schedule import forward_logprobs
+from ossia.train.step import keeps_activations, train_step
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """A step's scored groups, and how long sampling and judging took."""
+
+    groups: list[Group]
+    seconds: float
+
+    def trajectories(self) -> list[Trajectory]:
+        """All of them."""
+        return [one.trajectory for group in self.groups for one in group.samples]
+
+
+class Policy:
+    """What a run from rewards holds: the model, its optimizer, the engine's session, the tasks. The loop's data too."""
+
+    def __init__(
+        self, recipe: Recipe, model: Transformer, vocab: Vocabulary, optimizer: AdamW, envs: Sequence[NamedEnv]
+    ) -> None:
+        rl, train = recipe.rl, recipe.train
+        self.recipe, self.model = recipe, model
+        self.rule = rule_of(rl)
+        self.optimizer = optimizer
+        self.judge = Judge(rl.reward_workers, rl.reward_timeout_s)
+        self.samples = SampleLog(recipe.output / "samples.jsonl", vocab)
+        most_ids = recipe.max_length - rl.max_new
+        renderer = Renderer(vocab)
+        self.tasks = TaskStream(envs, "train", train.seed, renderer, recipe.harmony, most_ids)
+        held_out = TaskStream(envs, "eval", train.seed, renderer, recipe.harmony, most_ids)
+        self.held_out = held_out.take(rl.eval_tasks)
+        session = Engine(model, vocab=vocab, max_batch=rl.prompts * rl.group).session()
+        limits = Limits(rl.max_new, rl.max_turns, recipe.max_length)
+        self.rollout = Rollout(session, vocab, self.judge, limits, routes=rl.router_replay)
+        self.alarm, self.number = Alarm(), 0  # steps taken
+        self.tokens_per_pack = train.tokens_per_pack
+        tokens = rl.prompts * rl.group * recipe.max_length
+        self.recompute = not keeps_activations(model, train.recompute, tokens, machine_memory()[0])
+        self.counts = {"rollouts": 0, "reward_failures": 0, "truncated": 0, "equal_groups": 0, "skipped_updates": 0}
+
+    # --- the loop's data: tasks
+
+    def next_step(self) -> list[Asked]:
+        """See `train.loop.Stream`."""
+        return self.tasks.take(self.recipe.rl.prompts)
+
+    def state(self) -> dict[str, Any]:
+        """See `train.loop.Stream`."""
+        return {
+            "step": self.number,
+            "tasks": self.tasks.state(),
+            "samples_bytes": self.samples.sync(),
+            "alarm": self.alarm.state(),
+            "counts": dict(self.counts),
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """See `train.loop.Stream`."""
+        self.number = state["step"]
+        self.tasks.load_state(state["tasks"])
+        self.samples.cut(state["samples_bytes"])
+        self.alarm = Alarm(**state["alarm"])
+        self.counts = dict(state["counts"])
+
+    # --- a step
+
+    def step(self, asked: list[Asked], lr: float) -> dict[str, Any]:
+        """Sample, judge, train. Raises RunError if sampler and trainer differ by more than `rl.max_mismatch`."""
+        self.number += 1
+        step = self.number
+        sampled = self._sample(asked, step)
+        self.samples.write(step, "train", sampled.groups)
+        batch = make_batch(sampled.groups, self.recipe.rl, self.rule, self.tokens_per_pack)
+        started = time.perf_counter()
+        trained = self._train(batch, lr)
+        metrics = {**self._measure(sampled), **trained, "train_s": time.perf_counter() - started}
+        if metrics.get("mismatch", 0.0) > self.recipe.rl.max_mismatch:
+            raise RunError(
+                f"step {step}: sampler and trainer differ by {metrics['mismatch']:.2e} nats a token, above "
+                f"rl.max_mismatch, {self.recipe.rl.max_mismatch:g}: what is trained is not what was sampled\n"
+                "  next: dtype float32, rl.router_replay: true, or report this"
+            )
+        rewards = [[one.reward for one in group.samples if one.reward is not None] for group in sampled.groups]
+        if warning := self.alarm.see(rewards, metrics["answer_tokens"]):
+            metrics["alarm"] = warning
+        return metrics
+
+    def _sample(self, asked: list[Asked], step: int) -> Sampled:
+        """Groups of the step's tasks; those without a signal replaced by others as often as `rl.refill` says."""
+        started, rl = time.perf_counter(), self.recipe.rl
+        found: list[Group] = []
+        for attempt in range(rl.refill + 1):
+            sampled = self.rollout.sample(asked, rl.group, seed_of=partial(self._seed, step * 1000 + attempt))
+            found += [score_group(group, rl, self.rule) for group in sampled]
+            lacking = rl.prompts - sum(group.has_signal for group in found)
+            if lacking <= 0 or attempt == rl.refill:
+                break
+            asked = self.tasks.take(lacking)
+        return Sampled(found, time.perf_counter() - started)
+
+    def _seed(self, step: int, trajectory: Trajectory) -> int:
+        """A number of its own for every turn of every sample of every step."""
+        place = (trajectory.asked.number * 2**16 + trajectory.sample) * 2**8 + trajectory.turns
+        return (self.recipe.train.seed * 2**64 + step) * 2**48 + place
+
+    def _train(self, batch: PolicyBatch, lr: float) -> dict[str, Any]:
+        """The updates on one batch; none where no sample is better than another."""
+        rl, model = self.recipe.rl, self.model
+        if not batch.packs:
+            self.counts["skipped_updates"] += 1
+            return {"loss": 0.0, "tokens": 0, "trained": 0, "grad_norm": 0.0}
+        reference: list[Tensor] | None = None
+        if rl.kl:
+            without = Transformer(model.weights, backend=model.backend)
+            reference = forward_logprobs(without, batch.packs)
+        loss = PolicyLoss(batch, rl, self.rule, reference)
+        result = None
+        for _ in range(rl.iterations):
+            updated = train_step(
+                model,
+                self.optimizer,
+                batch.packs,
+                lr=lr,
+                clip=self.recipe.train.clip,
+                recompute=self.recompute,
+                loss_of=loss,
+            )
+            result = result or updated
+        assert result is not None
+        return {
+            "loss": result.loss,
+            "tokens": result.tokens,
+            "trained": result.trained,
+            "grad_norm": result.grad_norm,
+            **loss.metrics(),
+        }
+
+    def _measure(self, sampled: Sampled) -> dict[str, float]:
+        """What the samples were like; running counts are added up."""
+        all_of, rewards = sampled.trajectories(), _rewards(sampled.groups)
+        num_tokens = sum(t.num_sampled for t in all_of)
+        self.counts["rollouts"] += len(all_of)
+        self.counts["reward_failures"] += sum(t.reward is None for t in all_of)
+        self.counts["truncated"] += sum(t.finish in ("length", "truncated") for t in all_of)
+        self.counts["equal_groups"] += sum(not group.has_signal for group in sampled.groups)
+        parts: dict[str, list[float]] = {}
+        for t in all_of:
+            for name, value in t.metrics.items():
+                parts.setdefault(name, []).append(value)
+        return {
+            "reward": fmean(rewards) if rewards else 0.0,
+            "reward_spread": pstdev(rewards) if rewards else 0.0,
+            **{f"part_{name}": fmean(values) for name, values in sorted(parts.items())},
+            "answer_tokens": num_tokens / len(all_of),
+            "malformed": fmean(t.problems > 0 for t in all_of),
+            "sample_s": sampled.seconds,
+            "sampled_per_s": num_tokens / sampled.seconds,
+        }
+
+    def evaluate(self) -> dict[str, float]:
+        """Greedy answers to the held-out tasks."""
+        sampled = self.rollout.sample(self.held_out, 1, seed_of=lambda _: 0, greedy=True)
+        groups = [score_group(group, self.recipe.rl, self.rule) for group in sampled]
+        self.samples.write(self.number, "eval", groups)
+        rewards = _rewards(groups)
+        if not rewards:
+            raise RunError("no held-out task got a reward: the environment failed at each; see samples.jsonl")
+        tokens = fmean(one.trajectory.num_sampled for group in groups for one in group.samples)
+        return {"eval_reward": fmean(rewards), "eval_answer_tokens": tokens, "eval_tasks": len(rewards)}
+
+
+def _rewards(groups: Sequence[Group]) -> list[float]:
+    return [one.reward for group in groups for one in group.samples if one.reward is not None]

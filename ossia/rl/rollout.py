@@ -1,0 +1,238 @@
+"""Tasks -> episodes that the policy went through: sampled ids, their logprobs and experts, and the reward.
+
+```text
+task --rendered once for its group--> prompt ids --engine--> sampled ids --parsed--> Turn --judge--> Step
+                                         ^---- its messages rendered after the sampled ids, unless it is over ----|
+```
+Sampled ids are never decoded and encoded again: the next prompt is the last one, what was sampled, and what the
+environment said. Rewards are judged while others are still being sampled. A turn begins when all episodes have ended
+the one before, so that what is sampled depends on the weights and seeds alone and not on how long a reward took.
+Letters: L layers, k experts a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ossia.engine import Completion, Request, Sampling, Session, completion, harmony_stops
+from ossia.engine.request import Token
+from ossia.errors import UserError
+from ossia.harmony.messages import Message
+from ossia.harmony.parse import StreamParser
+from ossia.harmony.render import Renderer
+from ossia.harmony.vocab import Vocabulary
+from ossia.rl.env import Env, Episode, Task, Turn
+from ossia.rl.judge import Judge, Verdict
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A task as it is given to the policy.
+
+    number  which one of the step's
+    seed    of the episodes: the same for the whole group
+    ids     the rendered prompt
+    """
+
+    task: Task
+    env: Env
+    env_id: str
+    number: int
+    seed: int
+    ids: tuple[int, ...]
+
+
+@dataclass(slots=True)
+class Trajectory:
+    """One episode.
+
+    ids        prompt, and all that followed
+    sampled    of each id whether the policy sampled it; nothing else is trained
+    logprobs   ln p of each sampled id when it was sampled
+    routes     (len(ids), L, k) int16: the experts chosen at each position, -1 where not known; None: not recorded
+    messages   the turns' messages and the environment's, in their order
+    reward     sum over its steps; None: it failed
+    metrics    of all its steps, added up
+    finish     terminated, truncated (by the environment or by `max_turns`), length, or failed
+    failure    why the environment gave no verdict
+    reward_s   seconds that judging took
+    """
+
+    asked: Asked
+    sample: int
+    ids: list[int]
+    sampled: list[bool]
+    logprobs: list[float] = field(default_factory=list)
+    routes: np.ndarray | None = None
+    messages: list[Message] = field(default_factory=list)
+    reward: float | None = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+    finish: str = ""
+    failure: str | None = None
+    problems: int = 0
+    turns: int = 0
+    reward_s: float = 0.0
+
+    @property
+    def num_sampled(self) -> int:
+        """Ids that the policy sampled."""
+        return len(self.logprobs)
+
+    def sampled_ids(self) -> list[int]:
+        """The sampled ids alone."""
+        return [number for number, mine in zip(self.ids, self.sampled, strict=True) if mine]
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long an episode may be: tokens a turn, turns, and positions that the model has."""
+
+    max_new: int
+    max_turns: int
+    max_length: int
+
+
+class Rollout:
+    """Samples episodes with a session's policy as it is now."""
+
+    def __init__(
+        self,
+        session: Session,
+        vocab: Vocabulary,
+        judge: Judge,
+        limits: Limits,
+        *,
+        routes: bool,
+        adapter: str | None = None,
+    ) -> None:
+        self._session, self._vocab, self._judge, self._limits = session, vocab, judge, limits
+        self._routes, self._adapter = routes, adapter
+        self._renderer, self._stops = Renderer(vocab), harmony_stops(vocab)
+
+    def sample(
+        self, asked: Sequence[Asked], group: int, *, seed_of: Callable[[Trajectory], int], greedy: bool = False
+    ) -> list[list[Trajectory]]:
+        """`group` episodes of each task.
+
+        seed_of   the seed of an episode's next turn
+        greedy    the likeliest token each time
+        Returns   (P, G) trajectories, in the tasks' order
+        Raises    UserError if the model's output isn't finite
+        """
+        groups = [[Trajectory(one, g, list(one.ids), [False] * len(one.ids)) for g in range(group)] for one in asked]
+        episodes = {
+            id(t): one.env.open(one.task, one.seed) for one, mine in zip(asked, groups, strict=True) for t in mine
+        }
+        live = [trajectory for mine in groups for trajectory in mine]
+        try:
+            while live:
+                judged = self._turn(live, episodes, seed_of, greedy)
+                live = [t for t, verdict in judged if self._settle(t, self._judge.wait(verdict))]
+        finally:
+            for episode in episodes.values():
+                episode.close()
+        return groups
+
+    def _turn(
+        self,
+        live: Sequence[Trajectory],
+        episodes: dict[int, Episode],
+        seed_of: Callable[[Trajectory], int],
+        greedy: bool,
+    ) -> list[tuple[Trajectory, Verdict]]:
+        """One generation for each, judged as they end; in the order of `live`."""
+        by_number: dict[int, Trajectory] = {}
+        for trajectory in live:
+            room = min(self._limits.max_new, self._limits.max_length - len(trajectory.ids))
+            sampling = Sampling(temperature=0.0) if greedy else Sampling(seed=seed_of(trajectory))
+            request = Request(
+                trajectory.ids, sampling, room, self._stops, routes=self._routes, adapter=self._adapter
+            )  # fmt: skip
+            by_number[self._session.add(request)] = trajectory
+        tokens: dict[int, list[Token]] = {number: [] for number in by_number}
+        verdicts: dict[int, Verdict] = {}
+        while not self._session.idle:
+            for token in self._session.step():
+                tokens[token.request].append(token)
+                if token.finish is not None:
+                    _check(token)
+                    trajectory = by_number[token.request]
+                    turn = self._take(trajectory, completion(tokens.pop(token.request)))
+                    verdicts[id(trajectory)] = self._judge.submit(episodes[id(trajectory)], turn)
+        return [(trajectory, verdicts[id(trajectory)]) for trajectory in live]
+
+    def _take(self, trajectory: Trajectory, answer: Completion) -> Turn:
+        """Add what was sampled to its trajectory; the turn as the environment sees it."""
+        trajectory.ids += answer.ids
+        trajectory.sampled += [True] * len(answer.ids)
+        trajectory.logprobs += answer.logprobs
+        trajectory.turns += 1
+        if answer.routes is not None:
+            trajectory.routes = _joined(trajectory.routes, answer.routes)
+        turn = parse_turn(self._vocab, answer.ids)
+        trajectory.problems += len(turn.problems)
+        trajectory.messages += turn.messages
+        trajectory.finish = "length" if answer.finish == "length" else ""
+        return turn
+
+    def _settle(self, trajectory: Trajectory, verdict: Verdict) -> bool:
+        """Note what a turn led to; whether the episode goes on."""
+        trajectory.reward_s += verdict.seconds
+        step = verdict.step
+        if step is None:
+            trajectory.reward, trajectory.finish, trajectory.failure = None, "failed", verdict.failure
+            return False
+        assert trajectory.reward is not None
+        trajectory.reward += step.reward
+        for name, value in step.metrics.items():
+            trajectory.metrics[name] = trajectory.metrics.get(name, 0.0) + value
+        over = step.terminated or step.truncated or trajectory.finish == "length"
+        if not over:
+            more = self._renderer.continuation(step.messages)
+            over = (
+                trajectory.turns == self._limits.max_turns
+                or len(trajectory.ids) + len(more) >= self._limits.max_length
+            )  # fmt: skip
+            if not over:
+                trajectory.ids += more
+                trajectory.sampled += [False] * len(more)
+                trajectory.messages += step.messages
+                return True
+            trajectory.finish = "truncated"
+        if not trajectory.finish:
+            trajectory.finish = "truncated" if step.truncated else "terminated"
+        return False
+
+
+def parse_turn(vocab: Vocabulary, ids: Sequence[int]) -> Turn:
+    """Sampled ids that follow `<|start|>assistant` as the environment sees them."""
+    parser = StreamParser(vocab)
+    for number in ids:
+        parser.push(number)
+    if parser.stop is None or not ids or not vocab.is_special(ids[-1]):
+        parser.finish()
+        stop = None
+    else:
+        stop = parser.stop
+    return Turn(tuple(parser.messages), stop, tuple(f"{p.what}: {p.text!r}" for p in parser.problems))
+
+
+def _joined(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:
+    """Routes of all positions. What was known before this turn stays, since a prompt's last layer records none.
+
+    before  (positions up to the end of the last turn, L, k); now (all positions but the last, L, k)
+    """
+    last = np.full((1, *now.shape[1:]), -1, np.int16)
+    routes = np.concatenate((now, last))
+    if before is not None:
+        known = (before >= 0).all(axis=-1, keepdims=True)
+        routes[: len(before)] = np.where(known, before, routes[: len(before)])
+    return routes
+
+
+def _check(token: Token) -> None:
+    if token.error is not None:
+        raise UserError(f"sampling: {token.error}")

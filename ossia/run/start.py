@@ -1,0 +1,121 @@
+"""How every run begins, whatever its method: folder, model, what is trained, sinks; and the job around its step."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+import torch
+
+from ossia.config import Recipe
+from ossia.harmony.vocab import Vocabulary
+from ossia.model.open import open_model
+from ossia.model.transformer import Transformer
+from ossia.run.trained import make_trainable, show_trainable
+from ossia.train.events import EventLog, Sink, environment, peak_bytes, write_env
+from ossia.train.loop import Job, Stream, find_start
+from ossia.train.optim import AdamW, lr_at
+from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
+from ossia.train.state import SavedState, seed_generators, write_file
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """A run that can begin: its events, the checkpoint it goes on from (None: it begins), its model."""
+
+    log: EventLog
+    saved: SavedState | None
+    model: Transformer
+    vocab: Vocabulary
+
+
+def settle(recipe: Recipe) -> None:
+    """Threads and seeds as the recipe says. Raises MissingExtraError if the package of a sink isn't installed."""
+    if recipe.train.threads is not None:
+        torch.set_num_threads(recipe.train.threads)
+    seed_generators(recipe.train.seed)
+    check_sinks(recipe.log.sinks)
+
+
+@contextmanager
+def started(recipe: Recipe, steps: int, *, resume: bool, sink: Sink | None) -> Iterator[Started]:
+    """Open the run folder, which nobody else may write until this is left, and the model with what is trained of it.
+
+    resume  go on from the newest whole checkpoint
+    sink    hears every event instead of the terminal
+    Raises  RunError as `find_start`; what opening the model raises
+    """
+    folder = recipe.output
+    with EventLog(folder) as log:
+        saved = find_start(folder, resume=resume, say=say)
+        model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device)
+        make_trainable(model, recipe)
+        show_trainable(model)
+        write_file(folder / "recipe.yaml", recipe.to_yaml())
+        start = saved.step if saved else 0
+        now = datetime.now().astimezone()
+        write_env(folder, environment(model.device), now=now, resumed_from=saved.step if saved else None, say=say)
+        log.add(sink or TerminalSink(steps, step=start))
+        log.add(*open_sinks(recipe.log.sinks, folder, recipe.model_dump(mode="json"), step=start))
+        yield Started(log, saved, model, vocab)
+
+
+def say(text: str) -> None:
+    """A line for the person at the terminal."""
+    print(text, file=sys.stderr)
+
+
+def adamw_of(recipe: Recipe, model: Transformer) -> AdamW:
+    """The recipe's optimizer over what is trained of the model."""
+    train = recipe.train
+    betas = (train.beta1, train.beta2)
+    return AdamW(model.trainable.tensors, betas=betas, eps=train.eps, weight_decay=train.weight_decay)
+
+
+def job_of(
+    recipe: Recipe,
+    model: Transformer,
+    optimizer: AdamW,
+    steps: int,
+    *,
+    data: Stream,
+    step: Callable[[list[Any], float], Mapping[str, Any]],
+    evaluate: Callable[[], Mapping[str, float]] | None,
+    counts: Callable[[], Mapping[str, int]],
+) -> Job:
+    """The loop's job around a method's `step` and `evaluate`; see `train.loop.Job`."""
+    train = recipe.train
+    return Job(
+        run=recipe.output,
+        steps=steps,
+        data=data,
+        params=model.trainable.tensors,
+        optimizer=optimizer,
+        lr_at=lambda number: lr_at(
+            number,
+            steps=steps,
+            peak=train.learning_rate,
+            schedule=train.schedule,
+            warmup=train.warmup,
+            min_lr_ratio=train.min_lr_ratio,
+        ),
+        step=step,
+        evaluate=evaluate,
+        eval_every=recipe.eval.every,
+        save_every=train.save_every,
+        keep=train.keep,
+        counts=counts,
+        about={
+            "parameters_trained": model.trainable.num_parameters,
+            "placement": model.weights.placement,
+            "attention_backend": model.backend,
+        },
+        resume_with=f"ossia train {recipe.output / 'recipe.yaml'} --resume",
+        clock=time.perf_counter,
+        memory=lambda: peak_bytes(model.device),
+    )

@@ -1,0 +1,75 @@
+"""What a run trains and what it leaves: an adapter or all weights, put on the model before it and written after it."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from ossia.config import Recipe
+from ossia.export.merge import write_model
+from ossia.model.lora import Lora, LoraSpec
+from ossia.model.peft import find_adapter, load_adapter, save_adapter
+from ossia.model.transformer import Transformer
+
+ADAPTER, MODEL = "adapter", "model"
+
+
+@dataclass(frozen=True, slots=True)
+class RunResult:
+    """A finished run: its folder, its last step, and where the trained adapter or model is."""
+
+    folder: Path
+    step: int
+    trained: Path
+
+
+def make_trainable(model: Transformer, recipe: Recipe) -> None:
+    """Put the recipe's adapter on the model, or make all weights trainable.
+
+    Raises  AdapterError for a target that matches nothing, or an adapter to start from that doesn't fit
+    """
+    adapter = recipe.adapter
+    if adapter is None:
+        if model.weights.checkpoint.layout == "mxfp4":
+            print(
+                f"{recipe.model}: MXFP4 experts are expanded to be trained: 4.25 bits a weight become 16 bytes in "
+                "training and 2 bytes in the trained checkpoint",
+                file=sys.stderr,
+            )
+        model.train_all_weights()
+        return
+    spec = LoraSpec.of(adapter)
+    if adapter.init_from is None:
+        model.use_adapter(Lora.fresh(model.arch, spec, seed=recipe.train.seed, device=model.device))
+    else:
+        base = model.weights.checkpoint
+        found = load_adapter(find_adapter(adapter.init_from), model.arch, model.device, base=base)
+        model.use_adapter(found.with_spec(spec))
+
+
+def show_trainable(model: Transformer) -> None:
+    """The table of what will change, on stderr."""
+    table = Table("trained", "rank", "matrices", "parameters", title="What is trained", title_justify="left")
+    if model.lora is None:
+        table.add_row("all weights", "-", str(len(model.trainable.tensors)), f"{model.trainable.num_parameters:,}")
+    else:
+        for target, rank, matrices, parameters in model.lora.table():
+            table.add_row(target, str(rank), f"{matrices:,}", f"{parameters:,}")
+        table.add_row("in all", "", "", f"{model.trainable.num_parameters:,}", style="bold")
+    Console(stderr=True).print(table)
+
+
+def save_result(recipe: Recipe, model: Transformer) -> Path:
+    """Write RUN/adapter in PEFT's format, or RUN/model as a checkpoint; returns which."""
+    checkpoint = model.weights.checkpoint.path
+    if model.lora is not None:
+        save_adapter(recipe.output / ADAPTER, model.lora, base_model=recipe.model)
+        return recipe.output / ADAPTER
+    path = recipe.output / MODEL
+    if not path.exists():  # it appears whole, at the end of a run: a finished run that is resumed has it already
+        write_model(path, model, tokenizer_from=checkpoint)
+    return path

@@ -1,0 +1,95 @@
+"""The shipped environments, and how they are named."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+
+from ossia.errors import RecipeError
+from ossia.harmony import Message
+from ossia.rl.env import Env, Split, Task, Turn, final
+from ossia.rl.envs import ENVS, make_env
+
+
+def reward_of(env: Env, task: Task, turn: Turn) -> float:
+    return env.open(task, 0).step(turn).reward
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_the_right_answer_earns_everything_and_corrupted_ones_less(name: str) -> None:
+    env = make_env(name, {})
+    for task in islice(env.tasks("train", 0), 50):
+        right, wrong = env.examples(task)
+        assert reward_of(env, task, right) == 1.0
+        assert max(reward_of(env, task, turn) for turn in wrong) == 0.0
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_tasks_are_the_seeds_and_held_out_ones_are_never_trained(name: str) -> None:
+    env = make_env(name, {})
+
+    def problems(split: Split, seed: int) -> list[str]:
+        return [task.name for task in islice(env.tasks(split, seed), 300)]
+
+    assert problems("train", 1) == problems("train", 1) != problems("train", 2)
+    assert not set(problems("train", 1)) & set(problems("eval", 1))
+
+
+def test_a_held_out_set_of_digits_is_not_trained_in_another_order() -> None:
+    env = make_env("sort", {})
+    trained, held_out = (
+        {task.info["answer"] for task in islice(env.tasks(split, 0), 2000)} for split in ("train", "eval")
+    )
+    assert len(trained) > 100
+    assert not trained & held_out
+
+
+def answers(env: Env) -> Iterator[tuple[Task, str]]:
+    task = next(env.tasks("train", 0))
+    yield task, task.info["answer"]
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_only_one_final_message_that_ends_the_turn_is_an_answer(name: str) -> None:
+    env = make_env(name, {})
+    task, right = next(answers(env))
+    said = Message("assistant", right, channel="final")
+    call = Message("assistant", "{}", channel="commentary", recipient="functions.f")
+    for turn in (
+        Turn((said, said), "<|return|>"),
+        Turn((said, call), "<|call|>"),
+        Turn((call, said), "<|return|>"),
+        Turn((Message("assistant", right, channel="analysis"),), "<|return|>"),
+        Turn((said,), None),
+        Turn((said,), "<|return|>", ("a special token inside a message",)),
+    ):
+        assert reward_of(env, task, turn) == 0.0
+    assert reward_of(env, task, final(right, thinking="So.")) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("srot", {}, "no environment `srot`; did you mean `sort`?"),
+        ("sort", {"m": 3}, "unknown option `m`"),
+        ("sort", {"n": "6"}, "`n` is '6'; expected: int"),
+        ("sort", {"n": 10}, "`n` is 10; allowed: 2 to 9"),
+        ("nowhere.py:make", {}, "nowhere.py is no file"),
+        ("math:no_such_thing", {}, "math has no `no_such_thing`"),
+        ("no_such_module:make", {}, "no_such_module can't be imported"),
+    ],
+)
+def test_a_wrong_name_or_option_is_told_with_what_is_allowed(name: str, options: dict, words: str) -> None:
+    with pytest.raises(RecipeError, match=words.replace("?", r"\?")):
+        make_env(name, options)
+
+
+def test_an_environment_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("from ossia.rl.envs.procedural import Sort\n\n\ndef make(n):\n    return Sort(n)\n")
+    assert make_env(f"{file}:make", {"n": 3}) == make_env("sort", {"n": 3})
+    with pytest.raises(RecipeError, match="can't be made with"):
+        make_env(f"{file}:make", {"k": 3})
