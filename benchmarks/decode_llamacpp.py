@@ -4,7 +4,8 @@ Run: python -m benchmarks.decode_llamacpp --case demo-f32      Needs: 2 cores
 
 llama.cpp is the prebuilt package of the extra `gguf-run`, compiled for any x86-64 (its authors say that a build for one
 machine is faster), its server asked over loopback; its own timing of the decode steps is taken, which leaves HTTP and
-the prompt out. Ossia's side is measured from the first sampled token to the last, and returns every token's logprob
+the prompt out. Its threads wait as OpenMP does by default, which matters more than the rest: put to sleep
+(OMP_WAIT_POLICY=PASSIVE), two of them generate 5 to 18 times slower. Ossia's side is measured from the first sampled token to the last, and returns every token's logprob
 beside it. Both continue the same random prompt greedily, in turn, after a warm-up; the first tokens have to agree:
 YaRN's range is rounded on both sides, because llama.cpp always does.
 """
@@ -26,7 +27,9 @@ from benchmarks.common import ratio_of_medians, serve, side_by_side, take_turns,
 MODULE = "benchmarks.decode_llamacpp"
 PACKAGES = ("torch", "numpy", "safetensors", "tokenizers", "gguf", "xllamacpp")
 WORDS = "The quick brown fox jumps over the lazy dog."
-FIRST = 8  # tokens that have to agree; later ones may differ by rounding, and then go separate ways
+# Tokens that have to agree; later ones may differ by rounding, and then go separate ways. A random model's likeliest
+# tokens are near each other: in bf16 the second may be another already.
+FIRST = {"float32": 8, "bfloat16": 1}
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,7 @@ def compare(name: str, folder: Path, repeats: int, threads: int) -> dict[str, An
     first = {side: found[0]["ids"] for side, found in runs.items()}
     seconds = {side: [run["seconds"] for run in found] for side, found in runs.items()}
     same = next((i for i, (a, b) in enumerate(zip(*first.values(), strict=True)) if a != b), case.new)
-    assert same >= FIRST, f"only the first {same} tokens agree"
+    assert same >= FIRST[case.dtype], f"only the first {same} tokens agree"
     counted = {side: found[1:] for side, found in seconds.items()}
     return {
         "question": (__doc__ or "").splitlines()[0],

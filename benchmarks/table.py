@@ -65,6 +65,50 @@ def decode_rows() -> Iterator[str]:
             yield f"| {words} | {mine} | {theirs} | {found['speedup']:.1f}x |"
 
 
+LLAMACPP_WORDS = {
+    "demo-f32": "demo shape, float32",
+    "demo-bf16": "demo shape, bf16",
+    "b1-bf16": "B1, bf16",
+}
+
+
+def llamacpp_rows() -> Iterator[str]:
+    """The lines of the table beside llama.cpp: decode steps alone, one request."""
+    yield "| greedy, 1 request, decode steps alone, CPU | Ossia | llama.cpp | faster |"
+    yield "|---|---|---|---|"
+    for case, words in LLAMACPP_WORDS.items():
+        if (found := load(f"decode_llamacpp-{case}")) is not None:
+            mine, theirs = (f"{found['tokens_per_s'][side]:,.0f} tok/s" for side in ("ossia", "llamacpp"))
+            yield f"| {words} | {mine} | {theirs} | {found['speedup']:.2f}x |"
+
+
+def serving_lines() -> Iterator[str]:
+    """What the load test of the server found."""
+    if (found := load("serve_load")) is None:
+        return
+    config, first = found["config"], found["first_token_ms"]
+    outcomes = ", ".join(f"{count:,} {what}" for what, count in sorted(found["outcomes"].items()))
+    lost, left = len(found["wrong"]), sum(found["left"].values())
+    yield "## The server under load (`benchmarks/serve_load.py`)"
+    yield ""
+    yield (
+        f"{config['requests']:,} requests, {config['at_once']} at a time, some clients leaving under way: {outcomes}; "
+        f"{lost} lost or wrong, {left} left in the engine."
+    )
+    yield ""
+    yield "| seconds a client waits | p50 | p90 | p99 | longest |"
+    yield "|---|---|---|---|---|"
+    for key, words in (("first_s", "to the first text of a stream"), ("whole_s", "to the end of an answer")):
+        cells = " | ".join(f"{found[key][name]:.3f}" for name in ("p50", "p90", "p99", "max"))
+        yield f"| {words} | {cells} |"
+    yield ""
+    yield (
+        f"With nobody else there the first token of 256 takes {first['engine']:.0f} ms in the engine and "
+        f"{first['server']:.0f} ms through the server, which adds {first['server_adds']:.0f} ms."
+    )
+    yield ""
+
+
 def page() -> str:
     """docs/benchmarks.md."""
     lines = [
@@ -82,6 +126,8 @@ def page() -> str:
         "",
     ]
     lines += ["## Generation, side by side in one run (`benchmarks/decode_cpu.py`)", "", *decode_rows(), ""]
+    lines += ["## Generation beside llama.cpp (`benchmarks/decode_llamacpp.py`)", "", *llamacpp_rows(), ""]
+    lines += [*serving_lines()]
     if demo := load("demo"):
         lines += [
             "## The demo (`benchmarks/demo.py`)",
