@@ -4,10 +4,11 @@ Run: python -m benchmarks.decode_llamacpp --case demo-f32      Needs: 2 cores
 
 llama.cpp is the prebuilt package of the extra `gguf-run`, compiled for any x86-64 (its authors say that a build for one
 machine is faster), its server asked over loopback; its own timing of the decode steps is taken, which leaves HTTP and
-the prompt out. Its threads wait as OpenMP does by default, which matters more than the rest: put to sleep
-(OMP_WAIT_POLICY=PASSIVE), two of them generate 5 to 18 times slower. Ossia's side is measured from the first sampled token to the last, and returns every token's logprob
-beside it. Both continue the same random prompt greedily, in turn, after a warm-up; the first tokens have to agree:
-YaRN's range is rounded on both sides, because llama.cpp always does.
+the prompt out. Its threads wait as OpenMP does by default, which matters more than the rest: two that sleep instead
+(OMP_WAIT_POLICY=PASSIVE) generate ten times slower on these small models. Ossia's side is measured from the first
+sampled token to the last, and returns every token's logprob beside it. Both continue the same random prompt greedily,
+in turn, after a warm-up; the first tokens have to agree: YaRN's range is rounded on both sides, because llama.cpp
+always does.
 """
 
 from __future__ import annotations
