@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from ossia.harmony import Renderer, Vocabulary
 from ossia.model.open import open_model
 from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
+from ossia.web.address import listen
 from ossia.web.app import Server, create_app
 from ossia.web.protocol.formats import read_format
 from ossia.web.protocol.prompts import Served
@@ -171,7 +171,7 @@ def serving(
     )
     server = Server(served, Worker(model.engine_of(max_batch), max_queue=max_queue), **options)
     server.worker.start()
-    listener = socket.create_server(("127.0.0.1", 0))
+    listener = listen("127.0.0.1", 0)
     http = uvicorn.Server(uvicorn.Config(create_app(server), log_config=None, lifespan="off", ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(http.serve([listener])), daemon=True)
     thread.start()

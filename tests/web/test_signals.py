@@ -17,6 +17,7 @@ import pytest
 from openai import APIError, OpenAI
 
 from ossia.errors import UserError
+from ossia.web.address import listen
 from ossia.web.serve import run_server
 from tests.e2e.conftest import START
 from tests.web.conftest import GREET, Talker, wait_until
@@ -110,6 +111,13 @@ def test_a_second_signal_stops_at_once_and_says_what_was_broken_off(talker: Talk
         assert time.monotonic() - begun < 10
         assert "1 answers were broken off" in process.text
         assert "Traceback" not in process.text
+
+
+def test_small_packets_of_an_answer_are_sent_at_once() -> None:
+    with listen("127.0.0.1", 0) as listener, socket.create_connection(listener.getsockname()):
+        connection, _ = listener.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_what_cannot_be_served_is_said_before_the_model_is_read(talker: Talker) -> None:
