@@ -25,7 +25,7 @@ from ossia.ops.rope import rope_tables
 
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
 _THREAD_PRODUCTS = 4_000_000  # multiplications of a step that are worth a thread
-_HEAD_THREAD_PRODUCTS = 4_000_000  # the same of the head
+_HEAD_THREAD_PRODUCTS = 2_000_000  # the same of the head
 _READ_HIDDEN = 1024  # of a larger model, torch's own matrix products are the faster way through a prompt
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
