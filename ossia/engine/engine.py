@@ -71,10 +71,20 @@ class Engine:
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """A completion of every request, in their order. Raises as `stream`."""
-        tokens: list[list[Token]] = [[] for _ in requests]
+        # columns of numbers, not tokens: tens of thousands of tuples would keep Python's garbage collector busy
+        ids, logprobs, top = ([[] for _ in requests] for _ in range(3))
+        last: dict[int, Token] = {}
         for token in self.stream(requests):
-            tokens[token.request].append(token)
-        return [completion(mine) for mine in tokens]
+            ids[token.request].append(token.id)
+            logprobs[token.request].append(token.logprob)
+            if token.top:
+                top[token.request].append(token.top)
+            if token.finish is not None:
+                last[token.request] = token
+        return [
+            Completion(ids[number], logprobs[number], _ended(last[number]), top[number], last[number].routes)
+            for number in range(len(requests))
+        ]
 
     def stream(self, requests: Sequence[Request]) -> Iterator[Token]:
         """The tokens of all requests as they are sampled.
@@ -121,12 +131,15 @@ class Engine:
 
 def completion(tokens: Sequence[Token]) -> Completion:
     """A finished request's tokens as one answer."""
-    finish: Finish | None = tokens[-1].finish
-    assert finish is not None
     return Completion(
         [token.id for token in tokens],
         [token.logprob for token in tokens],
-        finish,
+        _ended(tokens[-1]),
         [token.top for token in tokens] if tokens[0].top else [],
         tokens[-1].routes,
     )
+
+
+def _ended(token: Token) -> Finish:
+    assert token.finish is not None
+    return token.finish

@@ -108,7 +108,8 @@ class Rules:
         device: torch.device,
     ) -> None:
         rules = [request.sampling for request in requests]
-        self.left = [i for i, one in enumerate(requests) if adapted_B[i] or not _is_plain(one)]
+        is_left = [adapted or not _is_plain(one) for one, adapted in zip(requests, adapted_B, strict=True)]
+        self.left = [i for i, left in enumerate(is_left) if left]
         self.left_L = torch.tensor(self.left, dtype=torch.int64, device=device)
         self.top = [requests[i].top_logprobs for i in self.left]
         self.sampler = BatchSampler(
@@ -117,11 +118,7 @@ class Rules:
             device,
             [sampled[i] for i in self.left],
         )
-        self._drawing = [
-            (i, generators[i])
-            for i, one in enumerate(rules)
-            if one.temperature > 0 and not (adapted_B[i] or not _is_plain(requests[i]))
-        ]
+        self._drawing = [(i, generators[i]) for i, one in enumerate(rules) if one.temperature > 0 and not is_left[i]]
         temperatures = [0.0] * len(rules)
         for i, _ in self._drawing:
             temperatures[i] = rules[i].temperature

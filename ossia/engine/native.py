@@ -25,7 +25,7 @@ from ossia.ops.rope import rope_tables
 
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
 _THREAD_PRODUCTS = 4_000_000  # multiplications of a step that are worth a thread
-_HEAD_THREAD_PRODUCTS = 4_000_000  # the same of the head
+_HEAD_THREAD_PRODUCTS = 2_000_000  # the same of the head
 _READ_HIDDEN = 1024  # of a larger model, torch's own matrix products are the faster way through a prompt
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
 
@@ -54,7 +54,7 @@ class NativeDecoder:
         self._lanes = list(lanes)
         self._held: list[Tensor] = []  # what the structs below point into
         self._tables = (torch.empty(0), torch.empty(0))
-        self._workspace = torch.empty(0, dtype=torch.uint8)
+        self._workspace = self._head_workspace = torch.empty(0, dtype=torch.uint8)
         self._sized_for: tuple[int, int] = (0, 0)
         self._lane_structs = (native.Lane * len(self._lanes))()
         self.reads_prompts = model.arch.hidden_size <= _READ_HIDDEN
@@ -166,7 +166,10 @@ class NativeDecoder:
         """See `Decoder.draw`: the head's bytes are read once, and logits that nobody wants are never in memory."""
         num_products = len(h_BD) * head_VD.numel()
         threads = max(1, min(torch.get_num_threads(), num_products // _HEAD_THREAD_PRODUCTS))
-        return draw_natively(self._kernels, h_BD, head_VD, draw, threads)
+        num_bytes = self._kernels.head_workspace_bytes(len(h_BD), *head_VD.shape[::-1], threads) + 64
+        if num_bytes > len(self._head_workspace):
+            self._head_workspace = torch.empty(num_bytes, dtype=torch.uint8)
+        return draw_natively(self._kernels, h_BD, head_VD, draw, threads, self._head_workspace)
 
     def _make_room(self, num_rows: int, threads: int) -> None:
         if (num_rows, threads) != self._sized_for:
@@ -277,8 +280,13 @@ def _ints(values: Sequence[int]) -> ctypes.Array[ctypes.c_int32]:
     return (ctypes.c_int32 * len(values))(*values)
 
 
-def draw_natively(kernels: Kernels, h_BD: Tensor, head_VD: Tensor, draw: Draw, threads: int) -> Drawn:
-    """`draw_plainly` in C, on the CPU: head and hidden states float32 or bfloat16. A row depends on no other one."""
+def draw_natively(
+    kernels: Kernels, h_BD: Tensor, head_VD: Tensor, draw: Draw, threads: int, workspace: Tensor
+) -> Drawn:
+    """`draw_plainly` in C, on the CPU: head and hidden states float32 or bfloat16. A row depends on no other one.
+
+    workspace  uint8, of at least `Kernels.head_workspace_bytes` and 64 more
+    """
     num_rows, (vocab, hidden) = len(h_BD), head_VD.shape
     assert head_VD.is_contiguous()
     assert head_VD.device.type == h_BD.device.type == "cpu"
@@ -288,7 +296,6 @@ def draw_natively(kernels: Kernels, h_BD: Tensor, head_VD: Tensor, draw: Draw, t
     place_of = {row: place for place, row in enumerate(draw.left)}
     logits_LV = torch.empty(len(draw.left), vocab)
     ids_B, (logprob_B, lse_B) = torch.empty(num_rows, dtype=torch.int64), torch.empty(2, num_rows)
-    workspace = torch.empty(kernels.head_workspace_bytes(num_rows, hidden, vocab, threads) + 64, dtype=torch.uint8)
     kernels.draw(
         native.Head(
             x=x_BD.data_ptr(),

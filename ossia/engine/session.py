@@ -42,7 +42,6 @@ class _Sequence:
 
     limit   tokens to sample at most
     ids     sampled so far
-    length  tokens in the cache while it runs: all but the last sampled one
     room    how long it may get with the blocks it has
     tail    the last bytes of what was sampled, in which a stop text may end
     routes  the experts chosen at each position so far: (positions, L, k) each
@@ -56,11 +55,20 @@ class _Sequence:
     constraint: Constraint | None
     ids: list[int] = field(default_factory=list)
     tail: bytes = b""
-    length: int = 0
     holding: Holding = field(default_factory=list)
     room: float = 0.0
     routes: list[np.ndarray] = field(default_factory=list)
     key: _Key = (0, (), False)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the cache while it runs: all but the last sampled one."""
+        return len(self.request.ids) + len(self.ids) - 1
+
+    @property
+    def is_watched(self) -> bool:
+        """Whether more than its last id decides if it goes on."""
+        return bool(self.request.stop_texts) or self.constraint is not None
 
 
 class Session:
@@ -96,6 +104,7 @@ class Session:
         self._prompts: dict[_Key, Prompt] = {}
         self._rows: list[_Sequence] = []
         self._changed = True  # rows came or went since the last decode step
+        self._num_slots = 0.0  # that every row has beyond the next one
         self._row_rules = Rules([], [], [], [], model.device)
         self._heads = Heads(self._models, decoder)
         self._versions = [tensor._version for tensor in self._trained]
@@ -252,7 +261,7 @@ class Session:
                 del self._prompts[sequence.key]
             assert prompt.hidden_D is not None
             hidden.append(prompt.hidden_D)
-            sequence.length, sequence.room = len(prompt.ids), self.cache.room(sequence.holding)
+            sequence.room = self.cache.room(sequence.holding)
             sequence.routes = list(prompt.routes)
             self._waiting.popleft()
             self.cache.set_row(len(self._rows), sequence.holding)
@@ -293,6 +302,9 @@ class Session:
 
     def _make_room(self) -> None:
         """A slot for the next token of every row; the youngest rows wait again where there aren't enough."""
+        if self._num_slots > 0 and not self._changed:
+            self._num_slots -= 1
+            return
         row = 0
         while row < len(self._rows):
             sequence = self._rows[row]
@@ -307,6 +319,7 @@ class Session:
                 youngest = self._take_out(max(self._rows, key=lambda one: one.number).number)
                 assert youngest is not None
                 self._waiting.appendleft(youngest)
+        self._num_slots = min((row.room - row.length for row in self._rows), default=0) - 1
 
     # --- tokens
 
@@ -333,8 +346,6 @@ class Session:
                 if row.request.routes:
                     row.routes.append(routes[None, :, number])
         self._position_B += 1
-        for row in rows:
-            row.length += 1
         return self._emit(x_BD, 0, self._row_rules)
 
     def _rules(self, first: int) -> Rules:
@@ -356,23 +367,30 @@ class Session:
         tokens, finished = [], []
         for i, (row, number, logprob) in enumerate(zip(rows, picked.ids, picked.logprobs, strict=True)):
             row.ids.append(number)
-            finish: Finish | None = "length" if len(row.ids) == row.limit else None
-            if number in row.request.stops or (row.request.stop_texts and self._says_stop(row, number)):
-                finish = "stop"
-            if row.constraint is not None and i not in failed:
-                _push(row.constraint, number, i, failed)
-            if i in failed:
-                finish = "error"
-            if finish is None and not picked.top:
+            goes_on = len(row.ids) < row.limit and number not in row.request.stops
+            if goes_on and not (failed or picked.top or row.is_watched):
                 tokens.append(Token(row.number, number, logprob, None))
                 continue
-            routes = np.concatenate(row.routes) if finish is not None and row.request.routes else None
-            tokens.append(Token(row.number, number, logprob, finish, picked.top.get(i, ()), routes, failed.get(i)))
-            if finish is not None:
+            tokens.append(
+                self._looked_at(row, Token(row.number, number, logprob, None, picked.top.get(i, ())), i, failed)
+            )
+            if tokens[-1].finish is not None:
                 finished.append(first + i)
         for place in reversed(finished):
             self._remove(place)
         return tokens
+
+    def _looked_at(self, row: _Sequence, token: Token, i: int, failed: dict[int, str]) -> Token:
+        """A token that may be its request's last, with what belongs to a last one; `i`: its place among the failed."""
+        finish: Finish | None = "length" if len(row.ids) == row.limit else None
+        if token.id in row.request.stops or (row.request.stop_texts and self._says_stop(row, token.id)):
+            finish = "stop"
+        if row.constraint is not None and i not in failed:
+            _push(row.constraint, token.id, i, failed)
+        if i in failed:
+            finish = "error"
+        routes = np.concatenate(row.routes) if finish is not None and row.request.routes else None
+        return token._replace(finish=finish, routes=routes, error=failed.get(i))
 
     def _says_stop(self, row: _Sequence, number: int) -> bool:
         assert self._vocab is not None

@@ -10,7 +10,7 @@
 #pragma once
 #include "step.h"
 
-enum { HEAD_BLOCK = 256, HEAD_TURN = 4 }; /* tokens of a block, blocks that a thread takes at a time */
+enum { HEAD_BLOCK = 256, HEAD_TURN = 4 }; /* tokens of a block, blocks that a thread takes at a time at most */
 
 typedef struct {
     const float *x;           /* (B, D) normed, rounded to the activations' dtype */
@@ -154,9 +154,9 @@ void ossia_head(const Head *h) {
         Block *blocks;
         float *scratch = 0, *logits = 0;
         share_out_head(h, &blocks, &scratch, &logits);
-        const int32_t W = num_blocks(h), B = h->rows;
-        for (int32_t from; (from = atomic_fetch_add(&next, HEAD_TURN)) < W;)
-            for (int32_t w = from; w < W && w < from + HEAD_TURN; w++) {
+        const int32_t W = num_blocks(h), B = h->rows, turn = W < HEAD_TURN * h->threads ? 1 : HEAD_TURN;
+        for (int32_t from; (from = atomic_fetch_add(&next, turn)) < W;)
+            for (int32_t w = from; w < W && w < from + turn; w++) {
                 const int first = w * HEAD_BLOCK, size = h->vocab - first < HEAD_BLOCK ? h->vocab - first : HEAD_BLOCK;
                 block_logits(h, w, h->x, B, scratch, logits);
                 for (int r = 0; r < B; r++) {

@@ -470,7 +470,7 @@ static void multiply(const View *w, int begin, int end, const Rows *in, int coun
     const int expanded = w->kind == MXFP4_PAIRS ? BFLOAT16_PAIRS : FLOAT32;
     for (int o = begin; o < end; o += TILE_OUTS) {
         if (o + FETCH_OUTS < end) fetch_ahead(w, o + FETCH_OUTS, end);
-        if (is_wide || count <= EXPAND_ABOVE) {
+        if (is_wide || count <= (w->kind == MXFP4_PAIRS ? TILE_ROWS : EXPAND_ABOVE)) {
             all_rows(DOT_TILES[w->kind], w, o, end, in, count, out);
             continue;
         }

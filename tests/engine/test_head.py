@@ -29,6 +29,11 @@ def kernels() -> Kernels:
     return found
 
 
+def in_c(h_BD: Tensor, head_VD: Tensor, draw: Draw, threads: int) -> Drawn:
+    num_bytes = kernels().head_workspace_bytes(len(h_BD), *head_VD.shape[::-1], threads) + 64
+    return draw_natively(kernels(), h_BD, head_VD, draw, threads, torch.empty(num_bytes, dtype=torch.uint8))
+
+
 def stage(hidden: int, vocab: int, dtype: torch.dtype, rows: int = 11) -> tuple[Tensor, Tensor, Draw]:
     """Hidden states, a head, and every kind of draw in turn: likeliest, temperatures, logits wanted."""
     generator = torch.Generator().manual_seed(vocab)
@@ -59,7 +64,7 @@ def assert_same_bits(found: Drawn, expected: Drawn, rows: Sequence[int]) -> None
 @pytest.mark.parametrize(("hidden", "vocab"), SIZES)
 def test_a_draw_in_c_is_torchs(hidden: int, vocab: int, dtype: torch.dtype) -> None:
     h_BD, head_VD, draw = stage(hidden, vocab, dtype)
-    found, expected = draw_natively(kernels(), h_BD, head_VD, draw, 1), draw_plainly(h_BD, head_VD, draw)
+    found, expected = in_c(h_BD, head_VD, draw, 1), draw_plainly(h_BD, head_VD, draw)
     # where float32 sums in another order fall on the other side, bfloat16 rounds to its next number
     apart = 2**-7 if dtype == BF16 else 1e-5
     assert torch.allclose(found.logits_LV, expected.logits_LV, rtol=apart, atol=1e-5)
@@ -76,11 +81,11 @@ def test_a_rows_draw_depends_neither_on_its_batch_nor_on_the_threads(
     hidden: int, vocab: int, dtype: torch.dtype
 ) -> None:
     h_BD, head_VD, draw = stage(hidden, vocab, dtype)
-    together = draw_natively(kernels(), h_BD, head_VD, draw, 1)
+    together = in_c(h_BD, head_VD, draw, 1)
     for threads in (2, 3):
-        assert_same_bits(draw_natively(kernels(), h_BD, head_VD, draw, threads), together, drawn_rows(draw))
+        assert_same_bits(in_c(h_BD, head_VD, draw, threads), together, drawn_rows(draw))
     for row in range(len(h_BD)):
-        alone = draw_natively(kernels(), h_BD[row : row + 1], head_VD, one(draw, row), 1)
+        alone = in_c(h_BD[row : row + 1], head_VD, one(draw, row), 1)
         assert torch.equal(alone.lse_B, together.lse_B[row : row + 1])
         if row in draw.left:
             assert torch.equal(alone.logits_LV[0], together.logits_LV[draw.left.index(row)])
@@ -89,7 +94,7 @@ def test_a_rows_draw_depends_neither_on_its_batch_nor_on_the_threads(
             assert torch.equal(alone.logprob_B, together.logprob_B[row : row + 1])
 
 
-@pytest.mark.parametrize("way", [draw_plainly, lambda *x: draw_natively(kernels(), *x, 1)])
+@pytest.mark.parametrize("way", [draw_plainly, lambda *x: in_c(*x, 1)])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_come_as_often_as_the_distribution_says(way: Callable[..., Drawn], temperature: float) -> None:
     """A ladder of uniform numbers falls on each token as often as it is likely, and no two orders differ."""
@@ -108,7 +113,7 @@ def test_the_edges_of_the_running_sum_fall_on_tokens_that_have_weight() -> None:
     logits_V[[17, 700]] = torch.tensor([0.0, -30.0])
     uniform_B = torch.tensor([0.0, 1 - 2**-53], dtype=torch.float64)
     draw = Draw(torch.ones(2), uniform_B, [])
-    drawn = draw_natively(kernels(), torch.ones(2, 1), logits_V[:, None].contiguous(), draw, 1)
+    drawn = in_c(torch.ones(2, 1), logits_V[:, None].contiguous(), draw, 1)
     assert drawn.ids_B.tolist() == [17, 700]
 
 
@@ -117,17 +122,17 @@ def test_of_equal_logits_the_first_is_taken_across_blocks_and_threads() -> None:
     logits_V[[300, 310, 1500]] = 4.0
     draw = Draw(torch.zeros(3), torch.zeros(3, dtype=torch.float64), [])
     for threads in (1, 2):
-        drawn = draw_natively(kernels(), torch.ones(3, 1), logits_V[:, None].contiguous(), draw, threads)
+        drawn = in_c(torch.ones(3, 1), logits_V[:, None].contiguous(), draw, threads)
         assert drawn.ids_B.tolist() == [300] * 3
 
 
 @pytest.mark.parametrize("wrong", [torch.nan, torch.inf])
 def test_one_row_that_is_not_finite_says_so_and_leaves_the_others_alone(wrong: float) -> None:
     h_BD, head_VD, draw = stage(64, 1000, FLOAT)
-    expected = draw_natively(kernels(), h_BD, head_VD, draw, 1)
+    expected = in_c(h_BD, head_VD, draw, 1)
     broken_BD = h_BD.clone()
     broken_BD[3, 5] = wrong
-    for way in (lambda *x: draw_natively(kernels(), *x, 1), draw_plainly):
+    for way in (lambda *x: in_c(*x, 1), draw_plainly):
         found = way(broken_BD, head_VD, draw)
         assert found.lse_B.isfinite().tolist() == [row != 3 for row in range(11)]
         others = [row for row in drawn_rows(draw) if row != 3]
