@@ -53,6 +53,10 @@ class RunError(UserError):
     """A run that can't start, go on, or be resumed: folder in use, non-finite loss, full disk, no checkpoint."""
 
 
+class JailError(UserError):
+    """A jail that this machine can't give, or that is gone; never what a program in it did."""
+
+
 class MissingExtraError(UserError):
     """An optional package is needed; the message gives the `pip install 'ossia[...]'` line."""
 

@@ -1,0 +1,15 @@
+"""Where code that a model wrote, and every scorer of others, runs: `Jail`.
+
+Three rules carry it. A program is one process without fork, exec, open or socket, forked from a zygote in about a
+millisecond. The verdict on it is the parent's, from plain values, on inputs made after it was loaded; no answer, clock
+or random state of a verdict is ever in there. And what a machine gives is found by trying to break out.
+"""
+
+from ossia.errors import JailError
+from ossia.rl.jail.frames import Plain
+from ossia.rl.jail.jail import Jail
+from ossia.rl.jail.levels import probe_level
+from ossia.rl.jail.outcome import Level, Limits, Outcome
+from ossia.rl.jail.program import Program, Session
+
+__all__ = ["Jail", "JailError", "Level", "Limits", "Outcome", "Plain", "Program", "Session", "probe_level"]
