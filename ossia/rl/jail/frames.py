@@ -43,8 +43,8 @@ class Reply:
 def encode(parts: list[Any]) -> bytes:
     """A frame of plain values.
 
-    Raises TypeError or ValueError where one isn't plain: another type (a tuple too), NaN, an infinity, a lone surrogate,
-    an int of more than MOST_DIGITS digits, more than MOST_DEPTH levels.
+    Raises TypeError or ValueError where one isn't plain: another type (a tuple too), NaN, an infinity, half a
+    surrogate, an int of more than MOST_DIGITS digits, more than MOST_DEPTH levels.
     """
     _check(parts)
     body = json.dumps(parts, allow_nan=False).encode("ascii")
