@@ -25,7 +25,7 @@ from ossia.config.findings import (
     schema_name,
 )
 from ossia.config.schema import Recipe
-from ossia.config.section import Clash
+from ossia.config.section import Clash, listed
 from ossia.config.yaml_lines import KeyPath
 
 _STAND_IN = "?"  # for a text that has to be given
@@ -81,9 +81,8 @@ def draft_of(given: dict[str, Any], places: Places, findings: list[Finding], dou
     """
     tree = deepcopy(given)
     for section, key, name in ((tree, "data", "path"), (tree.get("eval"), "data", "path"), (tree, "env", "id")):
-        if isinstance(section, dict) and isinstance(value := section.get(key), (str, dict, list)):  # as it is read
-            entries = value if isinstance(value, list) else [value]
-            section[key] = [{name: one} if isinstance(one, str) else one for one in entries]
+        if isinstance(section, dict) and key in section:  # as it is read
+            section[key] = listed(section[key], name)
     doubts = Doubts(deepcopy(tree), [path for path in doubtful if path], anything=() in doubtful)
     findings = [*findings]
     for attempt in range(_leaves(tree) + 1):

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from ossia.config.section import Clash, Section, refuse, words
+from ossia.config.section import Clash, Section, listed, refuse, words
 
 
 class EnvConfig(Section):
@@ -20,17 +20,13 @@ class EnvConfig(Section):
     """The environment's own options."""
 
 
-def _one_or_more_envs(value: Any) -> Any:
-    """An environment alone is a list of one, and a text is its name."""
-    envs = [value] if isinstance(value, (str, dict, EnvConfig)) else value
-    return [{"id": one} if isinstance(one, str) else one for one in envs] if isinstance(envs, list) else envs
-
-
 def _one_or_more_texts(value: Any) -> Any:
     return [value] if isinstance(value, str) else value
 
 
-Envs = Annotated[tuple[EnvConfig, ...], Field(strict=False, min_length=1), BeforeValidator(_one_or_more_envs)]
+Envs = Annotated[
+    tuple[EnvConfig, ...], Field(strict=False, min_length=1), BeforeValidator(lambda value: listed(value, "id"))
+]
 Rewards = Annotated[
     tuple[Annotated[str, Field(pattern=r"^.+:[A-Za-z_]\w*$")], ...],
     Field(strict=False, min_length=1),

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Self
 from pydantic import BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from ossia.config.rl import Envs, Rewards, RlConfig
-from ossia.config.section import Clash, FolderPath, Section, Share, refuse, words
+from ossia.config.section import Clash, FolderPath, Section, Share, listed, refuse, words
 from ossia.config.yaml_lines import dump_yaml
 
 TargetName = Literal[
@@ -141,13 +141,11 @@ class DataSourceConfig(Section):
     """What is trained in rows of this source."""
 
 
-def _one_or_more(value: Any) -> Any:
-    """A source alone is a list of one, and a text is a source's path."""
-    sources = [value] if isinstance(value, (str, dict, DataSourceConfig)) else value
-    return [{"path": one} if isinstance(one, str) else one for one in sources] if isinstance(sources, list) else sources
-
-
-DataSources = Annotated[tuple[DataSourceConfig, ...], Field(strict=False, min_length=1), BeforeValidator(_one_or_more)]
+DataSources = Annotated[
+    tuple[DataSourceConfig, ...],
+    Field(strict=False, min_length=1),
+    BeforeValidator(lambda value: listed(value, "path")),
+]
 
 
 def is_day(text: str) -> bool:
@@ -422,11 +420,6 @@ class Recipe(Section):
             "`weights` is mmap, which only reads the checkpoint's files, but without `adapter` all weights are trained"
         )
         return Clash(("weights", "adapter"), f"{why}; add an `adapter` or write `weights: bf16`")
-
-    @property
-    def judges(self) -> bool:
-        """Whether held-out tasks are answered during training (`method: grpo`)."""
-        return self.method == "grpo" and self.rl.eval_tasks > 0
 
     @property
     def has_eval(self) -> bool:

@@ -40,6 +40,12 @@ def _not_empty(value: Any) -> Any:
     return value
 
 
+def listed(value: Any, name: str) -> Any:
+    """What is written short: an entry alone is a list of one, and a text is an entry that gives `name` alone."""
+    entries = [value] if isinstance(value, (str, dict, BaseModel)) else value
+    return [{name: one} if isinstance(one, str) else one for one in entries] if isinstance(entries, list) else entries
+
+
 class Section(BaseModel):
     """A section: frozen, no unknown keys, strict types."""
 

@@ -54,16 +54,16 @@ RULES: Mapping[str, PolicyRule] = MappingProxyType(
 def token_weights(lengths_S: Sequence[int], norm: Norm, max_length: int) -> list[float]:
     """What each token of each sequence weighs, so that the step's loss is a plain sum.
 
-    lengths_S   sampled tokens of every sequence of the step (all micro-batches, all ranks)
+    lengths_S   sampled tokens of every sequence of the step (all micro-batches, all ranks); 0: none of it counts
     norm        tokens: all weigh the same. sequences: all sequences do. length: all tokens do, against `max_length`
                 for every sequence, so that long answers aren't favoured
     Returns     S weights, each for one token of that sequence
     """
     num_sequences = len(lengths_S)
     if norm == "tokens":
-        return [1.0 / sum(lengths_S)] * num_sequences
+        return [1.0 / max(1, sum(lengths_S))] * num_sequences
     if norm == "sequences":
-        return [1.0 / (num_sequences * length) for length in lengths_S]
+        return [1.0 / (num_sequences * max(1, length)) for length in lengths_S]
     return [1.0 / (num_sequences * max_length)] * num_sequences
 
 

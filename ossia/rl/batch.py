@@ -2,7 +2,7 @@
 
 A group whose samples all got the same reward has no advantage and so no gradient: its samples are left out of the packs
 (unless the divergence from a reference counts, which has one) but not out of the denominator, so that leaving them out
-changes nothing. The same holds of samples cut off by their length, where these are masked.
+changes nothing. Of samples cut off by their length, where these are masked, no token counts in either.
 Letters: S sequences of a pack, R sampled tokens of a pack in a row.
 """
 
@@ -76,27 +76,25 @@ class Piece:
     sampler_R: Tensor
     advantage_R: Tensor
     sequence_R: Tensor
-    weight_R: Tensor
+
+    def to(self, device: torch.device) -> Piece:
+        """The same on another device."""
+        return Piece(self.sampler_R.to(device), self.advantage_R.to(device), self.sequence_R.to(device))
 
 
 @dataclass(frozen=True, slots=True)
 class PolicyBatch:
-    """A step's packs, what the loss needs of each, and how many sequences the denominator counts."""
+    """A step's packs, and what the loss needs of each beside its weights."""
 
     packs: list[Pack]
     pieces: list[Piece]
-    num_counted: int
 
 
 def make_batch(groups: Sequence[Group], config: RlConfig, rule: PolicyRule, tokens_per_pack: int) -> PolicyBatch:
     """Pack the samples that have a gradient, weighted over all that were judged."""
     judged = [one for group in groups for one in group.samples if one.advantage is not None]
     lengths = [0 if _masked(one, config) else one.trajectory.num_sampled for one in judged]
-    weights = [0.0] * len(judged)
-    if any(lengths):
-        weights = token_weights([max(1, length) for length in lengths], rule.norm, config.max_new)
-        if rule.norm == "tokens":
-            weights = [1.0 / sum(lengths)] * len(judged)
+    weights = token_weights(lengths, rule.norm, config.max_new)
     used = [
         (one, weight)
         for one, weight, length in zip(judged, weights, lengths, strict=True)
@@ -108,8 +106,8 @@ def make_batch(groups: Sequence[Group], config: RlConfig, rule: PolicyRule, toke
         mine = used[first : first + len(pack.sources)]
         first += len(mine)
         packs.append(replace(pack, routes=_routes([one.trajectory for one, _ in mine])))
-        pieces.append(_piece(mine))
-    return PolicyBatch(packs, pieces, len(judged))
+        pieces.append(_piece([one for one, _ in mine]))
+    return PolicyBatch(packs, pieces)
 
 
 def _masked(one: Scored, config: RlConfig) -> bool:
@@ -127,17 +125,12 @@ def _routes(trajectories: Sequence[Trajectory]) -> Tensor | None:
     return torch.from_numpy(np.concatenate(recorded)) if recorded else None
 
 
-def _piece(mine: Sequence[tuple[Scored, float]]) -> Piece:
-    counts = torch.tensor([one.trajectory.num_sampled for one, _ in mine])
-
-    def each(values: Sequence[float]) -> Tensor:
-        return torch.tensor(values, dtype=torch.float32).repeat_interleave(counts)
-
+def _piece(mine: Sequence[Scored]) -> Piece:
+    counts = torch.tensor([one.trajectory.num_sampled for one in mine])
     return Piece(
-        torch.tensor(list(chain.from_iterable(one.trajectory.logprobs for one, _ in mine)), dtype=torch.float32),
-        each([one.advantage or 0.0 for one, _ in mine]),
+        torch.tensor(list(chain.from_iterable(one.trajectory.logprobs for one in mine)), dtype=torch.float32),
+        torch.tensor([one.advantage for one in mine], dtype=torch.float32).repeat_interleave(counts),
         torch.arange(len(mine)).repeat_interleave(counts),
-        each([weight for _, weight in mine]),
     )
 
 
@@ -161,20 +154,21 @@ class PolicyLoss:
     def __call__(self, logp_R: Tensor, micro: int, rows_R: Tensor) -> Tensor:
         """A pack's part of the loss; see `train.schedule.LossOfLogprobs`."""
         config, rule = self._config, self._rule
-        piece = Piece(*(tensor.to(logp_R.device) for tensor in _tensors(self._batch.pieces[micro])))
+        piece = self._batch.pieces[micro].to(logp_R.device)
+        weight_R = self._batch.packs[micro].weights.to(logp_R.device)[rows_R]
         assert len(piece.sampler_R) == len(rows_R) == len(logp_R)
         first = micro not in self._old
         old_R = self._old.setdefault(micro, logp_R.detach().clone())
         correction_R = mismatch_weights(old_R, piece.sampler_R, piece.sequence_R, config.mismatch, config.mismatch_cap)
         loss = policy_loss(
-            logp_R, old_R, piece.advantage_R, piece.weight_R, piece.sequence_R, rule, correction_R=correction_R
+            logp_R, old_R, piece.advantage_R, weight_R, piece.sequence_R, rule, correction_R=correction_R
         )
         if first:
             self._measure(logp_R.detach(), piece)
         share = clipped_share(logp_R.detach(), old_R, piece.advantage_R, piece.sequence_R, rule)
         self._add(clip_share=share * len(logp_R), updates=len(logp_R))
         if self._reference is not None:
-            divergence = kl_loss(logp_R, self._reference[micro].to(logp_R.device), piece.weight_R, config.kl_estimator)
+            divergence = kl_loss(logp_R, self._reference[micro].to(logp_R.device), weight_R, config.kl_estimator)
             loss = loss + config.kl * divergence
             if first:
                 self._add(kl=float(divergence.detach()))
@@ -188,8 +182,8 @@ class PolicyLoss:
         clip_share of tokens whose gradient the bound took away or shrank, over all updates
         kl         nats: from the reference policy, weighted as the loss is
         """
-        updates = self._sums.pop("updates", 0.0)
         sums = dict(self._sums)
+        updates = sums.pop("updates", 0.0)
         clip, kl = sums.pop("clip_share", 0.0), sums.pop("kl", None)
         found = {name: value / max(1, self._num_tokens) for name, value in sums.items()}
         return {**found, "clip_share": clip / max(1.0, updates), **({} if kl is None else {"kl": kl})}
@@ -202,7 +196,3 @@ class PolicyLoss:
     def _add(self, **values: float) -> None:
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
-
-
-def _tensors(piece: Piece) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return piece.sampler_R, piece.advantage_R, piece.sequence_R, piece.weight_R

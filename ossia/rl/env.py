@@ -11,7 +11,7 @@ episode's `step` runs on a thread beside generation, one at a time for each epis
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -112,17 +112,11 @@ class Env(Protocol):
         """A turn that earns the full reward, and corrupted ones that must earn less. What `validate` tries."""
 
 
-class SingleTurn(Protocol):
-    """An episode's verdict where one turn is all."""
-
-    def __call__(self, turn: Turn) -> tuple[float, Mapping[str, float]]: ...
-
-
 @dataclass(frozen=True, slots=True)
 class OneStep:
     """An episode that ends with its first turn: `verdict(turn)` gives its reward and metrics."""
 
-    verdict: SingleTurn
+    verdict: Callable[[Turn], tuple[float, Mapping[str, float]]]
 
     def step(self, turn: Turn) -> Step:
         """See Episode."""

@@ -212,12 +212,8 @@ def parse_turn(vocab: Vocabulary, ids: Sequence[int]) -> Turn:
     parser = StreamParser(vocab)
     for number in ids:
         parser.push(number)
-    if parser.stop is None or not ids or not vocab.is_special(ids[-1]):
-        parser.finish()
-        stop = None
-    else:
-        stop = parser.stop
-    return Turn(tuple(parser.messages), stop, tuple(f"{p.what}: {p.text!r}" for p in parser.problems))
+    parser.finish()
+    return Turn(tuple(parser.messages), parser.stop, tuple(f"{p.what}: {p.text!r}" for p in parser.problems))
 
 
 def _joined(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:

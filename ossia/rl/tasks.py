@@ -61,10 +61,7 @@ class TaskStream:
         self._taken, self._num_taken = list(state["taken"]), state["num_taken"]
         self._tasks = []
         for one, taken in zip(self._envs, self._taken, strict=True):
-            tasks = one.env.tasks(self._split, self._seed)
-            for _ in islice(tasks, taken):
-                pass
-            self._tasks.append(tasks)
+            self._tasks.append(islice(one.env.tasks(self._split, self._seed), taken, None))
 
     def _next(self, number: int) -> Asked:
         # of one task's own, so that no position depends on how the ones before were used

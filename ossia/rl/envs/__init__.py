@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
-from difflib import get_close_matches
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from ossia.config.keys import nearest
 from ossia.errors import RecipeError
 from ossia.rl.env import Env
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
@@ -28,20 +28,21 @@ def make_env(name: str, options: Mapping[str, Any]) -> Env:
     if ":" in name:
         return _made(name, load_object(name), options)
     if name not in ENVS:
-        close = get_close_matches(name, ENVS, n=1)
-        guess = f"; did you mean `{close[0]}`?" if close else ""
-        raise RecipeError(
-            f"env: no environment `{name}`{guess}\n  allowed: {', '.join(ENVS)}, or `file.py:name` of your own"
-        )
+        guess, names = _guess(name, ENVS), ", ".join(ENVS)
+        raise RecipeError(f"env: no environment `{name}`{guess}\n  allowed: {names}, or `file.py:name` of your own")
     allowed = {field.name: field.type for field in fields(ENVS[name])}
     for option, value in options.items():
         if option not in allowed:
-            close = get_close_matches(option, allowed, n=1)
-            guess = f"; did you mean `{close[0]}`?" if close else ""
+            guess = _guess(option, allowed)
             raise RecipeError(f"env.{name}: unknown option `{option}`{guess}\n  allowed: {', '.join(allowed)}")
         if type(value).__name__ != allowed[option]:
             raise RecipeError(f"env.{name}: `{option}` is {value!r}; expected: {allowed[option]}")
     return ENVS[name](**options)
+
+
+def _guess(word: str, candidates: Iterable[str]) -> str:
+    meant = nearest(word, candidates)
+    return f"; did you mean `{meant}`?" if meant else ""
 
 
 def _made(name: str, maker: Callable[..., Env], options: Mapping[str, Any]) -> Env:
