@@ -53,6 +53,10 @@ class RunError(UserError):
     """A run that can't start, go on, or be resumed: folder in use, non-finite loss, full disk, no checkpoint."""
 
 
+class RewardError(UserError):
+    """An environment whose rewards can't be trained on."""
+
+
 class JailError(UserError):
     """A jail that this machine can't give, or that is gone; never what a program in it did."""
 

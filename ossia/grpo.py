@@ -10,10 +10,14 @@ every rollout. Sources: GRPO, arXiv:2402.03300, and its kin, see `ops/policy.py`
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ossia.config import Recipe
 from ossia.data.sources import open_rows
+from ossia.rl.env import validate
 from ossia.rl.envs import load_object, make_env
 from ossia.rl.functions import RewardFunctions
+from ossia.rl.jail import Jails
 from ossia.rl.policy import Policy
 from ossia.rl.tasks import NamedEnv
 from ossia.run.start import adamw_of, job_of, say, settle, started
@@ -31,8 +35,18 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     Raises  UserError for what the user has to change; Interrupted, saved, after Ctrl-C
     """
     settle(recipe)
-    envs, steps = open_envs(recipe), recipe.train.steps
+    steps = recipe.train.steps
     assert steps is not None
+    jails = Jails(workers=recipe.rl.reward_workers, allow_weak=recipe.rl.jail == "weak")
+    with jails:
+        envs = open_envs(recipe, jails)
+        if jails.levels:
+            say(f"jail: programs run at level {', '.join(jails.levels)}")
+        return _learn(recipe, envs, steps, resume=resume, sink=sink)
+
+
+def _learn(recipe: Recipe, envs: Sequence[NamedEnv], steps: int, *, resume: bool, sink: Sink | None) -> RunResult:
+    """The run, once its environments are there."""
     with started(recipe, steps, resume=resume, sink=sink) as begun:
         model = begun.model
         policy = Policy(recipe, model, begun.vocab, adamw_of(recipe, model), envs)
@@ -57,10 +71,16 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     return RunResult(recipe.output, result.step, trained)
 
 
-def open_envs(recipe: Recipe) -> list[NamedEnv]:
-    """The recipe's environments, or its reward functions as one. Raises RecipeError, DataError."""
+def open_envs(recipe: Recipe, jails: Jails) -> list[NamedEnv]:
+    """The recipe's environments, each tried once, or its reward functions as one.
+
+    Raises RecipeError, DataError, JailError, RewardError
+    """
     if recipe.reward is None:
-        return [NamedEnv(one.id, make_env(one.id, one.options), one.weight) for one in recipe.env or ()]
+        envs = [NamedEnv(one.id, make_env(one.id, one.options, jails), one.weight) for one in recipe.env or ()]
+        for named in envs:
+            validate(named.env, named.name, seed=recipe.train.seed, most=1)
+        return envs
     rows = [open_rows(source.path, source.split) for source in recipe.data or ()]
     functions = {reference.rpartition(":")[2]: load_object(reference) for reference in recipe.reward}
     return [NamedEnv("reward", RewardFunctions(rows, functions), 1.0)]

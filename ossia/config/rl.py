@@ -79,6 +79,9 @@ class RlConfig(Section):
     """Seconds that an environment may take for one turn; then that sample is left out and counted."""
     reward_workers: int = Field(2, ge=1, le=256)
     """Turns that are judged at once, beside generation."""
+    jail: Literal["locked", "weak"] = "locked"
+    """Where code that a model wrote runs: locked in at the level that its environment needs, or the run doesn't start;
+    `weak` accepts limits alone where the machine can't give that, with your files open to the code."""
     eval_tasks: int = Field(64, ge=0)
     """Held-out tasks answered greedily at each evaluation; 0: none."""
 

@@ -13,8 +13,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Literal, Protocol
 
+from ossia.errors import RewardError
 from ossia.harmony.messages import Message
 
 Split = Literal["train", "eval"]
@@ -125,6 +127,40 @@ class OneStep:
 
     def close(self) -> None:
         """See Episode."""
+
+
+def validate(env: Env, name: str, *, seed: int, most: int) -> int:
+    """Try an environment on its own examples: the right turn must earn more than each of the corrupted ones.
+
+    name     what errors call it
+    most     tasks to try, of the training ones
+    Returns  how many tasks had examples to try
+    Raises   RewardError naming the task, and both rewards, where a corrupted turn earns as much as the right one
+    """
+    tried = 0
+    for task in islice(env.tasks("train", seed), most):
+        right, corrupted = env.examples(task)
+        if not corrupted:
+            continue
+        tried += 1
+        earned = _earned(env, task, seed, right)
+        for turn in corrupted:
+            if (got := _earned(env, task, seed, turn)) >= earned:
+                said = turn.messages[-1].content if turn.messages else ""
+                raise RewardError(
+                    f"env {name}: task {task.name!r}: a corrupted answer earns {got:g}, the right one {earned:g}\n"
+                    f"  found: {said[:200]!r}\n  next: mend the verdict, or `examples`"
+                )
+    return tried
+
+
+def _earned(env: Env, task: Task, seed: int, turn: Turn) -> float:
+    """What one turn earns in an episode of its own."""
+    episode = env.open(task, seed)
+    try:
+        return episode.step(turn).reward
+    finally:
+        episode.close()
 
 
 def final(text: str, *, thinking: str | None = None) -> Turn:

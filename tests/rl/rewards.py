@@ -25,7 +25,7 @@ class Parity:
         return OneStep(lambda turn: (float(len(said(turn)) % 2), {"length": float(len(said(turn)))}))
 
     def examples(self, task: Task) -> tuple[Turn, Sequence[Turn]]:
-        return final("odd"), [final("even")]
+        return final("odd"), ()
 
 
 class Same(Parity):

@@ -8,10 +8,17 @@ from pathlib import Path
 
 import pytest
 
-from ossia.errors import RecipeError
+from ossia.errors import RecipeError, RewardError
 from ossia.harmony import Message
-from ossia.rl.env import Env, Split, Task, Turn, final
+from ossia.rl.env import Env, OneStep, Split, Task, Turn, final, validate
 from ossia.rl.envs import ENVS, make_env
+from ossia.rl.jail import Jails
+
+
+@pytest.fixture(scope="module")
+def jails() -> Iterator[Jails]:
+    with Jails() as made:
+        yield made
 
 
 def reward_of(env: Env, task: Task, turn: Turn) -> float:
@@ -19,8 +26,8 @@ def reward_of(env: Env, task: Task, turn: Turn) -> float:
 
 
 @pytest.mark.parametrize("name", ENVS)
-def test_the_right_answer_earns_everything_and_corrupted_ones_less(name: str) -> None:
-    env = make_env(name, {})
+def test_the_right_answer_earns_everything_and_corrupted_ones_less(name: str, jails: Jails) -> None:
+    env = make_env(name, {}, jails)
     for task in islice(env.tasks("train", 0), 50):
         right, wrong = env.examples(task)
         assert reward_of(env, task, right) == 1.0
@@ -28,8 +35,8 @@ def test_the_right_answer_earns_everything_and_corrupted_ones_less(name: str) ->
 
 
 @pytest.mark.parametrize("name", ENVS)
-def test_tasks_are_the_seeds_and_held_out_ones_are_never_trained(name: str) -> None:
-    env = make_env(name, {})
+def test_tasks_are_the_seeds_and_held_out_ones_are_never_trained(name: str, jails: Jails) -> None:
+    env = make_env(name, {}, jails)
 
     def problems(split: Split, seed: int) -> list[str]:
         return [task.name for task in islice(env.tasks(split, seed), 300)]
@@ -39,7 +46,7 @@ def test_tasks_are_the_seeds_and_held_out_ones_are_never_trained(name: str) -> N
 
 
 def test_a_held_out_set_of_digits_is_not_trained_in_another_order() -> None:
-    env = make_env("sort", {})
+    env = make_env("sort", {}, Jails())
     trained, held_out = (
         {task.info["answer"] for task in islice(env.tasks(split, 0), 2000)} for split in ("train", "eval")
     )
@@ -53,8 +60,8 @@ def answers(env: Env) -> Iterator[tuple[Task, str]]:
 
 
 @pytest.mark.parametrize("name", ENVS)
-def test_only_one_final_message_that_ends_the_turn_is_an_answer(name: str) -> None:
-    env = make_env(name, {})
+def test_only_one_final_message_that_ends_the_turn_is_an_answer(name: str, jails: Jails) -> None:
+    env = make_env(name, {}, jails)
     task, right = next(answers(env))
     said = Message("assistant", right, channel="final")
     call = Message("assistant", "{}", channel="commentary", recipient="functions.f")
@@ -82,14 +89,41 @@ def test_only_one_final_message_that_ends_the_turn_is_an_answer(name: str) -> No
         ("no_such_module:make", {}, "no_such_module can't be imported"),
     ],
 )
-def test_a_wrong_name_or_option_is_told_with_what_is_allowed(name: str, options: dict, words: str) -> None:
+def test_a_wrong_name_or_option_is_told_with_what_is_allowed(
+    name: str, options: dict, words: str, jails: Jails
+) -> None:
     with pytest.raises(RecipeError, match=words.replace("?", r"\?")):
-        make_env(name, options)
+        make_env(name, options, jails)
 
 
 def test_an_environment_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text("from ossia.rl.envs.procedural import Sort\n\n\ndef make(n):\n    return Sort(n)\n")
-    assert make_env(f"{file}:make", {"n": 3}) == make_env("sort", {"n": 3})
+    assert make_env(f"{file}:make", {"n": 3}, Jails()) == make_env("sort", {"n": 3}, Jails())
     with pytest.raises(RecipeError, match="can't be made with"):
-        make_env(f"{file}:make", {"k": 3})
+        make_env(f"{file}:make", {"k": 3}, Jails())
+
+
+def test_an_environment_of_ones_own_that_runs_code_is_given_the_jails(tmp_path: Path, jails: Jails) -> None:
+    file = tmp_path / "mine.py"
+    file.write_text("def make(n, jails):\n    return (n, jails)\n")
+    assert make_env(f"{file}:make", {"n": 3}, jails) == (3, jails)
+
+
+class Generous:
+    """Pays for any answer."""
+
+    def tasks(self, split: Split, seed: int) -> Iterator[Task]:
+        yield Task({"messages": [{"role": "user", "content": "2 + 2"}]}, {}, "sum")
+
+    def open(self, task: Task, seed: int) -> OneStep:
+        return OneStep(lambda turn: (float(turn.answer() is not None), {}))
+
+    def examples(self, task: Task) -> tuple[Turn, list[Turn]]:
+        return final("4"), [final("5")]
+
+
+def test_an_environment_that_pays_for_a_corrupted_answer_is_found_out(jails: Jails) -> None:
+    assert validate(make_env("sort", {}, jails), "sort", seed=0, most=5) == 5
+    with pytest.raises(RewardError, match="task 'sum': a corrupted answer earns 1, the right one 1\n  found: '5'"):
+        validate(Generous(), "generous", seed=0, most=3)

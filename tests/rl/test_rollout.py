@@ -17,6 +17,7 @@ from ossia.model.open import open_model
 from ossia.rl.batch import Group, PolicyLoss, Scored, make_batch, rule_of, score_group
 from ossia.rl.env import Turn
 from ossia.rl.envs import make_env
+from ossia.rl.jail import Jails
 from ossia.rl.judge import Judge
 from ossia.rl.rollout import Limits, Rollout, Trajectory
 from ossia.rl.tasks import NamedEnv, TaskStream
@@ -35,7 +36,7 @@ def sample(recipe: Recipe, group: int = 8):
                 tensor.normal_(generator=torch.Generator().manual_seed(len(name))).mul_(0.05)
     model.use_adapter(lora)
     assert recipe.env is not None
-    env = NamedEnv("env", make_env(recipe.env[0].id, {}), 1.0)
+    env = NamedEnv("env", make_env(recipe.env[0].id, {}, Jails()), 1.0)
     tasks = TaskStream([env], "train", 0, Renderer(vocab), recipe.harmony, 200)
     judge = Judge(2, 30.0)
     session = Engine(model, vocab=vocab, max_batch=16).session()

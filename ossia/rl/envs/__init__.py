@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -14,30 +15,33 @@ from ossia.config.keys import nearest
 from ossia.errors import RecipeError
 from ossia.rl.env import Env
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
+from ossia.rl.jail import Jails
 
 ENVS: Mapping[str, type] = {"sort": Sort, "reverse": Reverse, "add": Add, "count": Count}
 
 
-def make_env(name: str, options: Mapping[str, Any]) -> Env:
+def make_env(name: str, options: Mapping[str, Any], jails: Jails) -> Env:
     """An environment from a recipe's `env` entry.
 
     name     one of ENVS, or `module:name` or `file.py:name` of a class or function that makes an environment
     options  its own, as keyword arguments
-    Raises   RecipeError for a name or an option that doesn't exist, or a value that isn't allowed
+    jails    given, as the argument `jails`, to an environment that has one: it runs code that it doesn't trust
+    Raises   RecipeError for a name or an option that doesn't exist, or a value that isn't allowed; JailError
     """
     if ":" in name:
-        return _made(name, load_object(name), options)
+        return _made(name, load_object(name), options, jails)
     if name not in ENVS:
         guess, names = _guess(name, ENVS), ", ".join(ENVS)
         raise RecipeError(f"env: no environment `{name}`{guess}\n  allowed: {names}, or `file.py:name` of your own")
     allowed = {field.name: field.type for field in fields(ENVS[name])}
+    held = {"jails": jails} if allowed.pop("jails", None) else {}
     for option, value in options.items():
         if option not in allowed:
             guess = _guess(option, allowed)
             raise RecipeError(f"env.{name}: unknown option `{option}`{guess}\n  allowed: {', '.join(allowed)}")
         if type(value).__name__ != allowed[option]:
             raise RecipeError(f"env.{name}: `{option}` is {value!r}; expected: {allowed[option]}")
-    return ENVS[name](**options)
+    return ENVS[name](**options, **held)
 
 
 def _guess(word: str, candidates: Iterable[str]) -> str:
@@ -45,9 +49,10 @@ def _guess(word: str, candidates: Iterable[str]) -> str:
     return f"; did you mean `{meant}`?" if meant else ""
 
 
-def _made(name: str, maker: Callable[..., Env], options: Mapping[str, Any]) -> Env:
+def _made(name: str, maker: Callable[..., Env], options: Mapping[str, Any], jails: Jails) -> Env:
+    held = {"jails": jails} if "jails" in inspect.signature(maker).parameters else {}
     try:
-        return maker(**options)
+        return maker(**options, **held)
     except TypeError as error:
         raise RecipeError(f"env: `{name}` can't be made with {dict(options)}: {error}") from error
 
