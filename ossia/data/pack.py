@@ -36,6 +36,8 @@ class Pack:
     weights  (T,) float32, of that prediction; 0 at the last position of each document
     starts   (D + 1,) int64: document d is [starts[d], starts[d + 1])
     sources  D times "file:line"
+    unfold   (U,) int64: where documents share the rows of their beginnings, the row of each document's tokens; `starts`
+             then bounds documents among these U. None: no row is shared, U = T
     routes   (T, L, k) int16: experts that were chosen when the tokens were sampled, to be used again; -1 where none was
              recorded. None: nothing is replayed
     """
@@ -46,6 +48,7 @@ class Pack:
     starts: Tensor
     sources: tuple[str, ...]
     routes: Tensor | None = None
+    unfold: Tensor | None = None
 
     @classmethod
     def from_samples(cls, samples: Sequence[Sample]) -> Self:
@@ -53,18 +56,42 @@ class Pack:
         starts = np.zeros(len(samples) + 1, np.int64)
         np.cumsum([len(sample) for sample in samples], out=starts[1:])
         ids = np.empty(starts[-1], np.int64)
-        targets, weights = np.empty_like(ids), np.zeros(starts[-1], np.float32)
+        targets, weights = np.empty_like(ids), np.empty(starts[-1], np.float32)
         for sample, start, end in zip(samples, starts[:-1], starts[1:], strict=True):
-            aligned = sample.ids if sample.targets is None else sample.targets
-            ids[start:end] = sample.ids
-            targets[start : end - 1] = aligned[1:]
-            targets[end - 1] = sample.ids[-1]
-            weights[start : end - 1] = sample.weights[1:]
+            ids[start:end], targets[start:end], weights[start:end] = _aligned(sample, 0)
         return cls(*map(torch.from_numpy, (ids, targets, weights, starts)), tuple(sample.source for sample in samples))
+
+    @classmethod
+    def sharing(cls, begun: Sequence[tuple[int, Sequence[Sample]]]) -> Self:
+        """One pack of samples that begin alike: what a group has in common is there, and computed, once.
+
+        begun  of each group how many ids its samples have in common, which must count as nothing, and the samples. The
+               last common id is each sample's own all the same: every sample predicts another one from it
+        """
+        parts, sources, unfold, ends = list[tuple[np.ndarray, ...]](), list[str](), list[np.ndarray](), [0]
+        at = 0
+        for num_common, samples in begun:
+            head = num_common - 1
+            first, common = samples[0], np.arange(at, at + head)
+            assert not first.weights[:num_common].any(), first.source
+            parts.append((first.ids[:head], first.ids[1:num_common], np.zeros(head, np.float32)))
+            at += head
+            for sample in samples:
+                own = len(sample) - head
+                assert np.array_equal(sample.ids[:num_common], first.ids[:num_common]), sample.source
+                parts.append(_aligned(sample, head))
+                unfold += [common, np.arange(at, at + own)]
+                sources.append(sample.source)
+                ends.append(ends[-1] + len(sample))
+                at += own
+        ids, targets, weights = (np.concatenate(column) for column in zip(*parts, strict=True))
+        tensors = (ids.astype(np.int64), targets.astype(np.int64), weights, np.array(ends, np.int64))
+        rows = torch.from_numpy(np.concatenate(unfold))
+        return cls(*map(torch.from_numpy, tensors), tuple(sources), unfold=rows)
 
     @property
     def num_tokens(self) -> int:
-        """T, all documents together."""
+        """T, all documents together; rows that documents share count once."""
         return len(self.ids)
 
     @property
@@ -74,14 +101,22 @@ class Pack:
 
     @property
     def positions(self) -> Tensor:
-        """(T,) int64: 0, 1, ... from the start of each document."""
+        """(U,) int64: 0, 1, ... from the start of each document."""
         lengths = self.starts.diff()
-        return torch.arange(self.num_tokens, device=self.ids.device) - self.starts[:-1].repeat_interleave(lengths)
+        return torch.arange(int(self.starts[-1]), device=self.ids.device) - self.starts[:-1].repeat_interleave(lengths)
 
     def to(self, device: torch.device | str) -> Self:
         """The same pack on another device."""
         tensors = (tensor.to(device) for tensor in (self.ids, self.targets, self.weights, self.starts))
-        return type(self)(*tensors, self.sources, None if self.routes is None else self.routes.to(device))
+        optional = (None if tensor is None else tensor.to(device) for tensor in (self.routes, self.unfold))
+        return type(self)(*tensors, self.sources, *optional)
+
+
+def _aligned(sample: Sample, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids, targets and weights of a sample's rows from `first` on, aligned to predictions."""
+    aligned = sample.ids if sample.targets is None else sample.targets
+    targets, weights = (np.append(x[first + 1 :], last) for x, last in ((aligned, sample.ids[-1]), (sample.weights, 0)))
+    return sample.ids[first:], targets, weights.astype(np.float32)
 
 
 def pack_samples(samples: Iterable[Sample], tokens_per_pack: int) -> list[Pack]:

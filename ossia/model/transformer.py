@@ -48,12 +48,14 @@ class Layer:
 
 
 class PackedTokens(Protocol):
-    """What a forward pass needs of a pack: ids (T,) int64 and document boundaries starts (D + 1,) int64."""
+    """What a forward pass needs of a pack: ids (T,) int64, and `starts` and `unfold` as `ops.attention.Segments`."""
 
     @property
     def ids(self) -> Tensor: ...
     @property
     def starts(self) -> Tensor: ...
+    @property
+    def unfold(self) -> Tensor | None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,7 @@ class Transformer:
 
     def context(self, pack: PackedTokens) -> Context:
         """Positions, document boundaries and rotary tables of a pack."""
-        segments = Segments(pack.starts.cpu(), self.device)
+        segments = Segments(pack.starts.cpu(), self.device, None if pack.unfold is None else pack.unfold.cpu())
         return Context(segments, *rope_tables(self.yarn, segments.positions_T, self.dtype))
 
     def fetch(self, index: int, *, expand: bool = True) -> Layer:

@@ -27,14 +27,19 @@ CPU = torch.device("cpu")
 class Segments:
     """Where the documents of a pack begin and end; attention never crosses from one into another.
 
-    starts  (num_docs + 1,) int64 on CPU: 0, ..., T, strictly rising
+    starts  (num_docs + 1,) int64 on CPU: 0, ..., U, strictly rising
+    unfold  (U,) int64 on CPU: the row of each document's tokens among the pack's T, where documents that begin alike
+            share the rows of their beginning; None: each has its own, U = T
     """
 
     starts: Tensor
     device: torch.device = CPU
+    unfold: Tensor | None = None
     lengths: list[int] = field(init=False)
     positions_T: Tensor = field(init=False)
-    doc_T: Tensor = field(init=False)
+    doc_U: Tensor = field(init=False)
+    unfold_U: Tensor | None = field(init=False, default=None)
+    first_T: Tensor | None = field(init=False, default=None)
     _blocks: dict[int, Tensor] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -42,12 +47,20 @@ class Segments:
         assert int(self.starts[0]) == 0, self.starts
         assert bool((lengths > 0).all()), self.starts
         self.lengths = lengths.tolist()
-        doc_T = torch.repeat_interleave(torch.arange(len(self.lengths)), lengths)
-        self.positions_T = (torch.arange(self.num_tokens) - self.starts[doc_T]).to(self.device)
-        self.doc_T = doc_T.to(self.device)
+        doc_U = torch.repeat_interleave(torch.arange(len(self.lengths)), lengths)
+        positions_U = torch.arange(self.num_tokens) - self.starts[doc_U]
+        self.doc_U = doc_U.to(self.device)
+        if self.unfold is not None:
+            assert len(self.unfold) == self.num_tokens, (self.unfold.shape, self.starts)
+            first_T = torch.full((int(self.unfold.max()) + 1,), self.num_tokens)
+            first_T.scatter_reduce_(0, self.unfold, torch.arange(self.num_tokens), "amin")
+            positions_U = positions_U[first_T]
+            self.unfold_U, self.first_T = self.unfold.to(self.device), first_T.to(self.device)
+        self.positions_T = positions_U.to(self.device)
 
     @property
     def num_tokens(self) -> int:
+        """U, all documents together."""
         return int(self.starts[-1])
 
     @property
@@ -62,7 +75,7 @@ class Segments:
         if window not in self._blocks:
             num_blocks = -(-self.num_tokens // window)
             doc = torch.full(((num_blocks + 1) * window,), -1, device=self.device)
-            doc[window : window + self.num_tokens] = self.doc_T
+            doc[window : window + self.num_tokens] = self.doc_U
             doc_q_BL = doc[window:].view(num_blocks, window)
             doc_k_BL = torch.cat((doc[:-window].view(num_blocks, window), doc_q_BL), dim=1)
             offset_q = torch.arange(window, 2 * window, device=self.device)[:, None]
@@ -97,12 +110,31 @@ def sink_attention(
 ) -> Tensor:
     """Causal attention of every document with itself, a sink in each head's softmax.
 
-    q_THd, k_TKd, v_TKd  (T, H, d), (T, K, d), (T, K, d) of one dtype; H is a multiple of K
+    q_THd, k_TKd, v_TKd  (T, H, d), (T, K, d), (T, K, d) of one dtype; H is a multiple of K. Rows that documents share
+                         serve each of them
     sinks_H              (H,) any floating dtype, a logit
     window               the last `window` keys including the query's own, or None for all
     Returns              (T, H, d) of q's dtype; differentiable in q, k, v and sinks
     Source               gpt-oss model card; sliding window and sinks as in openai/gpt-oss torch/model.py
     """
+    if segments.unfold_U is None:
+        return _attend(q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale, backend)
+    unfolded = [x.index_select(0, segments.unfold_U) for x in (q_THd, k_TKd, v_TKd)]
+    out_UHd = _attend(*unfolded, sinks_H, segments, window, scale, backend)
+    assert segments.first_T is not None
+    return out_UHd.index_select(0, segments.first_T)
+
+
+def _attend(
+    q_THd: Tensor,
+    k_TKd: Tensor,
+    v_TKd: Tensor,
+    sinks_H: Tensor,
+    segments: Segments,
+    window: int | None,
+    scale: float,
+    backend: Backend,
+) -> Tensor:
     if backend == "reference":
         return _reference(q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale)
     if backend == "cuda":
@@ -169,7 +201,7 @@ def _reference(
 ) -> Tensor:
     """The definition over all T x T pairs."""
     i = torch.arange(segments.num_tokens, device=q_THd.device)
-    seen_TT = (segments.doc_T[:, None] == segments.doc_T[None]) & (i[None] <= i[:, None])
+    seen_TT = (segments.doc_U[:, None] == segments.doc_U[None]) & (i[None] <= i[:, None])
     if window is not None:
         seen_TT &= i[None] > i[:, None] - window
     bias_TT = torch.zeros(seen_TT.shape, device=q_THd.device).masked_fill_(~seen_TT, -torch.inf)

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
+from itertools import chain, groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ossia.config.rl import RlConfig
-from ossia.data.pack import Pack, pack_samples
+from ossia.data.pack import Pack
 from ossia.data.sample import Sample
 from ossia.ops.policy import RULES, PolicyRule, clipped_share, kl_loss, mismatch_weights, policy_loss, token_weights
 from ossia.rl.advantage import group_advantages, overlong_penalty
@@ -100,29 +100,58 @@ def make_batch(groups: Sequence[Group], config: RlConfig, rule: PolicyRule, toke
         for one, weight, length in zip(judged, weights, lengths, strict=True)
         if length and (one.advantage != 0 or config.kl)
     ]
-    samples = [_sample(one, weight, number) for number, (one, weight) in enumerate(used)]
-    packs, pieces, first = [], [], 0
-    for pack in pack_samples(samples, tokens_per_pack):
-        mine = used[first : first + len(pack.sources)]
-        first += len(mine)
-        packs.append(replace(pack, routes=_routes([one.trajectory for one, _ in mine])))
+    packs, pieces = [], []
+    for number, mine in enumerate(_fill(used, tokens_per_pack)):
+        packs.append(_pack(mine, number))
         pieces.append(_piece([one for one, _ in mine]))
     return PolicyBatch(packs, pieces)
+
+
+Weighted = tuple[Scored, float]
+
+
+def _fill(used: Sequence[Weighted], tokens_per_pack: int) -> list[list[Weighted]]:
+    """Samples in order, a new pack where the next one doesn't fit; a prompt counts once in a pack."""
+    packs: list[list[Weighted]] = []
+    room, asked = 0, None
+    for one, weight in used:
+        t = one.trajectory
+        own = len(t.ids) - len(t.asked.ids) + 1
+        size = own if t.asked is asked else len(t.ids)
+        if size > room:
+            packs.append([])
+            room, size = tokens_per_pack, len(t.ids)
+        assert size <= room, (size, tokens_per_pack)
+        packs[-1].append((one, weight))
+        room, asked = room - size, t.asked
+    return packs
+
+
+def _pack(mine: Sequence[Weighted], number: int) -> Pack:
+    """One pack, in which each prompt is there once; with the experts that were chosen, where these were recorded."""
+    begun, routes = [], []
+    for _, group in groupby(enumerate(mine), key=lambda place: id(place[1][0].trajectory.asked)):
+        members = list(group)
+        samples = [_sample(one, weight, f"sample {number}.{place}") for place, (one, weight) in members]
+        trajectories = [one.trajectory for _, (one, _) in members]
+        num_common = len(trajectories[0].asked.ids)
+        begun.append((num_common, samples))
+        routes.append(
+            trajectories[0].routes if trajectories[0].routes is None else trajectories[0].routes[: num_common - 1]
+        )
+        routes += [t.routes if t.routes is None else t.routes[num_common - 1 :] for t in trajectories]
+    recorded = [part for part in routes if part is not None]
+    assert len(recorded) in (0, len(routes))
+    return replace(Pack.sharing(begun), routes=torch.from_numpy(np.concatenate(recorded)) if recorded else None)
 
 
 def _masked(one: Scored, config: RlConfig) -> bool:
     return config.mask_truncated and one.trajectory.finish in ("length", "truncated")
 
 
-def _sample(one: Scored, weight: float, number: int) -> Sample:
+def _sample(one: Scored, weight: float, name: str) -> Sample:
     weights = np.where(one.trajectory.sampled, np.float32(weight), np.float32(0))
-    return Sample(np.array(one.trajectory.ids, np.int32), weights, None, f"sample {number}")
-
-
-def _routes(trajectories: Sequence[Trajectory]) -> Tensor | None:
-    recorded = [t.routes for t in trajectories if t.routes is not None]
-    assert len(recorded) in (0, len(trajectories))
-    return torch.from_numpy(np.concatenate(recorded)) if recorded else None
+    return Sample(np.array(one.trajectory.ids, np.int32), weights, None, name)
 
 
 def _piece(mine: Sequence[Scored]) -> Piece:

@@ -56,6 +56,30 @@ def test_changing_one_document_changes_no_other(backend: Backend, window: int | 
     assert not torch.equal(before[100:240], after[100:240])
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("window", [None, 128, 16])
+def test_documents_that_share_their_beginning_attend_and_learn_as_if_each_had_its_own(
+    backend: Backend, window: int | None
+) -> None:
+    prefix, own = 150, (40, 1, 90)
+    rows = torch.arange(prefix), *torch.arange(prefix, prefix + sum(own)).split(own)
+    unfold = torch.cat([torch.cat((rows[0], mine)) for mine in rows[1:]])
+    starts = torch.tensor([0, *(prefix + n for n in own)]).cumsum(0)
+    shared = inputs(prefix + sum(own))
+    apart = [x.detach()[unfold].requires_grad_() for x in shared[:3]] + [shared[3].detach().requires_grad_()]
+    out = sink_attention(*shared, Segments(starts, unfold=unfold), window=window, scale=0.125, backend=backend)
+    expected = sink_attention(*apart, Segments(starts), window=window, scale=0.125, backend=backend)
+    assert errors([out[unfold].detach()], [expected.detach()])[0] <= 1e-6
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    once = torch.zeros_like(expected)  # of a shared row the gradient counts once, at its first document
+    once[:prefix] = grad[:prefix]
+    for row, mine in enumerate(rows[1:]):
+        once[int(starts[row]) + prefix : int(starts[row + 1])] = grad[mine]
+    found, wanted = torch.autograd.grad(out, shared, grad), torch.autograd.grad(expected, apart, once)
+    summed = [torch.zeros_like(x).index_add(0, unfold, g) for x, g in zip(shared[:3], wanted[:3], strict=True)]
+    assert max(errors(list(found), [*summed, wanted[3]])) <= 1e-5
+
+
 def test_a_window_of_128_sees_the_last_128_keys_including_its_own() -> None:
     segments = Segments(torch.tensor([0, 400]))
     q, k, v, sinks = (x.detach() for x in inputs(400))

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ossia.config import Recipe
+from ossia.data.pack import Pack
 from ossia.engine import Engine
 from ossia.harmony import Renderer
 from ossia.model.lora import Lora, LoraSpec
@@ -113,6 +114,31 @@ def test_leaving_equal_groups_out_changes_no_gradient(recipe_of: RecipeOf) -> No
     largest = max(float(grad.abs().max()) for grad in grads[0].values())
     for name, grad in grads[0].items():
         assert torch.allclose(grad, grads[1][name], atol=1e-6 * largest, rtol=1e-5), name
+
+
+def test_a_prompt_that_is_computed_once_teaches_the_same(talked, recipe_of: RecipeOf) -> None:
+    model, _, groups = talked
+    rl = replace_rl(recipe_of(), mask_truncated=False)
+    rule = rule_of(rl)
+    shared, found = make_batch(advantaged(groups), rl, rule, 1024), []
+    apart = replace(shared, packs=[unshared(pack) for pack in shared.packs])
+    assert sum(p.num_tokens for p in shared.packs) < 0.7 * sum(p.num_tokens for p in apart.packs)
+    for batch in (shared, apart):
+        model.trainable.zero_grad()
+        loss = forward_backward(model, batch.packs, PolicyLoss(batch, rl, rule, None), recompute=True)
+        found.append((loss, {name: tensor.grad.clone() for name, tensor in model.trainable.tensors.items()}))
+    (loss, grads), (plain_loss, plain) = found
+    assert loss == pytest.approx(plain_loss, rel=1e-5)
+    largest = max(float(grad.abs().max()) for grad in plain.values())
+    for name, grad in grads.items():
+        assert torch.allclose(grad, plain[name], atol=1e-5 * largest, rtol=1e-4), name
+
+
+def unshared(pack: Pack) -> Pack:
+    """The same documents, each with rows of its own."""
+    assert pack.unfold is not None
+    rows = {name: getattr(pack, name)[pack.unfold] for name in ("ids", "targets", "weights", "routes")}
+    return replace(pack, unfold=None, **rows)
 
 
 def replace_reward(trajectory: Trajectory, reward: float) -> Trajectory:
