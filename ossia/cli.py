@@ -416,7 +416,10 @@ def score(
 @command("serve")
 @with_llama_options
 def serve(
-    model: ModelName,
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL...", help="Folders or hub names, or x.gguf; NAME=MODEL gives one a name."),
+    ],
     adapters: Annotated[
         list[str] | None,
         typer.Option("--adapter", metavar="NAME=DIR", help="An adapter that requests choose by NAME; several may be."),
@@ -440,7 +443,10 @@ def serve(
     device: DeviceOption = Device.auto,
     llama: LlamaGiven = MappingProxyType({}),
 ) -> None:
-    """Serve a model over HTTP. OpenAI's interface and a chat page; one SIGTERM or Ctrl-C drains, two stop."""
+    """Serve models over HTTP. OpenAI's interface and a chat page; one SIGTERM or Ctrl-C drains, two stop.
+
+    The adapter of a run that is still training follows it: its newest checkpoint answers.
+    """
     placed = (dtype, weights, device) != (Dtype.bfloat16, Weights.auto, Device.auto)
     batched = (max_batch, max_queue, max_length, drain) != (64, 256, None, 30.0)
     not_for_gguf = {
@@ -448,11 +454,13 @@ def serve(
         "--dtype, --weights or --device": placed,
         "--max-batch, --max-queue, --max-length or --drain": batched,
     }
-    if is_gguf(model, llama, not_for_gguf):
+    if any(is_gguf(model, llama, not_for_gguf) for model in models):
+        if len(models) > 1:
+            raise UserError("llama.cpp's server has one model, so a .gguf file is served alone\n  next: start one each")
         with importing():
             from ossia.web.gguf import LlamaOptions, run_gguf_server
 
-        run_gguf_server(model, LlamaOptions(**llama), host=host, port=port, api_key=api_key)
+        run_gguf_server(models[0], LlamaOptions(**llama), host=host, port=port, api_key=api_key)
         return
     with importing():
         from ossia.web import check_installed
@@ -462,7 +470,7 @@ def serve(
         from ossia.web.serve import run_server
 
     run_server(
-        model,
+        models,
         adapters=adapters or (),
         host=host,
         port=port,

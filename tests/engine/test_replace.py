@@ -1,4 +1,4 @@
-"""An adapter that is replaced while its requests run: each answer is of one version, and nothing of an old one stays."""
+"""An adapter that is replaced while its requests run: each answer is of one version, no old one stays."""
 
 from __future__ import annotations
 

@@ -48,8 +48,8 @@ def test_an_answer_has_its_thinking_apart_and_closed_above_it(page: Page) -> Non
 def test_thinking_and_answer_can_be_watched_as_they_come(
     page: Page, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = live.server.worker._step
-    monkeypatch.setattr(live.server.worker, "_step", lambda *given: (time.sleep(0.03), step(*given))[1])
+    step = live.worker._step
+    monkeypatch.setattr(live.worker, "_step", lambda *given: (time.sleep(0.03), step(*given))[1])
     page.js(
         """(() => {
           globalThis.seen = [];
@@ -82,7 +82,7 @@ def test_stopping_keeps_what_came_and_frees_the_engine(page: Page, live: Live, c
     assert not page.shown("#send")
     page.click("#stop")
     page.wait(IDLE)
-    wait_until(lambda: live.server.worker.outstanding == 0)
+    wait_until(lambda: live.worker.outstanding == 0)
     assert re.search(r"^at least \d+ tokens? · [\d.]+ s · stopped$", page.text(".meta"))
     assert page.shown("#send")
     page.press("Escape")
@@ -159,7 +159,7 @@ def test_two_columns_answer_the_same_prompt_each_on_its_own(page: Page, live: Li
     assert page.texts(".column:nth-child(2) .question .message") == ["count"]
     page.press("Escape")
     page.wait(IDLE)
-    wait_until(lambda: live.server.worker.outstanding == 0)
+    wait_until(lambda: live.worker.outstanding == 0)
     page.click(".column:nth-child(2) button", "Close this column")
     assert len(page.texts(".column")) == 1
     assert page.texts(".conversation .title") == ["count", "count", "hi"]
