@@ -24,9 +24,10 @@ from ossia.engine.grammar import GrammarCompiler
 from ossia.errors import UserError
 from ossia.harmony import Renderer, Vocabulary
 from ossia.model.lora import Lora
-from ossia.model.open import RECIPE_IN_RUN, open_model
+from ossia.model.open import RECIPE_IN_RUN, open_model, weights_bytes
 from ossia.model.peft import find_adapter, load_adapter, recorded_base
 from ossia.model.transformer import Transformer
+from ossia.train.state import human_bytes
 from ossia.web.follow import RunAdapter
 from ossia.web.metrics import Metrics
 from ossia.web.protocol.prompts import Served
@@ -141,6 +142,9 @@ def open_hosted(
         if max_length is not None and not 2 <= max_length <= most:
             raise UserError(f"--max-length: found {max_length}; allowed: 2 to {most}, {one.name}'s positions")
     share = [default_cache_bytes(model) // len(opened) for _, model, _ in opened]
+    for (one, model, _), cache_bytes in zip(opened, share, strict=True):
+        held = f"{human_bytes(weights_bytes(model.weights))} of weights ({model.weights.placement})"
+        log.info("%s: %s, a cache of up to %s", one.name, held, human_bytes(cache_bytes))
     limits = {"max_batch": max_batch, "max_queue": max_queue, "max_length": max_length}
     return [
         _host(one, model, vocab, metrics, cache_bytes=cache_bytes, dtype=how["dtype"], **limits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,9 @@ def test_each_model_and_adapter_answers_under_its_name(two: Live, talker: Talker
         answer("three")
 
 
-def test_engines_have_their_own_figures_and_share_the_memory_for_caches(two: Live) -> None:
+def test_engines_have_their_own_figures_and_share_the_memory_for_caches(
+    two: Live, caplog: pytest.LogCaptureFixture
+) -> None:
     two.client.completions.create(model="two", prompt="xyz", max_tokens=5, temperature=0)
     text = httpx2.get(f"{two.url}/metrics").text
     for name in ("one", "two"):
@@ -65,7 +68,9 @@ def test_engines_have_their_own_figures_and_share_the_memory_for_caches(two: Liv
     health = httpx2.get(f"{two.url}/health").json()
     assert health["cache_max_bytes"] == sum(load.cache_max_bytes for load in loads)
     engines = [one.worker._engine for one in two.server.models]
-    alone = serving([str(two.served.aliases[0])], []).models[0].worker._engine
+    with caplog.at_level("INFO", "ossia.web"):
+        alone = serving([f"alone={two.served.aliases[0]}"], []).models[0].worker._engine
+    assert re.fullmatch(r"alone: \d.* of weights \(bf16\), a cache of up to \d.*iB", caplog.messages[-1])
     assert [engine.cache_bytes for engine in engines] == [alone.cache_bytes // 2] * 2
 
 

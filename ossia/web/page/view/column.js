@@ -4,6 +4,7 @@ import { isEmpty } from "../chat/rows.js";
 import { add, lastShown, removeLeaf, shownPath, turnTo, version } from "../chat/tree.js";
 import { button, el, setText } from "./dom.js";
 import { MessageView } from "./message.js";
+import { factsOf, modelOptions } from "./models.js";
 
 /** `app` is main.js's: what is served, what is set, and who generates. */
 export class Column {
@@ -56,17 +57,12 @@ export class Column {
     this.draw();
   }
 
-  /** Lists what is served; a model that isn't served any more stays visible as such. */
+  /** Lists what is served. */
   drawModels() {
-    const { models } = this.app;
-    const option = ({ id, adapter }) => el("option", { value: id }, adapter ? `${id} (adapter)` : id);
-    const options = models.map(option);
-    if (!models.some(({ id }) => id === this.data.model)) {
-      options.unshift(
-        el("option", { value: this.data.model }, this.data.model ? `${this.data.model} (not served)` : "no model"),
-      );
-    }
-    this.select.replaceChildren(...options);
+    const key = JSON.stringify([this.app.models, this.data.model]);
+    if (this.select.dataset.key === key) return; // a list that is open now would close
+    this.select.dataset.key = key;
+    this.select.replaceChildren(...modelOptions(this.app.models, this.data.model));
     this.select.value = this.data.model;
     this.element.setAttribute("aria-label", `Conversation with ${this.data.model}`);
     this.scroll.setAttribute("aria-label", `Messages, ${this.data.model}`);
@@ -108,9 +104,9 @@ export class Column {
     const { about } = this.app;
     const name = el("p", { class: "big" }, this.data.model || "No model yet");
     if (!model) return this.empty.replaceChildren(name);
-    const kind = model.adapter ? "adapter" : "model";
-    const facts = [kind, `${model.length.toLocaleString("en")} tokens of context`, about.dtype].join(" · ");
-    this.empty.replaceChildren(name, el("p", { class: "soft" }, facts));
+    const facts = el("p", { class: "soft" }, factsOf(model, about));
+    const words = model.problem && `Its newest checkpoint can't be used: ${model.problem}`;
+    this.empty.replaceChildren(name, facts, ...(words ? [el("p", { class: "soft small" }, words)] : []));
   }
 
   drawAsking(last) {
