@@ -181,8 +181,7 @@ def _add_facts(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/ossia/info")
     async def info() -> Response:
-        first = server.models[0].served
-        about = {"version": ossia.__version__, "dtype": first.dtype, "context_length": first.max_length}
+        about = {"version": ossia.__version__, "dtype": server.models[0].served.dtype}
         return Json({**about, "models": [_about(server.find(name), name) for name in server.names]})
 
     @app.get("/health")
@@ -212,9 +211,11 @@ def _model(hosted: Hosted, name: str) -> dict[str, Any]:
 
 def _about(hosted: Hosted, name: str) -> dict[str, Any]:
     """What the chat page needs to know of a model or an adapter; `problem`: why its newest checkpoint isn't served."""
-    run = hosted.runs.get(name)
+    served, run = hosted.served, hosted.runs.get(name)
     followed = {} if run is None else {"step": hosted.worker.steps.get(name), "problem": run.problem}
-    return {"id": name, "adapter": name in hosted.served.adapters, "parent": _model(hosted, name)["parent"], **followed}
+    is_adapter = name in served.adapters
+    about = {"id": name, "adapter": is_adapter, "parent": served.name if is_adapter else None}
+    return {**about, "context_length": served.max_length, **followed}
 
 
 def _turn(vocab: Vocabulary, job: Job) -> Turn:
@@ -313,8 +314,8 @@ class Gate:
         return None
 
 
-_QUIET = ("/health", "/metrics")
-_ROUTES = ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/models", "/v1/ossia/info", *_QUIET, "/")
+_QUIET = ("/health", "/metrics", "/v1/ossia/info")  # asked for again and again by programs
+_ROUTES = ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/models", *_QUIET, "/")
 
 
 def _route_of(scope: Scope) -> str:

@@ -311,6 +311,26 @@ def test_conversations_are_listed_opened_deleted_and_brought_back(page: Page) ->
     assert page.texts(".conversation .title") == ["count", "hi"]
 
 
+def test_a_model_that_is_chosen_makes_no_conversation_before_anything_is_said(page: Page) -> None:
+    page.choose("select", "base")
+    page.choose("select", "talker")
+    time.sleep(1.2)  # what is changed is kept after a second
+    page.press("n", ALT)
+    assert page.texts(".conversation") == []
+
+
+def test_the_end_stays_in_sight_when_a_panel_opens_beside_it(page: Page) -> None:
+    ask(page, "hi")
+    edit(page, ".answer", {1: "many words " * 700}, "Save as a new version")
+    at_the_end = "(({ scrollTop, scrollHeight, clientHeight }) => scrollHeight - scrollTop - clientHeight < 2)"
+    page.js("find('.scroll').scrollTop = 1e6")
+    page.wait(f"{at_the_end}(find('.scroll'))")
+    page.click("#open-settings")
+    page.size(900, 700)
+    page.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert page.js(f"{at_the_end}(find('.scroll'))")
+
+
 def test_a_browser_that_keeps_nothing_is_told_so_and_can_chat_all_the_same(page: Page) -> None:
     page.call("Emulation.setDocumentCookieDisabled", disabled=True)
     page.reload()

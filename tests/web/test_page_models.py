@@ -62,7 +62,7 @@ def options(page: Page, column: int = 1) -> list[str]:
 
 
 def test_both_columns_can_have_any_model_of_the_server(page: Page, served: Live) -> None:
-    assert options(page) == ["one", "live (adapter, step 10)", "two"]
+    assert options(page) == ["one", "live · step 10", "two"]
     assert page.js("[...document.querySelectorAll('optgroup')].map((one) => one.label)") == ["one", "two"]
     page.click("#compare")
     assert options(page, 2) == options(page)
@@ -90,7 +90,7 @@ def test_an_adapter_becomes_its_runs_newest_checkpoint_and_each_answer_says_whic
     assert "adapter of one · step 10, newer ones as they come" in page.text(".empty")
     ask(page, "hi")
     run.save(80)
-    page.wait("document.querySelector('select').selectedOptions[0].textContent === 'live (adapter, step 80)'")
+    page.wait("document.querySelector('select').selectedOptions[0].textContent === 'live · step 80'")
     page.click(".answer .actions button", "Regenerate")
     page.wait("find('.answer .text')?.innerText === 'Hello!'")
     page.wait("find('.meta').innerText.startsWith('step 80 · ')")

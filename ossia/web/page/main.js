@@ -228,6 +228,7 @@ class App {
     this.store.prefer({ model });
     const isAlone = conversation.columns.length === 1;
     runs.run(node, body, this.key, () => {
+      if (node.version && node.state !== "streaming") this.readModels(); // it may be newer than the list says
       if (node.state !== "streaming" || this.conversation !== conversation) this.store.save(conversation);
       else this.saveSoon();
       this.voice.follow(node, isAlone);

@@ -57,13 +57,9 @@ function failureOf(error, about) {
  * step: of the run that an adapter follows; problem: why it isn't the newest one's.
  */
 export async function listModels(key) {
-  const options = { headers: headers(key), cache: "no-store" };
-  const [listed, about] = await Promise.all(
-    ["models", "ossia/info"].map(async (path) => (await ask(path, options)).json()),
-  );
-  const known = new Map(about.models.map((model) => [model.id, model]));
-  const models = listed.data.map(({ id, max_model_len: length }) => ({ ...known.get(id), id, length }));
-  return { models, about };
+  const response = await ask("ossia/info", { headers: headers(key), cache: "no-store" });
+  const about = await response.json();
+  return { models: about.models.map((model) => ({ ...model, length: model.context_length })), about };
 }
 
 /** The chunks of a streamed chat completion. Raises ApiFailure, or an AbortError when `signal` says so. */

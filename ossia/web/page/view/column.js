@@ -32,7 +32,13 @@ export class Column {
       this.following = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 48;
     });
     this.following = true;
+    new ResizeObserver(() => this.follow()).observe(this.scroll);
     this.drawModels();
+  }
+
+  /** Stays at the end, for as long as the reader is there. */
+  follow() {
+    if (this.following) this.scroll.scrollTop = this.scroll.scrollHeight;
   }
 
   get tree() {
@@ -51,7 +57,7 @@ export class Column {
 
   choose() {
     this.data.model = this.select.value;
-    this.app.save();
+    this.app.saveSoon();
     this.app.drawTabs();
     this.drawModels();
     this.draw();
@@ -82,7 +88,7 @@ export class Column {
     this.drawEmpty(shown.length === 0);
     this.drawAsking(path.at(-1));
     this.drawUsed(path);
-    if (this.following) this.scroll.scrollTop = this.scroll.scrollHeight;
+    this.follow();
   }
 
   drawNode(node, path) {

@@ -25,8 +25,8 @@ function missing(id) {
 }
 
 function labelOf(model) {
-  if (!model.adapter) return model.id;
-  return isFollowed(model) ? `${model.id} (adapter, step ${model.step})` : `${model.id} (adapter)`;
+  if (isFollowed(model)) return `${model.id} · step ${model.step}`;
+  return model.adapter ? `${model.id} (adapter)` : model.id;
 }
 
 /** Whether a model is the adapter of a run, whose newer checkpoints it becomes. */
