@@ -5,11 +5,12 @@ Strict, because whatever picks one of several blocks can be made to pick another
 
 from __future__ import annotations
 
+import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from ossia.rl.env import Turn, final
+from ossia.rl.env import Split, Task, Turn, final
 
 MOST_CHARACTERS = 50_000
 _FENCE = re.compile(r"^ {0,3}(`{3,}|~{3,})[ \t]*([^\n`]*?)[ \t\r]*$", re.MULTILINE)
@@ -45,6 +46,18 @@ def code_of(turn: Turn, language: str) -> Code:
         return Code(None, "other_language")
     text = answer[fences[0].end() + 1 : fences[1].start()]
     return Code(text) if len(text) <= MOST_CHARACTERS else Code(None, "too_long")
+
+
+def seeded(question: str, name: str, split: Split, seed: int) -> Iterator[Task]:
+    """Tasks that ask one question and differ by `info["seed"]`, of which their secret games or inputs are made.
+
+    Even numbers are trained, odd ones held out; `name` and the number are the task's name.
+    """
+    rng = random.Random(f"{name} {split} {seed}")
+    row = {"messages": [{"role": "user", "content": question}]}
+    while True:
+        number = rng.getrandbits(48) * 2 + (split == "eval")
+        yield Task(row, {"seed": number}, f"{name} {number}")
 
 
 def answered(code: str, language: str) -> Turn:

@@ -3,7 +3,8 @@
 The game is played here, in the parent; the program gets plain rows and answers with a letter, so there is no board in
 its reach but copies, and no random state at all. The score's logarithm is scaled between that of random play (0) and
 that of an expectimax search (1), as `benchmarks/game2048.py` measured them: BASELINES. The score and not the largest
-tile, because the tile takes five or six values, and one lucky merge doubles it.
+tile, because it tells players apart better: from random play to the rule "left, up, right, down" its logarithm rises by
+1.35 times its spread from game to game on the usual board, the tile's by 0.94 times.
 """
 
 from __future__ import annotations
@@ -13,12 +14,11 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import count
 from typing import Any
 
 from ossia.errors import RecipeError
 from ossia.rl.env import OneStep, Split, Task, Turn
-from ossia.rl.envs.code import answered, code_of, unusable
+from ossia.rl.envs.code import answered, code_of, seeded, unusable
 from ossia.rl.jail import Jail, Jails, Limits
 
 Row = tuple[int, ...]
@@ -28,18 +28,18 @@ MOVES = "WASD"
 MOST_MOVES = 1000  # of one game
 # log2(1 + score) after at most MOST_MOVES moves, by the side of the board: (random play, expectimax).
 # Mean of 1,000 and of 40 games: python -m benchmarks.game2048, benchmarks/results/game2048.json
-BASELINES = {3: (7.0, 10.0), 4: (9.9, 14.2)}
+BASELINES = {3: (7.25, 11.41), 4: (9.97, 14.18)}
 _CALL_S = 0.2
 _MEMORY_BYTES = 128 << 20
 
 _PROMPT = """\
 Write a Python function `strategy(board)` that plays the game 2048 on a board of {size} by {size}.
 
-`board` is a list of {size} rows of {size} whole numbers, 0 where a cell is empty. The function returns the next move as a \
-text: "W" (up), "A" (left), "S" (down) or "D" (right). After each move a new tile, 2 or sometimes 4, appears in an empty \
-cell. It is called once for every move of a game; a game ends when no move is left, after {most} moves, or at once when \
-the function returns anything else, a move that changes nothing on the board, raises an error or takes too long \
-({seconds:g} s of CPU for a whole game). The higher the score at the end, the better; several games are played.
+`board` is a list of {size} rows of {size} whole numbers, 0 where a cell is empty. The function returns the next move \
+as a text: "W" (up), "A" (left), "S" (down) or "D" (right). After each move a new tile, 2 or sometimes 4, appears in \
+an empty cell. It is called once for every move of a game; a game ends when no move is left, after {most} moves, or at \
+once when the function returns anything else, a move that changes nothing on the board, raises an error or takes too \
+long ({seconds:g} s of CPU for a whole game). The higher the score at the end, the better; several games are played.
 
 The standard library can be imported; files and the network can't be reached. Answer with one block of Python code, \
 ```python ... ```, that defines the function."""
@@ -180,12 +180,8 @@ class Game2048:
 
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:
         """See Env. One question; the tasks differ by their games."""
-        rng = random.Random(f"2048 {split} {seed}")
-        text = _PROMPT.format(size=self.size, most=MOST_MOVES, seconds=self.seconds)
-        for _ in count():
-            number = rng.getrandbits(48) * 2 + (split == "eval")
-            row = {"messages": [{"role": "user", "content": text}]}
-            yield Task(row, {"seed": number}, f"2048 {self.size}x{self.size} games {number}")
+        question = _PROMPT.format(size=self.size, most=MOST_MOVES, seconds=self.seconds)
+        return seeded(question, f"2048 {self.size}x{self.size}, games", split, seed)
 
     def open(self, task: Task, seed: int) -> OneStep:
         """See Env."""
