@@ -14,10 +14,19 @@ from typing import Any
 from ossia.config.keys import nearest
 from ossia.errors import RecipeError
 from ossia.rl.env import Env
+from ossia.rl.envs.game2048 import Game2048
+from ossia.rl.envs.matmul import Matmul
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
 from ossia.rl.jail import Jails
 
-ENVS: Mapping[str, type] = {"sort": Sort, "reverse": Reverse, "add": Add, "count": Count}
+ENVS: Mapping[str, type] = {
+    "sort": Sort,
+    "reverse": Reverse,
+    "add": Add,
+    "count": Count,
+    "game2048": Game2048,
+    "matmul": Matmul,
+}
 
 
 def make_env(name: str, options: Mapping[str, Any], jails: Jails) -> Env:
@@ -35,13 +44,15 @@ def make_env(name: str, options: Mapping[str, Any], jails: Jails) -> Env:
         raise RecipeError(f"env: no environment `{name}`{guess}\n  allowed: {names}, or `file.py:name` of your own")
     allowed = {field.name: field.type for field in fields(ENVS[name])}
     held = {"jails": jails} if allowed.pop("jails", None) else {}
+    given: dict[str, Any] = {}
     for option, value in options.items():
         if option not in allowed:
             guess = _guess(option, allowed)
             raise RecipeError(f"env.{name}: unknown option `{option}`{guess}\n  allowed: {', '.join(allowed)}")
-        if type(value).__name__ != allowed[option]:
+        given[option] = float(value) if allowed[option] == "float" and type(value) is int else value
+        if type(given[option]).__name__ != allowed[option]:
             raise RecipeError(f"env.{name}: `{option}` is {value!r}; expected: {allowed[option]}")
-    return ENVS[name](**options, **held)
+    return ENVS[name](**given, **held)
 
 
 def _guess(word: str, candidates: Iterable[str]) -> str:
