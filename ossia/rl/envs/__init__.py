@@ -14,6 +14,7 @@ from typing import Any
 from ossia.config.keys import nearest
 from ossia.errors import RecipeError
 from ossia.rl.env import Env
+from ossia.rl.envs import gym
 from ossia.rl.envs.math import Math
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
 from ossia.rl.jail import Jails
@@ -24,6 +25,7 @@ ENVS: Mapping[str, Callable[..., Env]] = {
     "add": Add,
     "count": Count,
     "math": Math,
+    "reasoning_gym": gym.make,
 }
 
 
