@@ -1,8 +1,9 @@
-"""Own verdicts for tasks of reasoning-gym whose scorers can't be used, and what an answer may be made of for two others.
+"""Own verdicts for tasks of reasoning-gym whose scorers can't be used, and which answers the others may see.
 
 Of the scorers of version 0.1.25, nine execute the answer (`eval`, sympy's `parse_expr`): a program in the scorer's own
-process can name its own reward, in a jail too. Two more pay for what is no answer: `game_of_life_halting` compares
-truth values of text, so that any text is right, and `coin_flip` takes 0 for every small probability.
+process can name its own reward, in a jail too. Five more pay for what is no answer: `game_of_life_halting` compares
+truth values of text, so that any text is right, `coin_flip` takes 0 for every small probability, and `spell_backward`,
+`letter_jumble` and `time_intervals` read as much as they like of several answers.
 Each check gets the answer and the entry, and is exact. Integrals have no short exact check: there the answer's
 characters and names are restricted to those of a formula before sympy reads it, in the jail.
 """
@@ -16,17 +17,27 @@ from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
+from ossia.rl.envs.math.number import read_number
+from ossia.rl.envs.math.text import clean
+
 Entry = Mapping[str, Any]
 _MOST = 400  # characters of an answer that is read here
 _FORMULA = re.compile(r"[0-9A-Za-z\s+*/^().-]*")
 _FUNCTIONS = {"sin", "cos", "tan", "exp", "log", "sqrt", "asin", "acos", "atan", "sinh", "cosh", "tanh", "pi", "C"}
 _TERM = re.compile(r"[+-]?[^+-]+")
+_SHORT = 3  # words of a reference that an answer is measured by
+_DIGITS = re.compile(r"\d+(?:\.\d+)?")
 _NOT_FINITE = re.compile(r"(?<![a-z])(?:nan|inf)", re.IGNORECASE)
 
 
 def as_written(answer: str, entry: Entry) -> bool:
     """The very text, line by line; spaces around a line don't count."""
     return _lines(answer) == _lines(entry["answer"])
+
+
+def words_as_written(answer: str, entry: Entry) -> bool:
+    """The very words, in small or large letters."""
+    return answer.casefold().split() == entry["answer"].casefold().split()
 
 
 def one_of_the_boards(answer: str, entry: Entry) -> bool:
@@ -60,11 +71,14 @@ CHECKS: Mapping[str, Callable[[str, Entry], bool]] = {
     "coin_flip": probability,
     "countdown": countdown,
     "game_of_life_halting": as_written,
+    "letter_jumble": words_as_written,
     "n_queens": one_of_the_boards,
     "polynomial_multiplication": expanded,
     "puzzle24": puzzle24,
+    "spell_backward": as_written,
     "spiral_matrix": as_written,
     "string_insertion": as_written,
+    "time_intervals": as_written,
 }
 FORMULAS = ("simple_integration", "intermediate_integration")  # their scorers run on what `is_formula` lets through
 
@@ -77,12 +91,27 @@ def is_formula(answer: str, entry: Entry) -> bool:
     if len(answer) > _MOST or not _FORMULA.fullmatch(answer):
         return False
     names = set(re.findall(r"[A-Za-z]+", answer))
-    return names <= _FUNCTIONS | {entry["metadata"]["variable"]} and not re.search(r"\.\s*[A-Za-z(]|[)A-Za-z]\s*\.", answer)
+    return names <= _FUNCTIONS | {entry["metadata"]["variable"]} and not re.search(
+        r"\.\s*[A-Za-z(]|[)A-Za-z]\s*\.", answer
+    )
 
 
-def not_finite(answer: str) -> bool:
-    """Whether an answer says `nan` or `inf`: no distance from these is large, and some scorers pay for that."""
-    return bool(_NOT_FINITE.search(answer))
+def is_one_answer(answer: str, gold: str | None) -> bool:
+    """Whether an answer is one only, as far as the reference tells: `6 or 7` may hit what a scorer looks for.
+
+    Instead of a number there is a number, and instead of three words or fewer no more of them, with as many numbers.
+    `nan` and `inf` are none: no distance from these is large, and some scorers pay for that.
+    """
+    if gold is None or answer == gold:
+        return True
+    if _NOT_FINITE.search(answer):
+        return False
+    if read_number(clean(gold)) is not None:
+        return read_number(clean(answer)) is not None
+    words, most = len(answer.split()), len(gold.split())
+    if most > _SHORT:
+        return True
+    return words <= most and len(_DIGITS.findall(answer)) == len(_DIGITS.findall(gold))
 
 
 def _lines(text: str) -> list[str]:

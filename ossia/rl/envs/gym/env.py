@@ -22,7 +22,7 @@ from typing import Any
 from ossia.config.keys import nearest
 from ossia.errors import MissingExtraError, RecipeError
 from ossia.rl.env import OneStep, Split, Task, Turn, final
-from ossia.rl.envs.gym.checks import CHECKS, FORMULAS, is_formula, not_finite
+from ossia.rl.envs.gym.checks import CHECKS, FORMULAS, is_formula, is_one_answer
 from ossia.rl.jail import Jail, Jails, Limits
 
 _FULL = 0.999  # a score from here on is full marks
@@ -35,8 +35,9 @@ _OURS = ("jails", "task", "instruction", "partial")
 _WARM = """
 import json, reasoning_gym
 dataset = reasoning_gym.create_dataset({task!r}, **json.loads({config!r}), seed=0, size={size})
-for index in range(3):
-    dataset.score_answer(dataset[index]["answer"] or "0", dataset[index])
+for index in range({tried}):
+    if dataset[index]["answer"] is not None:
+        dataset.score_answer(dataset[index]["answer"], dataset[index])
 reasoning_gym.of_this_jail = dataset
 """
 _SCORE = """
@@ -64,7 +65,10 @@ class ReasoningGym:
     jail: Jail | None
 
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:
-        """Endless, unless the package has only so many; a tenth of the questions, by their text, is held out."""
+        """Endless, unless the package has only so many; a tenth of the questions, by their text, is held out.
+
+        Integrals that the package itself can only write as `Integral(...)` are left out: they have no answer.
+        """
         gym = importlib.import_module("reasoning_gym")
         seeds, seen_before = random.Random(f"{split} {seed}"), -1
         seen: set[int] = set()
@@ -73,10 +77,12 @@ class ReasoningGym:
             chunk = gym.create_dataset(self.task, **self.config, seed=seeds.getrandbits(31), size=_CHUNK)
             for index in range(_CHUNK):
                 entry = chunk[index]
+                if self.task in FORMULAS and not is_formula(entry["answer"], entry):
+                    continue
                 mark = zlib.crc32(entry["question"].encode())
                 seen.add(mark)
                 if (mark % _HELD_OUT == 0) == (split == "eval"):
-                    yield self._task(entry)
+                    yield self._task(entry, chunk[(index + 1) % _CHUNK]["answer"])
 
     def open(self, task: Task, seed: int) -> OneStep:
         """See Env."""
@@ -99,22 +105,24 @@ class ReasoningGym:
         answer = entry["answer"]
         if not isinstance(answer, str) or not answer.strip():
             return final(""), ()
-        texts = ["", "nan", "0 or 1", entry["question"], f"{answer} or {entry['question']}"]
+        texts = ["", "nan", "0 or 1", "nonsense", entry["question"], f"{answer} {entry['question']}"]
+        if (other := task.info["other"]) and other.casefold() != answer.casefold():
+            texts += [f"{answer} or {other}", f"{other} or {answer}", f"{answer}\n{other}"]
         cut = Turn(final(answer).messages, None)
         return final(answer), [*(final(text) for text in texts if text.strip() != answer.strip()), cut]
 
-    def _task(self, entry: dict[str, Any]) -> Task:
+    def _task(self, entry: dict[str, Any], other: str | None) -> Task:
+        """`other` is the answer to another entry: for `examples`."""
         row: dict[str, Any] = {"messages": [{"role": "user", "content": entry["question"]}]}
         if self.instruction:
             row["developer"] = self.instruction
-        return Task(row, {"entry": entry}, entry["question"][:200])
+        return Task(row, {"entry": entry, "other": other}, entry["question"][:200])
 
     def _score(self, answer: str, entry: Mapping[str, Any]) -> tuple[float, bool]:
         """What an answer scores, 0 to 1, and whether the scorer failed at it."""
         if self.task in CHECKS:
             return float(CHECKS[self.task](answer, entry)), False
-        right = answer == entry["answer"]
-        if (not_finite(answer) and not right) or (self.task in FORMULAS and not is_formula(answer, entry)):
+        if not is_one_answer(answer, entry["answer"]) or (self.task in FORMULAS and not is_formula(answer, entry)):
             return 0.0, False
         assert self.jail is not None
         packed = base64.b64encode(pickle.dumps(dict(entry))).decode()  # as JSON, tuples and fractions would change
@@ -160,7 +168,7 @@ def make(
     _try(task, config)
     if task in CHECKS:
         return ReasoningGym(task, config, instruction, partial, None)
-    warm = _WARM.format(task=task, config=json.dumps(config), size=_CHUNK)
+    warm = _WARM.format(task=task, config=json.dumps(config), size=_CHUNK, tried=_CHUNK if task in FORMULAS else 3)
     return ReasoningGym(task, config, instruction, partial, jails.get("compute", preload=("reasoning_gym",), warm=warm))
 
 

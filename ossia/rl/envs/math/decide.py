@@ -18,14 +18,16 @@ _WORD = re.compile(r"[A-Za-z][A-Za-z' -]*[A-Za-z]|\(?[A-Z]\)?")
 _ALLOWED = re.compile(r"[0-9A-Za-z\s+\-*/^_{}()\[\]|.,=<>\\:;!%]*")
 _COMMAND = re.compile(r"\\([A-Za-z]+)")
 _HARMLESS = {"frac", "cdot", "times", "le", "leq", "ge", "geq", "lt", "gt", "cup", "infty"}
-_UNDONE = re.compile(r"\d\s*(?:[-+*/]|\\cdot|\\times|\\div)\s*\d")
+_UNDONE = re.compile(r"(?<![\w^{}])\d+\s*[-+/]\s*\d+(?![\w\\({^])|\d\s*(?:\*|\\cdot|\\times|\\div)\s*\d")
 _ROOT = re.compile(r"\\sqrt\{\s*(\d+)\s*\}")
-_PRODUCT = re.compile(r"[\dA-Za-z)}]\s*(?:\*|\\cdot|\\times)?\s*\([^()]*[-+][^()]*\)|\([^()]*[-+][^()]*\)\s*[\^\dA-Za-z*\\]")
+_PRODUCT = re.compile(
+    r"[\dA-Za-z)}]\s*(?:\*|\\cdot|\\times)?\s*\([^()]*[-+][^()]*\)|\([^()]*[-+][^()]*\)\s*[\^\dA-Za-z*\\(]"
+)
 _TOWER = re.compile(r"\^\s*\{[^{}]*\^|\^[^{}\s]*\^|\*\*")
 
 
 def decide(gold: str, given: str, question: str) -> bool | None:
-    """Whether `given` is the answer `gold`, both as people write them; None: `may_verify` has passed it, ask a verifier.
+    """Whether `given` is the answer `gold`, both as people write them; None: a verifier may say (`may_verify`).
 
     question  as it was asked: its own words are no answer, and it says which units are meant
     """
@@ -35,12 +37,12 @@ def decide(gold: str, given: str, question: str) -> bool | None:
 
 
 def _decide(gold: str, given: str, question: str) -> bool | None:
-    if _squeeze(given) == _squeeze(gold):
-        return True
     number = read_number(gold)
     if number is not None:
         answer = read_number(given)
         return answer is not None and same_number(number, answer, question, given)
+    if _squeeze(given) == _squeeze(gold):
+        return True
     if _WORD.fullmatch(gold):
         return _word(gold) == _word(given)
     if restated(given, question):

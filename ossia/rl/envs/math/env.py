@@ -28,7 +28,8 @@ _LIMITS = Limits(cpu_s=1.0, wall_s=10.0, total_s=10.0, memory_bytes=512 << 20)
 # What is imported at first use has to be imported before a process locks itself in.
 _WARM = r"""
 from math_verify import parse, verify
-for gold, given in (("x^2+1", "1+x^2"), ("(1,x)", "(1,x)"), (r"2\sqrt{3}", r"\sqrt{3}\cdot 2"), (r"\{1,y\}", r"\{y,1\}"),
+for gold, given in (("x^2+1", "1+x^2"), ("(1,x)", "(1,x)"),
+                    (r"2\sqrt{3}", r"\sqrt{3}\cdot 2"), (r"\{1,y\}", r"\{y,1\}"),
                     (r"\frac{\pi}{2}", r"0.5\pi"), ("x<3", "3>x"), (r"(-\infty,2]", r"(-\infty,2]"),
                     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("3+2i", "2i+3")):
     verify(*(parse(f"${text}$", parsing_timeout=None) for text in (gold, given)), timeout_seconds=None)

@@ -1,4 +1,4 @@
-r"""A number as people write it, exactly: 1,250  -0.5  3/4  \frac{3}{4}  2\frac{1}{2}  0.\overline{3}  1.2\times 10^{5}  40%
+r"""A number as people write it, exactly: 1,250  -0.5  3/4  2\frac{1}{2}  0.\overline{3}  1.2\times 10^{5}  40%
 
 Nothing here is computed beyond that, so `3+4`, `2^{10}`, `5!` and `\sum i` are no numbers: a question written down once
 more is no answer.
@@ -29,7 +29,9 @@ _FORMS: tuple[tuple[Form, re.Pattern[str]], ...] = (
         ),
     ),
 )
-_AROUND = re.compile(r"(?P<sign>[+-]?)\s*(?P<money>[$€£]?)\s*(?P<minus>[+-]?)(?P<body>[\d.\\].*?)\s*(?P<unit>%|[a-zA-Z].*)?")
+_AROUND = re.compile(
+    r"(?P<sign>[+-]?)\s*(?P<money>[$€£]?)\s*(?P<minus>[+-]?)(?P<body>[\d.\\].*?)\s*(?P<unit>%|[a-zA-Z].*)?"
+)
 _UNIT = re.compile(r"[A-Za-z]+(?:[ /·]+[A-Za-z]+){0,3}\s*(?:\^\{[23]\})?")
 _MONEY = {"$": "dollar", "€": "euro", "£": "pound", "": ""}
 
@@ -54,7 +56,9 @@ def read_number(text: str) -> Number | None:
         parts = _AROUND.fullmatch(text)
         if parts is None:
             return None
-        body, unit = (parts["body"], parts["unit"] or "") if unit_at_all else (parts["body"] + (parts["unit"] or ""), "")
+        body, unit = (
+            (parts["body"], parts["unit"] or "") if unit_at_all else (parts["body"] + (parts["unit"] or ""), "")
+        )
         if not unit_at_all and body.endswith("%"):
             continue
         if unit and unit != "%" and not _UNIT.fullmatch(unit):
@@ -129,10 +133,9 @@ def _named(unit: str, asked: str) -> bool:
     """Whether a question names a unit."""
     if unit in ("dollar", "euro", "pound") and any(sign in asked for sign, name in _MONEY.items() if name == unit):
         return True
-    words = set(re.findall(r"[a-z]+|°", _spelt_out(asked)))
-    return all(word in words or word + "s" in words for word in re.findall(r"[a-z]+", _spelt_out(unit.casefold())))
+    words = _singulars(re.sub(r"\bangle\b|\\circ|°", " degree ", asked))
+    return set(_singulars(unit.casefold())) <= set(words)
 
 
-def _spelt_out(text: str) -> str:
-    words = re.sub(r"\b(?:degrees?|angle)\b|\\circ|°", " degree ", text)
-    return re.sub(r"(?<=[a-z]{2})s\b", "", words)
+def _singulars(text: str) -> list[str]:
+    return [re.sub(r"(?<=..)s$", "", word) for word in re.findall(r"[a-z]+", text)]

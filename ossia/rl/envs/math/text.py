@@ -1,6 +1,6 @@
 r"""An answer as text: where it stands in what was said, and one spelling for what is written in several.
 
-    "So the sum is \boxed{\dfrac12}."  ->  \frac{1}{2}          "$1{,}250$."  ->  1,250
+"So the sum is \boxed{\dfrac12}."  ->  \frac{1}{2}          "$1{,}250$."  ->  1,250
 """
 
 from __future__ import annotations
