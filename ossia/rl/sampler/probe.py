@@ -118,7 +118,7 @@ class _Probe:
         return [(by_number[number], answer) for number, answer in self._sampler.answers()]
 
     def _mismatch(self, lora: Lora | None, asked: Asked) -> float:
-        """Nats a token by which the sampler diverges from the trainer with that adapter; see `ops.policy.divergence`."""
+        """Nats a token between sampler and trainer, both with that adapter; see `ops.policy.divergence`."""
         model = Transformer(self._model.weights, lora=lora, backend=self._model.backend)
         theirs = torch.tensor([one for _, answer in asked for one in answer.logprobs])
         ours = torch.cat(forward_logprobs(model, [_pack(*one) for one in asked])).cpu()
