@@ -17,6 +17,7 @@ from ossia.rl.env import Env
 from ossia.rl.envs.game2048 import Game2048
 from ossia.rl.envs.matmul import Matmul
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
+from ossia.rl.envs.tool_python import ToolPython
 from ossia.rl.jail import Jails
 
 ENVS: Mapping[str, type] = {
@@ -26,6 +27,7 @@ ENVS: Mapping[str, type] = {
     "count": Count,
     "game2048": Game2048,
     "matmul": Matmul,
+    "tool_python": ToolPython,
 }
 
 
