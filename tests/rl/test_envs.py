@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import pytest
 from ossia.errors import RecipeError, RewardError
 from ossia.harmony import Message
 from ossia.rl.env import Env, OneStep, Split, Task, Turn, final, validate
-from ossia.rl.envs import ENVS, make_env
+from ossia.rl.envs import make_env
 from ossia.rl.jail import Jails
+
+PROCEDURAL = ("sort", "reverse", "add", "count")
 
 
 @pytest.fixture(scope="module")
@@ -22,10 +25,14 @@ def jails() -> Iterator[Jails]:
 
 
 def reward_of(env: Env, task: Task, turn: Turn) -> float:
-    return env.open(task, 0).step(turn).reward
+    with closing(env.open(task, 0)) as episode:
+        return episode.step(turn).reward
 
 
-@pytest.mark.parametrize("name", ENVS)
+CODE = ("game2048", "matmul")  # a program, by how well it does
+
+
+@pytest.mark.parametrize("name", PROCEDURAL)
 def test_the_right_answer_earns_everything_and_corrupted_ones_less(name: str, jails: Jails) -> None:
     env = make_env(name, {}, jails)
     for task in islice(env.tasks("train", 0), 50):
@@ -34,7 +41,16 @@ def test_the_right_answer_earns_everything_and_corrupted_ones_less(name: str, ja
         assert max(reward_of(env, task, turn) for turn in wrong) == 0.0
 
 
-@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("name", CODE)
+def test_the_right_program_earns_something_and_corrupted_ones_nothing(name: str, jails: Jails) -> None:
+    env = make_env(name, {}, jails)
+    task = next(env.tasks("train", 0))
+    right, wrong = env.examples(task)
+    assert 0.0 < reward_of(env, task, right) <= 1.0
+    assert [reward_of(env, task, turn) for turn in wrong] == [0.0] * len(wrong)
+
+
+@pytest.mark.parametrize("name", [*PROCEDURAL, *CODE])
 def test_tasks_are_the_seeds_and_held_out_ones_are_never_trained(name: str, jails: Jails) -> None:
     env = make_env(name, {}, jails)
 
@@ -54,15 +70,11 @@ def test_a_held_out_set_of_digits_is_not_trained_in_another_order() -> None:
     assert not trained & held_out
 
 
-def answers(env: Env) -> Iterator[tuple[Task, str]]:
-    task = next(env.tasks("train", 0))
-    yield task, task.info["answer"]
-
-
-@pytest.mark.parametrize("name", ENVS)
+@pytest.mark.parametrize("name", [*PROCEDURAL, *CODE])
 def test_only_one_final_message_that_ends_the_turn_is_an_answer(name: str, jails: Jails) -> None:
     env = make_env(name, {}, jails)
-    task, right = next(answers(env))
+    task = next(env.tasks("train", 0))
+    right = env.examples(task)[0].messages[-1].content
     said = Message("assistant", right, channel="final")
     call = Message("assistant", "{}", channel="commentary", recipient="functions.f")
     for turn in (
@@ -74,7 +86,7 @@ def test_only_one_final_message_that_ends_the_turn_is_an_answer(name: str, jails
         Turn((said,), "<|return|>", ("a special token inside a message",)),
     ):
         assert reward_of(env, task, turn) == 0.0
-    assert reward_of(env, task, final(right, thinking="So.")) == 1.0
+    assert reward_of(env, task, final(right, thinking="So.")) > 0.0
 
 
 @pytest.mark.parametrize(
@@ -84,6 +96,7 @@ def test_only_one_final_message_that_ends_the_turn_is_an_answer(name: str, jails
         ("sort", {"m": 3}, "unknown option `m`"),
         ("sort", {"n": "6"}, "`n` is '6'; expected: int"),
         ("sort", {"n": 10}, "`n` is 10; allowed: 2 to 9"),
+        ("math", {"answer": "solution"}, "`options.data` is missing"),
         ("nowhere.py:make", {}, "nowhere.py is no file"),
         ("math:no_such_thing", {}, "math has no `no_such_thing`"),
         ("no_such_module:make", {}, "no_such_module can't be imported"),
