@@ -15,6 +15,7 @@ from ossia.config.keys import nearest
 from ossia.errors import RecipeError
 from ossia.rl.env import Env
 from ossia.rl.envs.game2048 import Game2048
+from ossia.rl.envs.kernel_c import KernelC
 from ossia.rl.envs.matmul import Matmul
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
 from ossia.rl.envs.tool_python import ToolPython
@@ -28,6 +29,7 @@ ENVS: Mapping[str, type] = {
     "game2048": Game2048,
     "matmul": Matmul,
     "tool_python": ToolPython,
+    "kernel_c": KernelC,
 }
 
 
@@ -44,7 +46,7 @@ def make_env(name: str, options: Mapping[str, Any], jails: Jails) -> Env:
     if name not in ENVS:
         guess, names = _guess(name, ENVS), ", ".join(ENVS)
         raise RecipeError(f"env: no environment `{name}`{guess}\n  allowed: {names}, or `file.py:name` of your own")
-    allowed = {field.name: field.type for field in fields(ENVS[name])}
+    allowed = {field.name: field.type for field in fields(ENVS[name]) if field.init}
     held = {"jails": jails} if allowed.pop("jails", None) else {}
     given: dict[str, Any] = {}
     for option, value in options.items():
