@@ -17,13 +17,14 @@ from ossia.web.protocol.chat import Usage
 from ossia.web.protocol.errors import ApiError
 from ossia.web.protocol.prompts import Job
 from ossia.web.protocol.turn import End, Piece, PlainTurn, Turn
-from ossia.web.worker import Accepted, Event, Failed, Worker
+from ossia.web.worker import Accepted, Echoed, Event, Failed, Worker
 
 
 class Answer(Protocol):
     """How a route writes its answer."""
 
     named: bool
+    fingerprint: str | None  # what the answer comes from, where that changes: OpenAI's `system_fingerprint`
 
     def begin(self) -> list[dict[str, Any]]:
         """The first events of a stream."""
@@ -61,7 +62,7 @@ class Generation:
 
     def __init__(self, worker: Worker, job: Job, turns: Sequence[Turn | PlainTurn]) -> None:
         self._worker, self._job, self._turns = worker, job, turns
-        self._ticket = worker.submit(job.requests)
+        self._ticket = worker.submit(job.requests, job.echo)
 
     @property
     def usage(self) -> Usage:
@@ -69,12 +70,14 @@ class Generation:
         sampled = sum(turn.num_tokens for turn in self._turns)
         return Usage(self._job.prompts, sampled, sum(turn.num_reasoning for turn in self._turns))
 
-    async def accepted(self) -> None:
+    async def accepted(self, answer: Answer) -> None:
         """Wait until the engine has taken it. Raises ApiError if it doesn't."""
         event = await self._ticket.events.get()
         if isinstance(event, Failed):
             raise event.error
         assert isinstance(event, Accepted), event
+        if event.step is not None:
+            answer.fingerprint = f"step-{event.step}"
         self._worker.metrics.prompt(self._job.prompts)
 
     async def parts(self) -> AsyncIterator[tuple[int, list[Piece], End | None]]:
@@ -108,6 +111,10 @@ class Generation:
             turn = self._turns[event.choice]
             if turn.end is not None:
                 continue
+            if isinstance(event, Echoed):
+                assert isinstance(turn, PlainTurn)
+                found.setdefault(event.choice, []).extend(turn.echo(event.prompt, event.whole))
+                continue
             found.setdefault(event.choice, []).extend(turn.push(event.token))
             if turn.end is not None:
                 self._worker.cancel(self._ticket, event.choice)  # the engine doesn't know of stop texts
@@ -118,7 +125,7 @@ async def answer_whole(generation: Generation, answer: Answer, receive: Receive)
     """The answer as one object. Raises ApiError; asyncio.CancelledError when nobody waits for it any more."""
 
     async def work() -> Response:
-        await generation.accepted()
+        await generation.accepted(answer)
         async for index, pieces, end in generation.parts():
             answer.take(index, pieces, end)
         return Json(answer.whole(generation.usage))
@@ -159,7 +166,7 @@ class Events(StreamingResponse):
 async def answer_stream(generation: Generation, answer: Answer) -> Response:
     """The answer as events, once the engine has taken it. Raises ApiError if it doesn't."""
     try:
-        await generation.accepted()
+        await generation.accepted(answer)
     except ApiError:
         generation.close()
         raise

@@ -27,6 +27,7 @@ from ossia.rl.envs.tool_python import ToolEpisode, ToolPython, call, code_called
 from ossia.rl.jail import Jails
 from ossia.rl.judge import Judge
 from ossia.rl.rollout import Limits, Rollout, Trajectory
+from ossia.rl.sampler import EngineSampler
 from ossia.rl.tasks import NamedEnv, TaskStream
 
 
@@ -223,8 +224,8 @@ def scripted(recipe_of: RecipeOf, env: ToolPython) -> tuple[Vocabulary, list[lis
 
     session = Scripted(Engine(model, vocab=vocab, max_batch=4).session(), model.arch.vocab_size, say)
     judge = Judge(2, 30.0)
-    rollout = Rollout(session, vocab, judge, Limits(400, 4, 4096), routes=True)
-    groups = rollout.sample(asked, 2, seed_of=lambda t: t.sample)
+    rollout = Rollout(EngineSampler(session), vocab, judge, Limits(400, 4, 4096), routes=True)
+    groups = rollout.sample(asked, 2, version=0, seed_of=lambda t: t.sample)
     judge.close()
     return vocab, groups, recipe
 

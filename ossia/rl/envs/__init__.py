@@ -6,7 +6,7 @@ import importlib
 import importlib.util
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import fields
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,20 +14,24 @@ from typing import Any
 from ossia.config.keys import nearest
 from ossia.errors import RecipeError
 from ossia.rl.env import Env
+from ossia.rl.envs import gym
 from ossia.rl.envs.game2048 import Game2048
 from ossia.rl.envs.kernel_c import KernelC
+from ossia.rl.envs.math import Math
 from ossia.rl.envs.matmul import Matmul
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
 from ossia.rl.envs.tool_python import ToolPython
 from ossia.rl.jail import Jails
 
-ENVS: Mapping[str, type] = {
+ENVS: Mapping[str, Callable[..., Env]] = {
     "sort": Sort,
     "reverse": Reverse,
     "add": Add,
     "count": Count,
     "game2048": Game2048,
     "matmul": Matmul,
+    "math": Math,
+    "reasoning_gym": gym.make,
     "tool_python": ToolPython,
     "kernel_c": KernelC,
 }
@@ -46,8 +50,12 @@ def make_env(name: str, options: Mapping[str, Any], jails: Jails) -> Env:
     if name not in ENVS:
         guess, names = _guess(name, ENVS), ", ".join(ENVS)
         raise RecipeError(f"env: no environment `{name}`{guess}\n  allowed: {names}, or `file.py:name` of your own")
-    allowed = {field.name: field.type for field in fields(ENVS[name]) if field.init}
-    held = {"jails": jails} if allowed.pop("jails", None) else {}
+    maker = ENVS[name]
+    if not (isinstance(maker, type) and is_dataclass(maker)):
+        return maker(jails=jails, **options)  # it has an option of its own for whatever is asked, and checks them
+    asked = {field.name: field for field in fields(maker) if field.init}
+    held = {"jails": jails} if asked.pop("jails", None) else {}
+    allowed = {option: field.type for option, field in asked.items()}
     given: dict[str, Any] = {}
     for option, value in options.items():
         if option not in allowed:
@@ -56,7 +64,10 @@ def make_env(name: str, options: Mapping[str, Any], jails: Jails) -> Env:
         given[option] = float(value) if allowed[option] == "float" and type(value) is int else value
         if type(given[option]).__name__ != allowed[option]:
             raise RecipeError(f"env.{name}: `{option}` is {value!r}; expected: {allowed[option]}")
-    return ENVS[name](**given, **held)
+    missing = [option for option, field in asked.items() if field.default is MISSING and option not in options]
+    if missing:
+        raise RecipeError(f"env.{name}: `options.{missing[0]}` is missing\n  allowed: {', '.join(allowed)}")
+    return maker(**given, **held)
 
 
 def _guess(word: str, candidates: Iterable[str]) -> str:

@@ -14,7 +14,7 @@ import pytest
 
 from ossia.rl.jail import Jail, JailError, Limits
 
-QUICK = Limits(cpu_s=0.2, wall_s=0.4)
+QUICK = Limits(cpu_s=0.2, wall_s=1.5)  # a busy machine takes its time to give a process 0.2 s
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,8 @@ def test_what_is_not_plain_is_refused_before_it_is_sent(jail: Jail, value: objec
     ],
 )
 def test_each_way_to_fail_is_told_and_the_jail_goes_on(jail: Jail, body: str, failure: str, words: str) -> None:
-    with jail.open(f"def f():\n {body}", QUICK) as program:
+    limits = Limits(cpu_s=0.2, wall_s=30.0) if words == "CPU" else QUICK  # a busy machine gives it little of its time
+    with jail.open(f"def f():\n {body}", limits) as program:
         outcome = program.call("f")
         assert (outcome.value, outcome.failure) == (None, failure), outcome
         assert words in outcome.detail
@@ -89,8 +90,9 @@ def test_code_that_cannot_be_loaded_says_why_and_every_call_repeats_it(jail: Jai
 
 
 def test_a_call_is_stopped_close_to_its_limit_of_cpu_or_of_time(jail: Jail) -> None:
-    for body, seconds in (("while True: pass", 0.2), ("__import__('time').sleep(9)", 0.4)):
+    for body, seconds in (("while True: pass", 0.2), ("__import__('time').sleep(9)", 1.5)):
         with jail.open(f"def f():\n {body}", QUICK) as program:
+            assert program.failure is None
             start = time.monotonic()
             assert program.call("f").failure == "timeout"
             assert seconds * 0.9 < time.monotonic() - start < seconds + 2
@@ -101,7 +103,7 @@ def test_bytes_that_drip_do_not_extend_a_call(jail: Jail) -> None:
     with jail.open(code, QUICK) as program:
         start = time.monotonic()
         assert program.call("f").failure == "timeout"
-        assert time.monotonic() - start < 2
+        assert time.monotonic() - start < 4
 
 
 def test_many_short_calls_together_are_stopped_by_the_total(jail: Jail) -> None:
