@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -12,7 +15,7 @@ import pytest
 from ossia.errors import RecipeError, RewardError
 from ossia.harmony import Message
 from ossia.rl.env import Env, OneStep, Split, Task, Turn, final, validate
-from ossia.rl.envs import make_env
+from ossia.rl.envs import ENVS, make_env
 from ossia.rl.jail import Jails, probe_level
 
 EXACT = ("sort", "reverse", "add", "count", "tool_python")  # one right text, worth 1
@@ -139,3 +142,20 @@ def test_an_environment_that_pays_for_a_corrupted_answer_is_found_out(jails: Jai
     assert validate(make_env("sort", {}, jails), "sort", seed=0, most=5) == 5
     with pytest.raises(RewardError, match="task 'sum': a corrupted answer earns 1, the right one 1\n  found: '5'"):
         validate(Generous(), "generous", seed=0, most=3)
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_every_environment_and_option_stands_on_the_page_with_its_default(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "environments.md").read_text(encoding="utf-8")
+    sections = [section for section in page.split("\n## ") if re.search(rf"\b{name}\b", section.splitlines()[0])]
+    (section,) = sections
+    assert f"`{name}`" in page
+    maker = ENVS[name]
+    if name == "reasoning_gym":
+        options = {option: one.default for option, one in inspect.signature(maker).parameters.items()}
+        del options["jails"], options["config"]
+    else:
+        options = {one.name: one.default for one in fields(maker) if one.init and one.name != "jails"}
+    for option, default in options.items():
+        short = isinstance(default, (int, float)) and not isinstance(default, bool)
+        assert (f"`{option}` ({default})" if short else f"`{option}") in section, option

@@ -178,7 +178,7 @@ def test_products_in_float32_pass_whatever_the_order_of_their_sums_and_coarser_o
         ({"most": 2000}, "`most` is 2000; allowed: 32 to 1024"),
         ({"rounds": 1}, "`rounds` is 1; allowed: 3 to 64"),
         ({"goal": 1}, "`goal` is 1; allowed: 1.5 to 1000"),
-        ({"_plain": []}, "unknown option `_plain`"),
+        ({"_plain": b""}, "unknown option `_plain`"),
     ],
 )
 def test_an_option_out_of_its_range_is_told(env: KernelC, options: dict, words: str) -> None:

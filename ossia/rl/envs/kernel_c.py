@@ -125,7 +125,7 @@ class KernelC:
     most: int = 256
     rounds: int = 7
     goal: float = 12.0
-    _plain: list[bytes] = field(default_factory=list, init=False, repr=False)
+    _plain: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         if not 32 <= self.most <= 1024:
@@ -140,7 +140,7 @@ class KernelC:
                 "env.kernel_c: three plain loops can't be compiled: is there a gcc?\n"
                 "  next: install it (apt-get install gcc), or take kernel_c out of the recipe"
             )
-        self._plain.append(compiled)
+        object.__setattr__(self, "_plain", compiled)
 
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:
         """See Env. One question; the tasks differ by their matrices."""
@@ -186,7 +186,7 @@ class KernelC:
         jail, calls = self._jail(), []
         with ExitStack() as held:
             buffers, programs = Buffers(held, self.most), []
-            for which, content in enumerate((self._plain[0], compiled)):
+            for which, content in enumerate((self._plain, compiled)):
                 shared = {**buffers.shared(which), "kernel": held.enter_context(library(content))}
                 programs.append(held.enter_context(jail.open(_PROGRAM, _RUNNING, shared=shared)))
             meters = [Meter(program) for program in programs]
