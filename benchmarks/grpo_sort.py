@@ -21,7 +21,7 @@ from typing import Any
 from benchmarks.common import ROOT, where, write_result
 
 PACKAGES = ("torch", "tokenizers", "numpy", "safetensors")
-START_STEPS, STEPS, GOAL = 200, 60, 0.85
+START_STEPS, STEPS, GOAL = 200, 320, 0.85
 RECIPE = ROOT / "recipes" / "grpo-sort.yaml"
 
 

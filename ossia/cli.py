@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ossia.cli_llama import LlamaGiven, is_gguf, runs_llama, with_llama_options
+from ossia.cli_llama import LlamaGiven, is_gguf, is_gguf_alone, runs_llama, with_llama_options
 from ossia.errors import OssiaError, UserError
 
 if TYPE_CHECKING:
@@ -416,10 +416,10 @@ def score(
 @command("serve")
 @with_llama_options
 def serve(
-    model: ModelName,
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folders, hub names or NAME=MODEL; or x.gguf.")],
     adapters: Annotated[
         list[str] | None,
-        typer.Option("--adapter", metavar="NAME=DIR", help="An adapter that requests choose by NAME; several may be."),
+        typer.Option("--adapter", metavar="NAME=DIR", help="An adapter, by NAME; several may be. A run is followed."),
     ] = None,
     host: Annotated[str, typer.Option("--host", help="The address to listen on; this machine alone if left out.")] = (
         "127.0.0.1"
@@ -440,7 +440,7 @@ def serve(
     device: DeviceOption = Device.auto,
     llama: LlamaGiven = MappingProxyType({}),
 ) -> None:
-    """Serve a model over HTTP. OpenAI's interface and a chat page; one SIGTERM or Ctrl-C drains, two stop."""
+    """Serve models over HTTP. OpenAI's interface and a chat page; one SIGTERM or Ctrl-C drains, two stop."""
     placed = (dtype, weights, device) != (Dtype.bfloat16, Weights.auto, Device.auto)
     batched = (max_batch, max_queue, max_length, drain) != (64, 256, None, 30.0)
     not_for_gguf = {
@@ -448,11 +448,11 @@ def serve(
         "--dtype, --weights or --device": placed,
         "--max-batch, --max-queue, --max-length or --drain": batched,
     }
-    if is_gguf(model, llama, not_for_gguf):
+    if is_gguf_alone(models, llama, not_for_gguf):
         with importing():
             from ossia.web.gguf import LlamaOptions, run_gguf_server
 
-        run_gguf_server(model, LlamaOptions(**llama), host=host, port=port, api_key=api_key)
+        run_gguf_server(models[0], LlamaOptions(**llama), host=host, port=port, api_key=api_key)
         return
     with importing():
         from ossia.web import check_installed
@@ -462,7 +462,7 @@ def serve(
         from ossia.web.serve import run_server
 
     run_server(
-        model,
+        models,
         adapters=adapters or (),
         host=host,
         port=port,

@@ -99,3 +99,12 @@ def is_gguf(model: str, llama: LlamaGiven, not_for_gguf: Mapping[str, bool]) -> 
             f"{wrong[0]}: not for {model}, which llama.cpp runs; leave it out\n  allowed: what --help marks GGUF"
         )
     return gguf
+
+
+def is_gguf_alone(models: Sequence[str], llama: LlamaGiven, not_for_gguf: Mapping[str, bool]) -> bool:
+    """`is_gguf` of all that one server is asked to serve. Raises UserError also for a file that isn't alone."""
+    found = [is_gguf(model, llama, not_for_gguf) for model in models]
+    if any(found) and len(models) > 1:
+        file = models[found.index(True)]
+        raise UserError(f"{file}: llama.cpp's server has one model\n  next: start another server for it")
+    return found[0]

@@ -1,6 +1,6 @@
 """Generation for many requests at once, from the same weights and the live adapter that training uses."""
 
-from ossia.engine.engine import Engine, completion
+from ossia.engine.engine import Engine, completion, default_cache_bytes
 from ossia.engine.request import Completion, Constraint, Finish, Request, Token, harmony_stops
 from ossia.engine.sampler import Sampling
 from ossia.engine.session import Session
@@ -15,5 +15,6 @@ __all__ = [
     "Session",
     "Token",
     "completion",
+    "default_cache_bytes",
     "harmony_stops",
 ]

@@ -44,6 +44,9 @@ class Decoder(Protocol):
     def refresh(self) -> None:
         """Weights or adapters have changed, as an optimizer changes them: read them again."""
 
+    def use(self, adapters: Sequence[Lora | None]) -> None:
+        """Other adapters from now on, by their places; the first is the model's own. Refreshes."""
+
     def forward(
         self, x_BD: Tensor, position_B: Tensor, adapter_B: Sequence[int], routes_LBk: Tensor | None = None
     ) -> Tensor:
@@ -107,10 +110,16 @@ class TorchDecoder:
         grouped: bool | None = None,
     ) -> None:
         self._grouped = keeps_experts(model) and (model.device.type == "cuda" if grouped is None else grouped)
-        others = [Transformer(model.weights, lora=lora, backend=model.backend) for lora in adapters[1:]]
-        self._models, self._lanes = [model, *others], list(lanes)
+        self._models, self._lanes = [model], list(lanes)
         self._layers: list[list[DecodeLayer]] = []
         self._tables = (torch.empty(0), torch.empty(0))
+        self.use(adapters)
+
+    def use(self, adapters: Sequence[Lora | None]) -> None:
+        """See `Decoder.use`."""
+        model = self._models[0]
+        others = [Transformer(model.weights, lora=lora, backend=model.backend) for lora in adapters[1:]]
+        self._models = [model, *others]
         self.refresh()
 
     def refresh(self) -> None:

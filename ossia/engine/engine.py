@@ -65,9 +65,7 @@ class Engine:
         self.model, self.vocab, self.adapters = model, vocab, dict(adapters or {})
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self._int8, self._decoder = cache_dtype == "int8", decoder
-        if cache_bytes is None and model.device.type == "cuda":
-            cache_bytes = torch.cuda.mem_get_info(model.device)[0] // 2
-        self.cache_bytes = machine_memory()[0] // 4 if cache_bytes is None else cache_bytes
+        self.cache_bytes = default_cache_bytes(model) if cache_bytes is None else cache_bytes
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """A completion of every request, in their order. Raises as `stream`."""
@@ -127,6 +125,13 @@ class Engine:
             if self._decoder == "native":
                 raise UserError(f"decoder: native can't be used here: {kernels.reason}\n  next: use auto or torch")
         return TorchDecoder(model, cache.of_layer, adapters)
+
+
+def default_cache_bytes(model: Transformer) -> int:
+    """What the cache of an engine may grow to if nothing is said: see `Engine`."""
+    if model.device.type == "cuda":
+        return torch.cuda.mem_get_info(model.device)[0] // 2
+    return machine_memory()[0] // 4
 
 
 def completion(tokens: Sequence[Token]) -> Completion:

@@ -51,6 +51,11 @@ class GraphDecoder:
         self._plain.refresh()
         self._captured.clear()
 
+    def use(self, adapters: Sequence[Lora | None]) -> None:
+        """See `Decoder.use`."""
+        self._plain.use(adapters)
+        self._captured.clear()
+
     def forward(
         self, x_BD: Tensor, position_B: Tensor, adapter_B: Sequence[int], routes_LBk: Tensor | None = None
     ) -> Tensor:

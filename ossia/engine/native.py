@@ -91,6 +91,11 @@ class NativeDecoder:
             swiglu_alpha=arch.swiglu_alpha,
         )
 
+    def use(self, adapters: Sequence[Lora | None]) -> None:
+        """See `Decoder.use`."""
+        self._adapters = list(adapters)
+        self.refresh()
+
     @torch.no_grad()
     def forward(
         self, x_BD: Tensor, position_B: Tensor, adapter_B: Sequence[int], routes_LBk: Tensor | None = None

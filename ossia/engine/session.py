@@ -94,10 +94,10 @@ class Session:
         others = [Transformer(model.weights, lora=lora, backend=model.backend) for lora in adapters.values()]
         self._models = [model, *others]
         self._adapter_of: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(adapters, start=1)}}
+        self._replaced: dict[int, str] = {}  # places of adapters that only older requests use
+        self._free: list[int] = []  # places that nothing uses
         self._prefill = Prefill(self._models, cache, decoder)
-        self._trained = list(
-            {id(t): t for one in self._models for t in one.trainable.tensors.values()}.values()
-        )  # fmt: skip
+        self._trained = _tensors(self._models)
         self._next = 0
         self._waiting: deque[_Sequence] = deque()
         self._paused: dict[int, _Sequence] = {}
@@ -146,6 +146,8 @@ class Session:
         """Drop a request: no token of it comes any more, and its blocks are free. Of a finished one: nothing."""
         self._paused.pop(number, None)
         self._take_out(number)
+        if self._replaced:
+            self._let_go()
 
     @torch.inference_mode()
     def pause(self, number: int) -> None:
@@ -161,6 +163,50 @@ class Session:
             self._waiting.appendleft(sequence)
 
     @torch.inference_mode()
+    def replace(self, name: str, lora: Lora | None) -> None:
+        """From the next request on, `name` is this adapter. Requests that are here keep the one they were added with,
+        to their end; it is let go when the last of them is done.
+
+        Raises  UserError for a name that isn't there
+        """
+        if name not in self._adapter_of:
+            raise UserError(f"no adapter {name!r} here to replace; there are: {self._names()}")
+        model = Transformer(self._model.weights, lora=lora, backend=self._model.backend)
+        if self._free:
+            place = self._free.pop()
+            self._models[place] = model
+        else:
+            place = len(self._models)
+            self._models.append(model)
+        self._replaced[self._adapter_of[name]] = name
+        self._adapter_of[name] = place
+        self._arrange()
+        self._let_go()
+
+    def is_replacing(self, name: str) -> bool:
+        """Whether requests are here that still use what `name` was before."""
+        return name in self._replaced.values()
+
+    def _arrange(self) -> None:
+        """The adapters are others: let all that reads them know. No place that a request uses has changed."""
+        self._trained = _tensors(self._models)
+        self._versions = [tensor._version for tensor in self._trained]
+        self._decoder.use([model.lora for model in self._models])
+        self._prefill.refresh()
+        self._heads.refresh()
+
+    def _let_go(self) -> None:
+        """Forget replaced adapters that no request uses any more."""
+        used = {one.adapter for one in (*self._rows, *self._waiting, *self._paused.values())}
+        unused = self._replaced.keys() - used
+        for place in unused:
+            del self._replaced[place]
+            self._free.append(place)
+            self._models[place] = Transformer(self._model.weights, backend=self._model.backend)
+        if unused:
+            self._arrange()
+
+    @torch.inference_mode()
     def step(self) -> list[Token]:
         """Prompts of what can join, then a token for every request that runs."""
         versions = [tensor._version for tensor in self._trained]
@@ -170,6 +216,12 @@ class Session:
             self._keep_prompts(set())
             self._heads.refresh()
             self._versions = versions
+        tokens = self._step()
+        if self._replaced:
+            self._let_go()
+        return tokens
+
+    def _step(self) -> list[Token]:
         first = len(self._rows)
         self._read_prompts()
         hidden = self._start()
@@ -193,14 +245,16 @@ class Session:
         if wrong:
             raise UserError(f"{where}: the model has no token {wrong[0]}; its ids are 0 to {arch.vocab_size - 1}")
         if request.adapter not in self._adapter_of:
-            names = ", ".join(name for name in self._adapter_of if name is not None) or "none"
-            raise UserError(f"{where}: no adapter {request.adapter!r} here; there are: {names}")
+            raise UserError(f"{where}: no adapter {request.adapter!r} here; there are: {self._names()}")
         if not 0 <= request.top_logprobs <= arch.vocab_size:
             raise UserError(f"{where}: top_logprobs is {request.top_logprobs}; allowed: 0 to {arch.vocab_size}")
         if request.stop_texts and self._vocab is None:
             raise UserError(f"{where}: stop texts need the engine's `vocab`, which it was made without")
         if "" in request.stop_texts:
             raise UserError(f"{where}: an empty stop text would stop everything; give at least one character")
+
+    def _names(self) -> str:
+        return ", ".join(name for name in self._adapter_of if name is not None) or "none"
 
     # --- who waits, joins and leaves
 
@@ -399,6 +453,11 @@ class Session:
         longest = max(map(len, stops)) - 1
         row.tail = said[-longest:] if longest else b""
         return any(stop in said for stop in stops)
+
+
+def _tensors(models: Sequence[Transformer]) -> list[Tensor]:
+    """What can be trained of all these, each tensor once."""
+    return list({id(tensor): tensor for one in models for tensor in one.trainable.tensors.values()}.values())
 
 
 def _masks(rows: Sequence[_Sequence], failed: dict[int, str]) -> dict[int, Tensor]:

@@ -100,10 +100,20 @@ def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
     if device.type == "cpu":
         return "bf16" if experts_bytes < machine_memory()[0] / 4 else "mmap"
     free, _ = torch.cuda.mem_get_info(device)
-    others = sum(spec.num_bytes for name, spec in checkpoint.specs.items() if ".mlp.experts." not in name)
-    if experts_bytes + others < free / 2:
+    if experts_bytes + _other_bytes(checkpoint) < free / 2:
         return "bf16"
     return "resident" if checkpoint.num_bytes < 0.9 * free else "mmap"
+
+
+def weights_bytes(weights: Weights) -> int:
+    """Bytes of a model's weights where they are: in memory, or with placement mmap in the file, read as needed."""
+    if weights.placement != "bf16":
+        return weights.checkpoint.num_bytes
+    return _other_bytes(weights.checkpoint) + expanded_expert_bytes(weights.arch, weights.dtype)
+
+
+def _other_bytes(checkpoint: Checkpoint) -> int:
+    return sum(spec.num_bytes for name, spec in checkpoint.specs.items() if ".mlp.experts." not in name)
 
 
 def expanded_expert_bytes(arch: Arch, dtype: torch.dtype) -> int:

@@ -73,6 +73,18 @@ def find_adapter(path: str | Path) -> Path:
     raise AdapterError(f"{path}: {found}\n  allowed: a run folder of `ossia train`, or a folder in PEFT's format")
 
 
+def recorded_base(path: Path) -> str | None:
+    """The model that an adapter says it was trained on, a folder or a hub name; None if it doesn't say.
+
+    path  a folder that `find_adapter` gave
+    """
+    if (path / CONFIG).is_file():
+        base = _PeftConfig.open(path / CONFIG).config.get("base_model_name_or_path")
+        return base if isinstance(base, str) and base else None
+    recipe = path.parent.parent / _RUN_RECIPE
+    return load_recipe(recipe).model if recipe.is_file() else None
+
+
 # --- writing ----------------------------------------------------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ Letters: T packed tokens, H query heads, K key-value heads, d head dimension, B 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -41,6 +42,7 @@ class Segments:
     unfold_U: Tensor | None = field(init=False, default=None)
     first_T: Tensor | None = field(init=False, default=None)
     _blocks: dict[int, Tensor] = field(init=False, default_factory=dict)
+    _families: dict[int | None, Families | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = self.starts.diff()
@@ -87,6 +89,103 @@ class Segments:
             self._blocks[window] = mask_BLL[:, None]
         return self._blocks[window]
 
+    def families(self, window: int | None) -> Families | None:
+        """How documents that share rows attend without these being computed again; None where that would cost more."""
+        if window not in self._families:
+            assert self.unfold is not None
+            found = Families.of(self.unfold, self.starts.tolist(), window)
+            apart = sum(n * min(n, 2 * (window or n)) for n in self.lengths)
+            self._families[window] = found if found.num_pairs <= min(apart, _MOST_PAIRS) else None
+        return self._families[window]
+
+
+_MOST_PAIRS = 1 << 24  # of a query and a key: the bias has a number for each
+
+
+@dataclass(frozen=True, slots=True)
+class Padded:
+    """Rows of queries and of keys, in a batch of equal sizes; what is padding is seen by none and read by none.
+
+    rows_q  (B, L) int64; rows_k (B, S) int64: rows of the pack, row 0 where there is none
+    real_q  (B, L) bool: whether a query is no padding
+    seen    (B, L, S) bool; a query that is padding sees one key
+    """
+
+    rows_q: Tensor
+    rows_k: Tensor
+    real_q: Tensor
+    seen: Tensor
+
+    @classmethod
+    def of(cls, parts: list[tuple[range, range]], window: int | None) -> Padded:
+        """parts  rows that documents share, and rows of one document after them, which are its queries"""
+        num_before, num_own = (max(len(rows) for rows in column) for column in zip(*parts, strict=True))
+        before_B, own_B = (torch.tensor([len(rows) for rows in column])[:, None] for column in zip(*parts, strict=True))
+        first_before_B, first_own_B = (
+            torch.tensor([rows.start for rows in c])[:, None] for c in zip(*parts, strict=True)
+        )
+        at_before, at_own = torch.arange(num_before)[None], torch.arange(num_own)[None]
+        is_before, is_own = at_before < before_B, at_own < own_B
+        rows_q = torch.where(is_own, first_own_B + at_own, 0)
+        rows_k = torch.cat((torch.where(is_before, first_before_B + at_before, 0), rows_q), 1)
+        position_q = before_B + at_own
+        position_k = torch.cat((at_before.expand(len(parts), -1), position_q), 1)
+        apart = position_q[:, :, None] - position_k[:, None, :]
+        seen = (apart >= 0) & torch.cat((is_before, is_own), 1)[:, None, :]
+        if window is not None:
+            seen &= apart < window
+        seen[:, :, 0] |= ~is_own
+        return cls(rows_q, rows_k, is_own, seen)
+
+
+@dataclass(frozen=True, slots=True)
+class Families:
+    """Documents that share their beginnings: each beginning attends once, then each document's own rows to both.
+
+    place_T  (T,) int64: where each row of the pack is among the queries of all parts
+    """
+
+    parts: list[Padded]
+    place_T: Tensor
+
+    @classmethod
+    def of(cls, unfold: Tensor, starts: list[int], window: int | None) -> Families:
+        """unfold and starts as those of Segments"""
+        documents = [unfold[start:end].tolist() for start, end in itertools.pairwise(starts)]
+        beginnings, owns = list[tuple[range, range]](), list[tuple[range, range]]()
+        for _, family in itertools.groupby(documents, key=lambda rows: rows[0]):
+            members = list(family)
+            common = next((i for i, row in enumerate(members[-1]) if row != members[0][0] + i), 0)
+            shared = range(members[0][0], members[0][0] + common)
+            if common:
+                beginnings.append((range(0), shared))
+            owns += [(shared, range(rows[common], rows[-1] + 1)) for rows in members]
+        parts = [Padded.of(found, window) for found in (beginnings, owns) if found]
+        rows, real = (
+            torch.cat([x.flatten() for x in xs]) for xs in zip(*((p.rows_q, p.real_q) for p in parts), strict=True)
+        )
+        place_T = torch.empty(int(unfold.max()) + 1, dtype=torch.int64)
+        place_T[rows[real]] = real.nonzero()[:, 0]
+        return cls(parts, place_T)
+
+    @property
+    def num_pairs(self) -> int:
+        """Of a query and a key, padding included."""
+        return sum(part.seen.numel() for part in self.parts)
+
+    def attend(self, q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, scale: float) -> Tensor:
+        """As `sink_attention`."""
+        outs = []
+        for part in self.parts:
+            q_BHLd, k_BKSd, v_BKSd = (
+                x.index_select(0, rows.flatten()).view(*rows.shape, *x.shape[1:]).transpose(1, 2)
+                for x, rows in ((q_THd, part.rows_q), (k_TKd, part.rows_k), (v_TKd, part.rows_k))
+            )
+            bias = torch.zeros(part.seen.shape, dtype=q_THd.dtype).masked_fill_(~part.seen, -torch.inf)[:, None]
+            out_BHLd = _CpuSink.apply(q_BHLd, k_BKSd, v_BKSd, sinks_H, bias, scale)
+            outs.append(out_BHLd.transpose(1, 2).reshape(-1, *q_THd.shape[1:]))
+        return torch.cat(outs).index_select(0, self.place_T)
+
 
 def pick_backend(device: torch.device, dtype: torch.dtype) -> Backend:
     """The fastest backend that is exact on this device and dtype."""
@@ -119,6 +218,8 @@ def sink_attention(
     """
     if segments.unfold_U is None:
         return _attend(q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale, backend)
+    if backend == "cpu" and (families := segments.families(window)) is not None:
+        return families.attend(q_THd, k_TKd, v_TKd, sinks_H, scale)
     unfolded = [x.index_select(0, segments.unfold_U) for x in (q_THd, k_TKd, v_TKd)]
     out_UHd = _attend(*unfolded, sinks_H, segments, window, scale, backend)
     assert segments.first_T is not None

@@ -22,7 +22,7 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -165,11 +165,11 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> SavedState | Non
     return None
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint folder, in words, or None if all its files are what the manifest says."""
+def verify(path: Path, names: Iterable[str] = (OPTIMIZER, STATE, TRAINABLE)) -> str | None:
+    """What is wrong with a checkpoint folder, in words, or None if these files are what the manifest says."""
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        entries = {name: manifest["files"][name] for name in sorted(_FILES)}
+        entries = {name: manifest["files"][name] for name in sorted(names)}
         sizes = {name: int(entry["bytes"]) for name, entry in entries.items()}
         digests = {name: str(entry["sha256"]) for name, entry in entries.items()}
     except (OSError, ValueError, KeyError, TypeError) as error:

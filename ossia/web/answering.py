@@ -24,6 +24,7 @@ class Answer(Protocol):
     """How a route writes its answer."""
 
     named: bool
+    fingerprint: str | None  # what the answer comes from, where that changes: OpenAI's `system_fingerprint`
 
     def begin(self) -> list[dict[str, Any]]:
         """The first events of a stream."""
@@ -69,12 +70,14 @@ class Generation:
         sampled = sum(turn.num_tokens for turn in self._turns)
         return Usage(self._job.prompts, sampled, sum(turn.num_reasoning for turn in self._turns))
 
-    async def accepted(self) -> None:
+    async def accepted(self, answer: Answer) -> None:
         """Wait until the engine has taken it. Raises ApiError if it doesn't."""
         event = await self._ticket.events.get()
         if isinstance(event, Failed):
             raise event.error
         assert isinstance(event, Accepted), event
+        if event.step is not None:
+            answer.fingerprint = f"step-{event.step}"
         self._worker.metrics.prompt(self._job.prompts)
 
     async def parts(self) -> AsyncIterator[tuple[int, list[Piece], End | None]]:
@@ -118,7 +121,7 @@ async def answer_whole(generation: Generation, answer: Answer, receive: Receive)
     """The answer as one object. Raises ApiError; asyncio.CancelledError when nobody waits for it any more."""
 
     async def work() -> Response:
-        await generation.accepted()
+        await generation.accepted(answer)
         async for index, pieces, end in generation.parts():
             answer.take(index, pieces, end)
         return Json(answer.whole(generation.usage))
@@ -159,7 +162,7 @@ class Events(StreamingResponse):
 async def answer_stream(generation: Generation, answer: Answer) -> Response:
     """The answer as events, once the engine has taken it. Raises ApiError if it doesn't."""
     try:
-        await generation.accepted()
+        await generation.accepted(answer)
     except ApiError:
         generation.close()
         raise

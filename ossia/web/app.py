@@ -3,7 +3,7 @@
 | route                                          |                                                                |
 |------------------------------------------------|----------------------------------------------------------------|
 | POST /v1/chat/completions, /v1/responses, /v1/completions | answers, whole or as server-sent events             |
-| GET /v1/models, /v1/models/NAME                | the model and its adapters                                     |
+| GET /v1/models, /v1/models/NAME                | the models and their adapters                                  |
 | GET /v1/ossia/info                             | what the chat page needs to know                               |
 | GET /health, /metrics                          | whether it serves; Prometheus                                  |
 | GET /, /page/...                               | the chat page                                                  |
@@ -33,11 +33,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 import ossia
 from ossia.harmony import Vocabulary
 from ossia.web.answering import Answer, Generation, Json, answer_stream, answer_whole
+from ossia.web.follow import RunAdapter
+from ossia.web.hosting import Hosted
+from ossia.web.metrics import IDLE, Metrics
 from ossia.web.protocol.bodies import ChatBody, ChoiceFields, CompletionBody, ResponseBody, read_body
 from ossia.web.protocol.chat import ChatAnswer, Head
 from ossia.web.protocol.completions import TextAnswer
 from ossia.web.protocol.errors import ApiError, internal
-from ossia.web.protocol.prompts import Job, Served, chat_job, completion_job
+from ossia.web.protocol.prompts import Job, Served, chat_job, completion_job, unknown_model
 from ossia.web.protocol.responses_in import response_job
 from ossia.web.protocol.responses_out import ResponseAnswer
 from ossia.web.protocol.turn import PlainTurn, Turn
@@ -55,16 +58,47 @@ _Body = TypeVar("_Body", ChatBody, CompletionBody, ResponseBody)
 class Server:
     """What the routes share.
 
+    models    each with names of its own
     draining  no new answers are begun
     render    one thread on which prompts are rendered, so that a long one holds nobody up
     """
 
-    served: Served
-    worker: Worker
+    models: tuple[Hosted, ...]
+    metrics: Metrics
     api_key: str | None = None
     max_body_bytes: int = MAX_BODY_BYTES
     draining: bool = False
     render: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "ossia-render"))
+
+    @property
+    def names(self) -> list[str]:
+        """Of the models, each with its adapters behind it."""
+        return [name for one in self.models for name in (one.served.name, *one.served.adapters)]
+
+    @property
+    def followed(self) -> list[tuple[RunAdapter, Worker]]:
+        """The adapters that follow a run, and who serves them."""
+        return [(run, one.worker) for one in self.models for run in one.runs.values()]
+
+    @property
+    def outstanding(self) -> int:
+        """Sequences that run or wait."""
+        return sum(one.worker.outstanding for one in self.models)
+
+    @property
+    def is_dead(self) -> bool:
+        """Whether an engine's thread has ended by a fault."""
+        return any(one.worker.dead for one in self.models)
+
+    def find(self, model: str) -> Hosted:
+        """Which model has this name, or an adapter of it, or else was started as it. Raises ApiError."""
+        for one in self.models:
+            if model in (one.served.name, *one.served.adapters):
+                return one
+        for one in self.models:
+            if model in one.served.aliases:
+                return one
+        raise unknown_model(model, self.names)
 
 
 def create_app(server: Server) -> FastAPI:
@@ -96,11 +130,13 @@ class PageFiles(StaticFiles):
 
 
 def _add_answers(app: FastAPI, server: Server) -> None:
-    served, vocab = server.served, server.served.vocab
-
-    async def read(request: Request, kind: type[_Body], job_of: Callable[[_Body, Served], Job]) -> tuple[_Body, Job]:
+    async def read(
+        request: Request, kind: type[_Body], job_of: Callable[[_Body, Served], Job]
+    ) -> tuple[_Body, Job, Hosted]:
         body = read_body(kind, await _read_json(request, server.max_body_bytes))
-        return body, await asyncio.get_running_loop().run_in_executor(server.render, job_of, body, served)
+        hosted = server.find(body.model)
+        job = await asyncio.get_running_loop().run_in_executor(server.render, job_of, body, hosted.served)
+        return body, job, hosted
 
     async def reply(request: Request, generation: Generation, answer: Answer, stream: bool | None) -> Response:
         if stream:
@@ -109,62 +145,77 @@ def _add_answers(app: FastAPI, server: Server) -> None:
 
     @app.post("/v1/chat/completions")
     async def chat(request: Request) -> Response:
-        body, job = await read(request, ChatBody, chat_job)
+        body, job, hosted = await read(request, ChatBody, chat_job)
+        vocab = hosted.served.vocab
         turns = [_turn(vocab, job) for _ in job.requests]
         options = {"logprobs": job.logprobs, "says_usage": _says_usage(body)}
         answer = ChatAnswer(Head.new("chatcmpl-", time.time(), body.model), vocab, len(turns), **options)
-        return await reply(request, Generation(server.worker, job, turns), answer, body.stream)
+        return await reply(request, Generation(hosted.worker, job, turns), answer, body.stream)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        body, job = await read(request, CompletionBody, completion_job)
+        body, job, hosted = await read(request, CompletionBody, completion_job)
+        vocab = hosted.served.vocab
         turns = [PlainTurn(vocab, job.stops, one.stops) for one in job.requests]
         options = {"logprobs": job.logprobs, "says_usage": _says_usage(body)}
         answer = TextAnswer(Head.new("cmpl-", time.time(), body.model), vocab, len(turns), **options)
-        return await reply(request, Generation(server.worker, job, turns), answer, body.stream)
+        return await reply(request, Generation(hosted.worker, job, turns), answer, body.stream)
 
     @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
-        body, job = await read(request, ResponseBody, response_job)
+        body, job, hosted = await read(request, ResponseBody, response_job)
+        vocab = hosted.served.vocab
         answer = ResponseAnswer(Head.new("resp_", time.time(), body.model), body, vocab, logprobs=job.logprobs)
-        return await reply(request, Generation(server.worker, job, [_turn(vocab, job)]), answer, body.stream)
+        return await reply(request, Generation(hosted.worker, job, [_turn(vocab, job)]), answer, body.stream)
 
 
 def _add_facts(app: FastAPI, server: Server) -> None:
-    served, worker = server.served, server.worker
-    models = {
-        name: {
-            "id": name,
-            "object": "model",
-            "created": served.created,
-            "owned_by": "ossia",
-            "parent": None if name == served.name else served.name,
-            "max_model_len": served.max_length,
-        }
-        for name in (served.name, *served.adapters)
-    }
-
     @app.get("/v1/models")
     async def list_models() -> Response:
-        return Json({"object": "list", "data": list(models.values())})
+        return Json({"object": "list", "data": [_model(server.find(name), name) for name in server.names]})
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> Response:
-        return Json(models[served.adapter(name) or served.name])
+        hosted = server.find(name)
+        return Json(_model(hosted, hosted.served.adapter(name) or hosted.served.name))
 
     @app.get("/v1/ossia/info")
     async def info() -> Response:
-        about = {"version": ossia.__version__, "dtype": served.dtype, "context_length": served.max_length}
-        return Json({**about, "models": [{"id": name, "adapter": name in served.adapters} for name in models]})
+        about = {"version": ossia.__version__, "dtype": server.models[0].served.dtype}
+        return Json({**about, "models": [_about(server.find(name), name) for name in server.names]})
 
     @app.get("/health")
     async def health() -> Response:
-        status = "engine stopped" if worker.dead else "draining" if server.draining else "ok"
-        return Json({"status": status, **worker.load()._asdict()}, 200 if status == "ok" else 503)
+        status = "engine stopped" if server.is_dead else "draining" if server.draining else "ok"
+        load = sum((one.worker.load() for one in server.models), IDLE)
+        return Json({"status": status, **load._asdict()}, 200 if status == "ok" else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(worker.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        return Response(server.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _model(hosted: Hosted, name: str) -> dict[str, Any]:
+    """A model or an adapter as OpenAI lists it."""
+    served = hosted.served
+    found = {
+        "id": name,
+        "object": "model",
+        "created": served.created,
+        "owned_by": "ossia",
+        "parent": None if name == served.name else served.name,
+        "max_model_len": served.max_length,
+    }
+    return found | ({"step": hosted.worker.steps[name]} if name in hosted.worker.steps else {})
+
+
+def _about(hosted: Hosted, name: str) -> dict[str, Any]:
+    """What the chat page needs to know of a model or an adapter; `problem`: why its newest checkpoint isn't served."""
+    served, run = hosted.served, hosted.runs.get(name)
+    followed = {} if run is None else {"step": hosted.worker.steps.get(name), "problem": run.problem}
+    is_adapter = name in served.adapters
+    about = {"id": name, "adapter": is_adapter, "parent": served.name if is_adapter else None}
+    return {**about, "context_length": served.max_length, **followed}
 
 
 def _turn(vocab: Vocabulary, job: Job) -> Turn:
@@ -245,15 +296,16 @@ class Gate:
         finally:
             seconds = time.monotonic() - begun
             route = _route_of(scope)
-            self._server.worker.metrics.request(route, status, seconds)
+            self._server.metrics.request(route, status, seconds)
             if route not in _QUIET:
                 log.info("%s %s %s %d %.3f s", number, scope["method"], scope["path"], status, seconds)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         server, path = self._server, scope["path"]
         if server.api_key is not None and path.startswith(_LOCKED):
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not hmac.compare_digest(given, f"Bearer {server.api_key}".encode()):
+            scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
+            is_right = hmac.compare_digest(key.strip(), server.api_key.encode())
+            if not is_right or scheme.lower() != b"bearer":  # in any case: RFC 9110, section 11.1
                 words = "no such API key; send the one that the server was started with: Authorization: Bearer KEY"
                 return ApiError(words, status=401, code="invalid_api_key")
         if server.draining and scope["method"] == "POST":
@@ -262,8 +314,8 @@ class Gate:
         return None
 
 
-_QUIET = ("/health", "/metrics")
-_ROUTES = ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/models", "/v1/ossia/info", *_QUIET, "/")
+_QUIET = ("/health", "/metrics", "/v1/ossia/info")  # asked for again and again by programs
+_ROUTES = ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/models", *_QUIET, "/")
 
 
 def _route_of(scope: Scope) -> str:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.metrics_core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -21,6 +23,14 @@ class Load(NamedTuple):
     cache_used_bytes: int
     cache_max_bytes: int
 
+    def __add__(self, other: object) -> Load:
+        """Of two engines together."""
+        assert isinstance(other, Load)
+        return Load(*(mine + theirs for mine, theirs in zip(self, other, strict=True)))
+
+
+IDLE = Load(0, 0, 0, 0, 0)
+
 
 _GAUGES = {
     "ossia_requests_running": ("Sequences in the batch.", "running"),
@@ -32,37 +42,61 @@ _GAUGES = {
 
 
 class Metrics:
-    """Counters and histograms; `load` is asked for at every reading."""
+    """Counters and histograms of a server."""
 
-    def __init__(self, load: Callable[[], Load]) -> None:
+    def __init__(self) -> None:
         self._registry = CollectorRegistry()
-        self._registry.register(_LoadCollector(load))
-        self._requests = Counter(
-            "ossia_http_requests", "HTTP requests by route and status.", ("route", "status"), registry=self._registry
-        )
-        self._duration = Histogram(
-            "ossia_http_request_seconds",
-            "Time to the last byte, by route.",
-            ("route",),
-            buckets=_LATENCIES,
+        self._loads: dict[str, Callable[[], Load]] = {}
+        self._registry.register(_LoadCollector(self._loads))
+        counter, histogram = partial(Counter, registry=self._registry), partial(Histogram, registry=self._registry)
+        histogram = partial(histogram, buckets=_LATENCIES)
+        self._requests = counter("ossia_http_requests", "HTTP requests by route and status.", ("route", "status"))
+        self._duration = histogram("ossia_http_request_seconds", "Time to the last byte, by route.", ("route",))
+        self._prompt = counter("ossia_prompt_tokens", "Tokens of prompts.", ("model",))
+        self._sampled = counter("ossia_completion_tokens", "Tokens sampled.", ("model",))
+        self._first = histogram("ossia_time_to_first_token_seconds", "From the request to its first token.", ("model",))
+        self._between = histogram("ossia_inter_token_seconds", "Between tokens of an answer.", ("model",))
+        self._step = Gauge(
+            "ossia_adapter_step",
+            "The step of the run's checkpoint that an adapter is.",
+            ("adapter",),
             registry=self._registry,
         )
-        self._prompt = Counter("ossia_prompt_tokens", "Tokens of prompts.", registry=self._registry)
-        self._sampled = Counter("ossia_completion_tokens", "Tokens sampled.", registry=self._registry)
-        self._first = Histogram(
-            "ossia_time_to_first_token_seconds",
-            "From the request to its first token.",
-            buckets=_LATENCIES,
-            registry=self._registry,
-        )
-        self._between = Histogram(
-            "ossia_inter_token_seconds", "Between tokens of an answer.", buckets=_LATENCIES, registry=self._registry
-        )
+        self._bad = counter("ossia_adapter_bad_checkpoints", "Newer checkpoints that could not be used.", ("adapter",))
 
     def request(self, route: str, status: int, seconds: float) -> None:
         """An HTTP request is over."""
         self._requests.labels(route, str(status)).inc()
         self._duration.labels(route).observe(seconds)
+
+    def adapter(self, name: str, step: int) -> None:
+        """An adapter is now that of this step of its run."""
+        self._step.labels(name).set(step)
+        self._bad.labels(name)  # there from the beginning, as 0
+
+    def bad_checkpoint(self, name: str) -> None:
+        """A newer checkpoint of this adapter's run can't be used."""
+        self._bad.labels(name).inc()
+
+    def of(self, model: str, load: Callable[[], Load]) -> ModelMetrics:
+        """Those of one model's engine; `load` is asked for at every reading."""
+        self._loads[model] = load
+        counters = self._prompt.labels(model), self._sampled.labels(model)
+        return ModelMetrics(*counters, self._first.labels(model), self._between.labels(model))
+
+    def text(self) -> bytes:
+        """All of it as Prometheus reads it."""
+        return generate_latest(self._registry)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelMetrics:
+    """What one engine counts."""
+
+    _prompt: Counter
+    _sampled: Counter
+    _first: Histogram
+    _between: Histogram
 
     def prompt(self, num_tokens: int) -> None:
         """A prompt was accepted."""
@@ -76,16 +110,15 @@ class Metrics:
         for seconds in between_s:
             self._between.observe(seconds)
 
-    def text(self) -> bytes:
-        """All of it as Prometheus reads it."""
-        return generate_latest(self._registry)
-
 
 class _LoadCollector(Collector):
-    def __init__(self, load: Callable[[], Load]) -> None:
-        self._load = load
+    def __init__(self, loads: Mapping[str, Callable[[], Load]]) -> None:
+        self._loads = loads
 
     def collect(self) -> Iterator[Metric]:
-        now = self._load()._asdict()
+        now = {model: load()._asdict() for model, load in self._loads.items()}
         for name, (about, key) in _GAUGES.items():
-            yield GaugeMetricFamily(name, about, value=now[key])
+            gauge = GaugeMetricFamily(name, about, labels=("model",))
+            for model, load in now.items():
+                gauge.add_metric((model,), load[key])
+            yield gauge

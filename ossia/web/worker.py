@@ -2,6 +2,7 @@
 
 ```text
 event loop: submit, cancel --inbox--> engine thread: add, cancel, step --one wake-up a step--> a queue per HTTP request
+follower:   replace -------newer---->                 replace
 ```
 The event loop counts what is outstanding, so that a full server says so at once, without asking the thread.
 An error that isn't about one request ends the answers that were running with an id under which the log says more; if
@@ -16,15 +17,17 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
 from ossia.engine import Engine, Request, Session, Token
 from ossia.errors import UserError
-from ossia.web.metrics import Load, Metrics
+from ossia.model.lora import Lora
+from ossia.web.metrics import IDLE, Load, Metrics
 from ossia.web.protocol.errors import ApiError, internal, stuck
 
 log = logging.getLogger("ossia.web")
@@ -32,7 +35,9 @@ RETRY_AFTER_S = 1
 
 
 class Accepted(NamedTuple):
-    """The session has taken the requests."""
+    """The session has taken the requests; `step`: of its run's checkpoint that the adapter is, where it is one."""
+
+    step: int | None
 
 
 class Sampled(NamedTuple):
@@ -77,16 +82,30 @@ class _Running:
 class Worker:
     """Owns an engine's session on a thread of its own. `submit` and `cancel` are for the event loop's thread.
 
+    name         of the model, in the metrics
     max_queue    sequences that may wait beyond those that run
     outstanding  sequences submitted and not finished
     dead         the thread has ended by a fault: nothing can be answered any more
+    steps        of adapters that are checkpoints of a run: which step each is at
     """
 
-    def __init__(self, engine: Engine, *, max_queue: int) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        name: str,
+        max_queue: int,
+        metrics: Metrics,
+        steps: Mapping[str, int] = MappingProxyType({}),
+    ) -> None:
         self._engine, self.room = engine, engine.max_batch + max_queue
-        self.metrics = Metrics(self.load)
+        self.metrics, self._server_metrics = metrics.of(name, self.load), metrics
         self.outstanding, self.dead = 0, False
-        self._load = Load(0, 0, 0, 0, 0)
+        self.steps = dict(steps)
+        for adapter, step in steps.items():
+            metrics.adapter(adapter, step)
+        self._newer: dict[str, tuple[Lora, int]] = {}  # adapters to be replaced
+        self._load = IDLE
         self._inbox: deque[tuple[Ticket, int | None]] = deque()  # a choice to cancel, or None: to add
         self._wake = threading.Condition()
         self._stopping = False
@@ -103,6 +122,16 @@ class Worker:
     def load(self) -> Load:
         """How busy the engine was after its last step."""
         return self._load
+
+    def replace(self, adapter: str, lora: Lora, step: int) -> None:
+        """Let an adapter be this one, of this step of its run, for the requests from now on. Any thread may say so.
+
+        Those that run end with the version they began with. While some still use the one before the last, it waits;
+        a newer one that comes meanwhile takes its place.
+        """
+        with self._wake:
+            self._newer[adapter] = (lora, step)
+            self._wake.notify()
 
     # --- the event loop's side
 
@@ -193,10 +222,18 @@ class Worker:
     def _take(self, session: Session) -> bool:
         """Wait for work, and do what the inbox says. Returns False when it is time to stop."""
         with self._wake:
-            while not self._inbox and session.idle and not self._stopping:
+            while not self._inbox and not self._newer and session.idle and not self._stopping:
                 self._wake.wait()
             commands = list(self._inbox)
             self._inbox.clear()
+            ready = [adapter for adapter in self._newer if not session.is_replacing(adapter)]
+            newer = {adapter: self._newer.pop(adapter) for adapter in ready}
+        for adapter, (lora, step) in newer.items():
+            session.replace(adapter, lora)
+            self._engine.adapters[adapter] = lora
+            self.steps[adapter] = step
+            self._server_metrics.adapter(adapter, step)
+            log.info("adapter %s: now at step %d", adapter, step)
         news: list[tuple[Ticket, Event]] = []
         for ticket, choice in commands:
             if choice is None:
@@ -220,7 +257,8 @@ class Worker:
                 session.cancel(number)
                 del self._running[number], self._numbers[ticket, choice]
             return Failed(ApiError.of(error))
-        return Accepted()
+        adapter = ticket.requests[0].adapter
+        return Accepted(None if adapter is None else self.steps.get(adapter))
 
     def _step(self, session: Session) -> None:
         if session.idle:
@@ -258,7 +296,7 @@ class Worker:
         tickets = dict.fromkeys([running.ticket for running in self._running.values()] + waiting)
         self._running.clear()
         self._numbers.clear()
-        self._load = Load(0, 0, 0, 0, 0)
+        self._load = IDLE
         self._tell([(ticket, Failed(internal(number))) for ticket in tickets])
 
     def _tell(self, news: list[tuple[Ticket, Event]]) -> None:

@@ -11,10 +11,8 @@ import pytest
 from ossia.errors import RecipeError, RewardError
 from ossia.harmony import Message
 from ossia.rl.env import Env, OneStep, Split, Task, Turn, final, validate
-from ossia.rl.envs import make_env
+from ossia.rl.envs import ENVS, make_env
 from ossia.rl.jail import Jails
-
-PROCEDURAL = ("sort", "reverse", "add", "count")
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +25,12 @@ def reward_of(env: Env, task: Task, turn: Turn) -> float:
     return env.open(task, 0).step(turn).reward
 
 
-@pytest.mark.parametrize("name", PROCEDURAL)
+OWN = [name for name in ENVS if name not in ("math", "reasoning_gym")]  # these have tests of their own
+EXACT = [name for name in OWN if name not in ("game2048", "matmul", "kernel_c")]  # one right text, worth 1
+CODE = [name for name in OWN if name not in EXACT]  # a program, by how well it does
+
+
+@pytest.mark.parametrize("name", EXACT)
 def test_the_right_answer_earns_everything_and_corrupted_ones_less(name: str, jails: Jails) -> None:
     env = make_env(name, {}, jails)
     for task in islice(env.tasks("train", 0), 50):
@@ -36,7 +39,16 @@ def test_the_right_answer_earns_everything_and_corrupted_ones_less(name: str, ja
         assert max(reward_of(env, task, turn) for turn in wrong) == 0.0
 
 
-@pytest.mark.parametrize("name", PROCEDURAL)
+@pytest.mark.parametrize("name", CODE)
+def test_the_right_program_earns_something_and_corrupted_ones_nothing(name: str, jails: Jails) -> None:
+    env = make_env(name, {}, jails)
+    task = next(env.tasks("train", 0))
+    right, wrong = env.examples(task)
+    assert 0.0 < reward_of(env, task, right) <= 1.0
+    assert [reward_of(env, task, turn) for turn in wrong] == [0.0] * len(wrong)
+
+
+@pytest.mark.parametrize("name", OWN)
 def test_tasks_are_the_seeds_and_held_out_ones_are_never_trained(name: str, jails: Jails) -> None:
     env = make_env(name, {}, jails)
 
@@ -56,15 +68,11 @@ def test_a_held_out_set_of_digits_is_not_trained_in_another_order() -> None:
     assert not trained & held_out
 
 
-def answers(env: Env) -> Iterator[tuple[Task, str]]:
-    task = next(env.tasks("train", 0))
-    yield task, task.info["answer"]
-
-
-@pytest.mark.parametrize("name", PROCEDURAL)
+@pytest.mark.parametrize("name", OWN)
 def test_only_one_final_message_that_ends_the_turn_is_an_answer(name: str, jails: Jails) -> None:
     env = make_env(name, {}, jails)
-    task, right = next(answers(env))
+    task = next(env.tasks("train", 0))
+    right = env.examples(task)[0].messages[-1].content
     said = Message("assistant", right, channel="final")
     call = Message("assistant", "{}", channel="commentary", recipient="functions.f")
     for turn in (
@@ -76,7 +84,7 @@ def test_only_one_final_message_that_ends_the_turn_is_an_answer(name: str, jails
         Turn((said,), "<|return|>", ("a special token inside a message",)),
     ):
         assert reward_of(env, task, turn) == 0.0
-    assert reward_of(env, task, final(right, thinking="So.")) == 1.0
+    assert reward_of(env, task, final(right, thinking="So.")) > 0.0
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,9 @@ from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
 from ossia.web.address import listen
 from ossia.web.app import Server, create_app
+from ossia.web.follow import Follower
+from ossia.web.hosting import Hosted
+from ossia.web.metrics import Metrics
 from ossia.web.protocol.formats import read_format
 from ossia.web.protocol.prompts import Served
 from ossia.web.worker import Worker
@@ -121,6 +124,16 @@ class Live(NamedTuple):
     server: Server
     client: OpenAI
 
+    @property
+    def worker(self) -> Worker:
+        """The first model's engine."""
+        return self.server.models[0].worker
+
+    @property
+    def served(self) -> Served:
+        """The first model."""
+        return self.server.models[0].served
+
 
 class Model(NamedTuple):
     """What servers of the tests share."""
@@ -156,7 +169,7 @@ def serving(
     grammar: GrammarCompiler | None = None,
     **options: Any,
 ) -> Iterator[Live]:
-    """A server on a thread, with what `Server` takes beside."""
+    """A server with that model under the name `base`, with what `Server` takes beside."""
     served = Served(
         "base",
         model.vocab,
@@ -169,8 +182,19 @@ def serving(
         ("talker",),
         ("path/of/base",),
     )
-    server = Server(served, Worker(model.engine_of(max_batch), max_queue=max_queue), **options)
-    server.worker.start()
+    metrics = Metrics()
+    worker = Worker(model.engine_of(max_batch), name="base", max_queue=max_queue, metrics=metrics)
+    with running(Server((Hosted(served, worker),), metrics, **options)) as live:
+        yield live
+
+
+@contextmanager
+def running(server: Server, *, every_s: float = 0.05) -> Iterator[Live]:
+    """A server on a thread, which looks for newer checkpoints that often."""
+    follower = Follower(server.followed, server.metrics, every_s=every_s)
+    for one in server.models:
+        one.worker.start()
+    follower.start()
     listener = listen("127.0.0.1", 0)
     http = uvicorn.Server(uvicorn.Config(create_app(server), log_config=None, lifespan="off", ws="none"))
     thread = threading.Thread(target=lambda: asyncio.run(http.serve([listener])), daemon=True)
@@ -183,7 +207,9 @@ def serving(
         client.close()
         http.should_exit = True
         thread.join()
-        server.worker.stop()
+        follower.stop()
+        for one in server.models:
+            one.worker.stop()
         server.render.shutdown()
 
 

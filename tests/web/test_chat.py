@@ -146,7 +146,7 @@ def test_a_stop_text_ends_the_answer_and_never_the_thinking(live: Live, stop: An
     found = chunks(live, messages=COUNT, stop=stop, **CERTAIN)
     assert "".join(chunk.choices[0].delta.content or "" for chunk in found) == said
     assert found[-1].choices[0].finish_reason == "stop"
-    wait_until(lambda: live.server.worker.load().running == 0)
+    wait_until(lambda: live.worker.load().running == 0)
 
 
 def test_logprobs_are_those_of_the_visible_text_and_equal_ossia_score(live: Live, model: Model) -> None:
@@ -154,7 +154,7 @@ def test_logprobs_are_those_of_the_visible_text_and_equal_ossia_score(live: Live
     found = answer.choices[0].logprobs.content
     assert b"".join(bytes(one.bytes) for one in found).decode() == "Hello!"
     messages = [GREET, {"role": "assistant", "thinking": "They greet.\nSo do I.", "content": "Hello!"}]
-    (sample,) = live.server.served.renderer.samples(conversation_from_messages(messages))
+    (sample,) = live.served.renderer.samples(conversation_from_messages(messages))
     ids = sample.ids
     (scored,) = score(model.talker, [ids])
     text = model.vocab.encode("Hello!")

@@ -17,7 +17,7 @@ def test_under_load_with_clients_that_leave_nothing_is_lost_mixed_up_or_left_beh
         assert sum(found.outcomes.values()) == 80
         assert found.outcomes["broken off"] > 3
         assert not any(left_behind(live.url).values())
-        assert live.server.worker.outstanding == 0
-        assert not live.server.worker._tickets
-        assert not live.server.worker._running
-        assert not live.server.worker._numbers
+        assert live.worker.outstanding == 0
+        assert not live.worker._tickets
+        assert not live.worker._running
+        assert not live.worker._numbers

@@ -48,8 +48,8 @@ def test_an_answer_has_its_thinking_apart_and_closed_above_it(page: Page) -> Non
 def test_thinking_and_answer_can_be_watched_as_they_come(
     page: Page, live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    step = live.server.worker._step
-    monkeypatch.setattr(live.server.worker, "_step", lambda *given: (time.sleep(0.03), step(*given))[1])
+    step = live.worker._step
+    monkeypatch.setattr(live.worker, "_step", lambda *given: (time.sleep(0.03), step(*given))[1])
     page.js(
         """(() => {
           globalThis.seen = [];
@@ -82,7 +82,7 @@ def test_stopping_keeps_what_came_and_frees_the_engine(page: Page, live: Live, c
     assert not page.shown("#send")
     page.click("#stop")
     page.wait(IDLE)
-    wait_until(lambda: live.server.worker.outstanding == 0)
+    wait_until(lambda: live.worker.outstanding == 0)
     assert re.search(r"^at least \d+ tokens? · [\d.]+ s · stopped$", page.text(".meta"))
     assert page.shown("#send")
     page.press("Escape")
@@ -159,7 +159,7 @@ def test_two_columns_answer_the_same_prompt_each_on_its_own(page: Page, live: Li
     assert page.texts(".column:nth-child(2) .question .message") == ["count"]
     page.press("Escape")
     page.wait(IDLE)
-    wait_until(lambda: live.server.worker.outstanding == 0)
+    wait_until(lambda: live.worker.outstanding == 0)
     page.click(".column:nth-child(2) button", "Close this column")
     assert len(page.texts(".column")) == 1
     assert page.texts(".conversation .title") == ["count", "count", "hi"]
@@ -309,6 +309,26 @@ def test_conversations_are_listed_opened_deleted_and_brought_back(page: Page) ->
     page.click("#notice button", "Undo")
     assert answers(page) == ["Hello!"]
     assert page.texts(".conversation .title") == ["count", "hi"]
+
+
+def test_a_model_that_is_chosen_makes_no_conversation_before_anything_is_said(page: Page) -> None:
+    page.choose("select", "base")
+    page.choose("select", "talker")
+    time.sleep(1.2)  # what is changed is kept after a second
+    page.press("n", ALT)
+    assert page.texts(".conversation") == []
+
+
+def test_the_end_stays_in_sight_when_a_panel_opens_beside_it(page: Page) -> None:
+    ask(page, "hi")
+    edit(page, ".answer", {1: "many words " * 700}, "Save as a new version")
+    at_the_end = "(({ scrollTop, scrollHeight, clientHeight }) => scrollHeight - scrollTop - clientHeight < 2)"
+    page.js("find('.scroll').scrollTop = 1e6")
+    page.wait(f"{at_the_end}(find('.scroll'))")
+    page.click("#open-settings")
+    page.size(900, 700)
+    page.js("new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    assert page.js(f"{at_the_end}(find('.scroll'))")
 
 
 def test_a_browser_that_keeps_nothing_is_told_so_and_can_chat_all_the_same(page: Page) -> None:

@@ -132,7 +132,7 @@ def test_what_a_response_cannot_be_is_refused_by_its_field(live: Live, change: d
 
 def test_a_plain_completion_continues_text_and_ids_alike(live: Live, endless: dict[str, int]) -> None:
     body: dict[str, Any] = {"model": "base", "max_tokens": 6, "temperature": 0, "logit_bias": endless}
-    ids = live.server.served.vocab.encode("Paris is")
+    ids = live.served.vocab.encode("Paris is")
     answer = live.client.completions.create(prompt=["Paris is", "The"], **body)
     assert [choice.index for choice in answer.choices] == [0, 1]
     same = live.client.completions.create(prompt=ids, **body)
@@ -146,7 +146,7 @@ def test_a_plain_completion_continues_text_and_ids_alike(live: Live, endless: di
 
 
 def test_a_plain_completions_logprobs_are_by_place(live: Live, model: Model) -> None:
-    prompt = live.server.served.renderer.completion(_greeting())
+    prompt = live.served.renderer.completion(_greeting())
     answer = live.client.completions.create(prompt=prompt, logprobs=2, max_tokens=100, **CERTAIN).choices[0]
     assert answer.text.endswith("<|message|>Hello!")
     assert answer.finish_reason == "stop"

@@ -12,7 +12,7 @@ import pytest
 from openai import APIError, AuthenticationError, InternalServerError, NotFoundError, RateLimitError
 
 from ossia.errors import UserError
-from ossia.web.serve import _named
+from ossia.web.hosting import read_wanted
 from tests.web.conftest import GREET, Live, Model, serving, wait_until
 
 CHAT = "/v1/chat/completions"
@@ -27,8 +27,11 @@ def test_models_and_facts_are_listed(live: Live) -> None:
     assert [model.id for model in live.client.models.list()] == ["base", "talker"]
     assert live.client.models.retrieve("talker").parent == "base"
     info = httpx2.get(f"{live.url}/v1/ossia/info").json()
-    assert info["models"] == [{"id": "base", "adapter": False}, {"id": "talker", "adapter": True}]
-    assert (info["context_length"], info["dtype"]) == (live.server.served.max_length, "float32")
+    assert info["models"] == [
+        {"id": "base", "adapter": False, "parent": None, "context_length": live.served.max_length},
+        {"id": "talker", "adapter": True, "parent": "base", "context_length": live.served.max_length},
+    ]
+    assert info["dtype"] == "float32"
 
 
 def test_an_unknown_model_is_a_404_in_openais_shape(live: Live) -> None:
@@ -88,13 +91,23 @@ def test_the_key_is_asked_for_where_there_is_one(model: Model) -> None:
             stranger.chat.completions.create(model="talker", messages=[GREET])
         assert error.value.code == "invalid_api_key"
         assert httpx2.get(f"{live.url}/v1/models").status_code == 401
+        for given, status in (
+            ("bearer sesame", 200),
+            ("BEARER  sesame", 200),
+            ("Basic sesame", 401),
+            ("sesame", 401),
+            ("Bearer", 401),
+            ("bearer Sesame", 401),
+        ):
+            headers = {"Authorization": given}
+            assert httpx2.get(f"{live.url}/v1/models", headers=headers).status_code == status, given
         assert httpx2.get(f"{live.url}/metrics").status_code == 401
         assert httpx2.get(f"{live.url}/health").status_code == 200
 
 
 def test_who_hangs_up_frees_the_slot(model: Model, endless: dict[str, int]) -> None:
     with serving(model, max_batch=2, max_queue=1) as live:
-        worker = live.server.worker
+        worker = live.worker
         with live.client.completions.create(**long_body(endless, stream=True)) as stream:
             for _ in zip(range(3), stream, strict=False):
                 pass
@@ -119,13 +132,13 @@ def test_a_choice_that_a_stop_text_ends_frees_its_slot_while_the_others_go_on(
         stop = next(first[at : at + 4] for at in range(len(first)) if first[at : at + 4] not in second)
         with live.client.completions.create(**{**body, "stop": stop, "stream": True}) as stream:
             assert any(chunk.choices[0].finish_reason == "stop" for chunk in stream)
-            wait_until(lambda: live.server.worker.load().running == 1)
+            wait_until(lambda: live.worker.load().running == 1)
 
 
 def test_a_full_server_says_when_to_come_back(model: Model, endless: dict[str, int]) -> None:
     with serving(model, max_batch=2, max_queue=1) as live:
         streams = [live.client.completions.create(**long_body(endless, stream=True)) for _ in range(3)]
-        wait_until(lambda: live.server.worker.load()[:2] == (2, 1))
+        wait_until(lambda: live.worker.load()[:2] == (2, 1))
         with pytest.raises(RateLimitError) as error:
             live.client.completions.create(**long_body(endless))
         assert error.value.response.headers["retry-after"] == "1"
@@ -133,10 +146,10 @@ def test_a_full_server_says_when_to_come_back(model: Model, endless: dict[str, i
         found = httpx2.post(f"{live.url}/v1/completions", json=long_body(endless, n=4))
         assert (found.status_code, found.json()["error"]["param"]) == (400, "n")
         streams.pop(0).close()
-        wait_until(lambda: live.server.worker.load()[:2] == (2, 0))
+        wait_until(lambda: live.worker.load()[:2] == (2, 0))
         for stream in streams:
             stream.close()
-        wait_until(lambda: live.server.worker.outstanding == 0)
+        wait_until(lambda: live.worker.outstanding == 0)
 
 
 def test_a_fault_in_the_engine_ends_answers_with_an_id_that_is_in_the_log(
@@ -146,14 +159,14 @@ def test_a_fault_in_the_engine_ends_answers_with_an_id_that_is_in_the_log(
         stream = live.client.completions.create(**long_body(endless, stream=True))
         next(iter(stream))
         session = _BadSession()
-        live.server.worker._step = session.step  # type: ignore[method-assign]
+        live.worker._step = session.step  # type: ignore[method-assign]
         with pytest.raises(Exception, match=r"its log says what happened under err_\w+") as error:
             list(stream)
         number = str(error.value).split()[-1]
         assert number in caplog.text
-        del live.server.worker._step
-        assert not live.server.worker._running
-        assert not live.server.worker._numbers
+        del live.worker._step
+        assert not live.worker._running
+        assert not live.worker._numbers
         answer = live.client.chat.completions.create(model="talker", messages=[GREET], temperature=0)
         assert answer.choices[0].message.content == "Hello!"
 
@@ -165,10 +178,10 @@ def test_a_bug_in_the_engines_thread_ends_answers_and_the_server_says_that_it_is
     with serving(model) as live:
         stream = live.client.completions.create(**long_body(endless, stream=True))
         next(iter(stream))
-        live.server.worker._step = _explode  # type: ignore[method-assign]
+        live.worker._step = _explode  # type: ignore[method-assign]
         with pytest.raises(APIError, match=r"under err_\w+"):
             list(stream)
-        wait_until(lambda: live.server.worker.dead)
+        wait_until(lambda: live.worker.dead)
         found = httpx2.get(f"{live.url}/health")
         assert (found.status_code, found.json()["status"]) == (503, "engine stopped")
         refused = httpx2.post(f"{live.url}/v1/completions", json=long_body(endless))
@@ -206,7 +219,7 @@ def test_an_answer_that_cannot_go_on_fails_alone(live: Live, monkeypatch: pytest
     with pytest.raises(InternalServerError, match="leads nowhere") as caught:
         live.client.chat.completions.create(**ask, n=2, response_format={"type": "json_object"})
     assert caught.value.code == "answer_stuck"
-    assert live.server.worker.outstanding == 0
+    assert live.worker.outstanding == 0
     assert live.client.chat.completions.create(**ask).choices[0].message.content == "Hello!"
 
 
@@ -216,18 +229,18 @@ def test_what_happens_is_counted(model: Model) -> None:
         httpx2.get(f"{live.url}/anything/at/all")
         httpx2.get(f"{live.url}/v1/models/talker")
         text = httpx2.get(f"{live.url}/metrics").text
-        usage = answer.usage
+        usage, of = answer.usage, '{model="base"}'
         for line in (
             f'ossia_http_requests_total{{route="{CHAT}",status="200"}} 1.0',
             'ossia_http_requests_total{route="other",status="404"} 1.0',
             'ossia_http_requests_total{route="/v1/models",status="200"} 1.0',
-            f"ossia_prompt_tokens_total {usage.prompt_tokens}.0",
-            f"ossia_completion_tokens_total {usage.completion_tokens}.0",
-            "ossia_time_to_first_token_seconds_count 1.0",
-            f"ossia_inter_token_seconds_count {usage.completion_tokens - 1}.0",
-            "ossia_requests_running 0.0",
-            "ossia_requests_waiting 0.0",
-            "ossia_cache_blocks_used 0.0",
+            f"ossia_prompt_tokens_total{of} {usage.prompt_tokens}.0",
+            f"ossia_completion_tokens_total{of} {usage.completion_tokens}.0",
+            f"ossia_time_to_first_token_seconds_count{of} 1.0",
+            f"ossia_inter_token_seconds_count{of} {usage.completion_tokens - 1}.0",
+            f"ossia_requests_running{of} 0.0",
+            f"ossia_requests_waiting{of} 0.0",
+            f"ossia_cache_blocks_used{of} 0.0",
         ):
             assert f"\n{line}\n" in text, line
 
@@ -251,4 +264,4 @@ def test_requests_at_the_same_time_share_the_batch(live: Live) -> None:
 @pytest.mark.parametrize("given", ["x", "=runs/a", "a b=runs/a", "x=nowhere"])
 def test_an_adapter_that_is_not_name_and_folder_is_refused(given: str) -> None:
     with pytest.raises(UserError, match=r"NAME=DIR|no such folder"):
-        _named([given])
+        read_wanted(["x/base"], [given])

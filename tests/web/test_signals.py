@@ -131,4 +131,4 @@ def test_what_cannot_be_served_is_said_before_the_model_is_read(talker: Talker) 
             ({"port": 0, "max_length": 10**9}, "--max-length"),
         ):
             with pytest.raises(UserError, match=said):
-                run_server(str(talker.model), **options)
+                run_server([str(talker.model)], **options)

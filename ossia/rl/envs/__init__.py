@@ -15,7 +15,9 @@ from ossia.config.keys import nearest
 from ossia.errors import RecipeError
 from ossia.rl.env import Env
 from ossia.rl.envs import gym
+from ossia.rl.envs.game2048 import Game2048
 from ossia.rl.envs.math import Math
+from ossia.rl.envs.matmul import Matmul
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
 from ossia.rl.jail import Jails
 
@@ -24,6 +26,8 @@ ENVS: Mapping[str, Callable[..., Env]] = {
     "reverse": Reverse,
     "add": Add,
     "count": Count,
+    "game2048": Game2048,
+    "matmul": Matmul,
     "math": Math,
     "reasoning_gym": gym.make,
 }
@@ -48,16 +52,18 @@ def make_env(name: str, options: Mapping[str, Any], jails: Jails) -> Env:
     asked = {field.name: field for field in fields(maker) if field.init}
     held = {"jails": jails} if asked.pop("jails", None) else {}
     allowed = {option: field.type for option, field in asked.items()}
+    given: dict[str, Any] = {}
     for option, value in options.items():
         if option not in allowed:
             guess = _guess(option, allowed)
             raise RecipeError(f"env.{name}: unknown option `{option}`{guess}\n  allowed: {', '.join(allowed)}")
-        if type(value).__name__ != allowed[option]:
+        given[option] = float(value) if allowed[option] == "float" and type(value) is int else value
+        if type(given[option]).__name__ != allowed[option]:
             raise RecipeError(f"env.{name}: `{option}` is {value!r}; expected: {allowed[option]}")
     missing = [option for option, field in asked.items() if field.default is MISSING and option not in options]
     if missing:
         raise RecipeError(f"env.{name}: `options.{missing[0]}` is missing\n  allowed: {', '.join(allowed)}")
-    return maker(**options, **held)
+    return maker(**given, **held)
 
 
 def _guess(word: str, candidates: Iterable[str]) -> str:

@@ -43,6 +43,11 @@ class _Jailed:
         self._poll.register(process.channel, select.POLLIN)
         self._ready()
 
+    @property
+    def cpu_s(self) -> float:
+        """Seconds of CPU that its process has used in all, also between calls; 0 once that has ended."""
+        return self._process.cpu_s()
+
     def close(self) -> None:
         """End its process."""
         if self._ended is None:

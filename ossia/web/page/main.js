@@ -10,12 +10,14 @@ import { Column } from "./view/column.js";
 import { button, growing, isComposing } from "./view/dom.js";
 import { ExportWindow } from "./view/export.js";
 import { ConversationList } from "./view/list.js";
+import { isFollowed } from "./view/models.js";
 import { Panel } from "./view/panel.js";
 import { SettingsForm } from "./view/settings.js";
 import { Voice } from "./view/voice.js";
 
 const at = (selector) => document.querySelector(selector);
 const SAVE_EVERY_MS = 1000; // while an answer streams
+const LOOK_EVERY_MS = 5000; // for newer checkpoints of runs
 
 class App {
   constructor() {
@@ -45,6 +47,9 @@ class App {
     window.addEventListener("beforeunload", () => this.runs.stopAll());
     window.addEventListener("pagehide", () => this.saveNow());
     window.addEventListener("focus", () => this.readModels());
+    setInterval(() => {
+      if (this.models.some(isFollowed) && !this.failing && !document.hidden) this.readModels();
+    }, LOOK_EVERY_MS);
   }
 
   async start() {
@@ -223,6 +228,7 @@ class App {
     this.store.prefer({ model });
     const isAlone = conversation.columns.length === 1;
     runs.run(node, body, this.key, () => {
+      if (node.version && node.state !== "streaming") this.readModels(); // it may be newer than the list says
       if (node.state !== "streaming" || this.conversation !== conversation) this.store.save(conversation);
       else this.saveSoon();
       this.voice.follow(node, isAlone);

@@ -32,6 +32,11 @@ class Head:
         """A head with an id of its own, `chatcmpl-...`."""
         return cls(f"{prefix}{secrets.token_hex(12)}", int(created), model)
 
+    def about(self, kind: str, fingerprint: str | None) -> dict[str, Any]:
+        """The first fields of an object of this kind."""
+        found = {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+        return found if fingerprint is None else {**found, "system_fingerprint": fingerprint}
+
 
 @dataclass(frozen=True, slots=True)
 class Usage:
@@ -58,12 +63,14 @@ _Delta = tuple[dict[str, Any], list[dict[str, Any]]]  # and the log-probabilitie
 class ChatAnswer:
     """A chat completion: chunks from the pieces of its choices; the sum of the chunks is the whole.
 
-    named  whether the events of its stream have names
+    named        whether the events of its stream have names
+    fingerprint  `system_fingerprint`; None: left out
     """
 
     named = False
 
     def __init__(self, head: Head, vocab: Vocabulary, num: int, *, logprobs: bool, says_usage: bool) -> None:
+        self.fingerprint: str | None = None
         self._head, self._says_usage = head, says_usage
         self._choices = [_Choice(vocab, logprobs) for _ in range(num)]
 
@@ -91,13 +98,12 @@ class ChatAnswer:
 
     def whole(self, usage: Usage) -> dict[str, Any]:
         """What a client gets that doesn't stream."""
-        about = {"id": self._head.id, "object": "chat.completion", "created": self._head.created}
+        about = self._head.about("chat.completion", self.fingerprint)
         choices = [choice.whole(index) for index, choice in enumerate(self._choices)]
-        return {**about, "model": self._head.model, "choices": choices, "usage": usage.chat}
+        return {**about, "choices": choices, "usage": usage.chat}
 
     def _chunk(self, *choices: dict[str, Any], usage: Usage | None = None) -> dict[str, Any]:
-        about = {"id": self._head.id, "object": "chat.completion.chunk", "created": self._head.created}
-        chunk = {**about, "model": self._head.model, "choices": list(choices)}
+        chunk = {**self._head.about("chat.completion.chunk", self.fingerprint), "choices": list(choices)}
         if self._says_usage:
             chunk["usage"] = None if usage is None else usage.chat
         return chunk

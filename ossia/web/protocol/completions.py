@@ -15,12 +15,14 @@ from ossia.web.protocol.turn import End, More, Piece, Placed
 class TextAnswer:
     """A plain completion: chunks from the pieces of its choices; the sum of the chunks is the whole.
 
-    named  whether the events of its stream have names
+    named        whether the events of its stream have names
+    fingerprint  `system_fingerprint`; None: left out
     """
 
     named = False
 
     def __init__(self, head: Head, vocab: Vocabulary, num: int, *, logprobs: bool, says_usage: bool) -> None:
+        self.fingerprint: str | None = None
         self._head, self._vocab, self._logprobs, self._says_usage = head, vocab, logprobs, says_usage
         self._choices = [_Choice() for _ in range(num)]
 
@@ -52,8 +54,7 @@ class TextAnswer:
         return {**self._object(choices, None), "usage": usage.chat}
 
     def _object(self, choices: Iterable[dict[str, Any]], usage: Usage | None) -> dict[str, Any]:
-        about = {"id": self._head.id, "object": "text_completion", "created": self._head.created}
-        found = {**about, "model": self._head.model, "choices": list(choices)}
+        found = {**self._head.about("text_completion", self.fingerprint), "choices": list(choices)}
         if self._says_usage:
             found["usage"] = None if usage is None else usage.chat
         return found

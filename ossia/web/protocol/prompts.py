@@ -33,7 +33,7 @@ class Served:
     """The model that is served, and what a request may ask of it.
 
     name, adapters  names of the model and of its adapters, as /v1/models lists them
-    aliases         other names of the model: what it was called on the command line
+    aliases         other names of the model: what was given for it on the command line
     vocab_size      the model's ids are below
     max_length      tokens of a prompt and its answer together
     created         when the server started, in seconds since 1970
@@ -56,10 +56,14 @@ class Served:
         if model in self.adapters:
             return model
         if model != self.name and model not in self.aliases:
-            known = ", ".join((self.name, *self.adapters))
-            message = f"model: there is no {model!r} here; allowed: {known}"
-            raise ApiError(message, status=404, param="model", code="model_not_found")
+            raise unknown_model(model, (self.name, *self.adapters))
         return None
+
+
+def unknown_model(name: str, known: Sequence[str]) -> ApiError:
+    """The error for a model that isn't served; `known` are."""
+    message = f"model: there is no {name!r} here; allowed: {', '.join(known)}"
+    return ApiError(message, status=404, param="model", code="model_not_found")
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,13 +22,15 @@ Event = dict[str, Any]
 class ResponseAnswer:
     """A response: events from the pieces of its one choice; the last one holds the whole.
 
-    named  whether the events of its stream have names
+    named        whether the events of its stream have names
+    fingerprint  `system_fingerprint`, beyond OpenAI's own fields here; None: left out
     """
 
     named = True
 
     def __init__(self, head: Head, body: ResponseBody, vocab: Vocabulary, *, logprobs: bool) -> None:
-        self._head, self._vocab, self._logprobs = head, vocab, logprobs
+        self.fingerprint: str | None = None
+        self._vocab, self._logprobs = vocab, logprobs
         self._about = _about(head, body)
         self._sequence = -1
         self._output: list[dict[str, Any]] = []
@@ -138,7 +140,9 @@ class ResponseAnswer:
                 "output_tokens_details": {"reasoning_tokens": usage.reasoning},
                 "total_tokens": usage.prompt + usage.completion,
             }
-        return {**self._about, "status": status, "output": [dict(item) for item in self._output], "usage": counted}
+        made_by = {} if self.fingerprint is None else {"system_fingerprint": self.fingerprint}
+        output = [dict(item) for item in self._output]
+        return {**self._about, **made_by, "status": status, "output": output, "usage": counted}
 
 
 def _new_item(piece: Begin) -> dict[str, Any]:

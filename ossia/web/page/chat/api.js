@@ -52,15 +52,14 @@ function failureOf(error, about) {
   return new ApiFailure(error.message, { code: error.code, param: error.param, ...about });
 }
 
-/** {models: [{id, adapter, length}], about}. Raises ApiFailure. */
+/**
+ * {models: [{id, adapter, parent, length, step, problem}], about}. Raises ApiFailure.
+ * step: of the run that an adapter follows; problem: why it isn't the newest one's.
+ */
 export async function listModels(key) {
-  const options = { headers: headers(key), cache: "no-store" };
-  const [listed, about] = await Promise.all(
-    ["models", "ossia/info"].map(async (path) => (await ask(path, options)).json()),
-  );
-  const adapters = new Set(about.models.filter((model) => model.adapter).map((model) => model.id));
-  const models = listed.data.map(({ id, max_model_len: length }) => ({ id, adapter: adapters.has(id), length }));
-  return { models, about };
+  const response = await ask("ossia/info", { headers: headers(key), cache: "no-store" });
+  const about = await response.json();
+  return { models: about.models.map((model) => ({ ...model, length: model.context_length })), about };
 }
 
 /** The chunks of a streamed chat completion. Raises ApiFailure, or an AbortError when `signal` says so. */

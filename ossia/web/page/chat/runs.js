@@ -17,6 +17,7 @@ export function newAnswer(model) {
     thinkingSeconds: null,
     seconds: 0,
     error: null,
+    version: null,
   };
 }
 
@@ -67,6 +68,7 @@ function take(node, chunk, seconds) {
   if (chunk.usage) node.usage = { prompt: chunk.usage.prompt_tokens, completion: chunk.usage.completion_tokens };
   if (chunk.usage?.completion_tokens_details)
     node.usage.reasoning = chunk.usage.completion_tokens_details.reasoning_tokens;
+  if (chunk.system_fingerprint) node.version = chunk.system_fingerprint.replace("-", " ");
   const choice = chunk.choices[0];
   if (!choice) return;
   if (choice.finish_reason) {

@@ -4,6 +4,7 @@ import { isEmpty } from "../chat/rows.js";
 import { add, lastShown, removeLeaf, shownPath, turnTo, version } from "../chat/tree.js";
 import { button, el, setText } from "./dom.js";
 import { MessageView } from "./message.js";
+import { factsOf, modelOptions } from "./models.js";
 
 /** `app` is main.js's: what is served, what is set, and who generates. */
 export class Column {
@@ -31,7 +32,13 @@ export class Column {
       this.following = this.scroll.scrollHeight - this.scroll.scrollTop - this.scroll.clientHeight < 48;
     });
     this.following = true;
+    new ResizeObserver(() => this.follow()).observe(this.scroll);
     this.drawModels();
+  }
+
+  /** Stays at the end, for as long as the reader is there. */
+  follow() {
+    if (this.following) this.scroll.scrollTop = this.scroll.scrollHeight;
   }
 
   get tree() {
@@ -50,23 +57,18 @@ export class Column {
 
   choose() {
     this.data.model = this.select.value;
-    this.app.save();
+    this.app.saveSoon();
     this.app.drawTabs();
     this.drawModels();
     this.draw();
   }
 
-  /** Lists what is served; a model that isn't served any more stays visible as such. */
+  /** Lists what is served. */
   drawModels() {
-    const { models } = this.app;
-    const option = ({ id, adapter }) => el("option", { value: id }, adapter ? `${id} (adapter)` : id);
-    const options = models.map(option);
-    if (!models.some(({ id }) => id === this.data.model)) {
-      options.unshift(
-        el("option", { value: this.data.model }, this.data.model ? `${this.data.model} (not served)` : "no model"),
-      );
-    }
-    this.select.replaceChildren(...options);
+    const key = JSON.stringify([this.app.models, this.data.model]);
+    if (this.select.dataset.key === key) return; // a list that is open now would close
+    this.select.dataset.key = key;
+    this.select.replaceChildren(...modelOptions(this.app.models, this.data.model));
     this.select.value = this.data.model;
     this.element.setAttribute("aria-label", `Conversation with ${this.data.model}`);
     this.scroll.setAttribute("aria-label", `Messages, ${this.data.model}`);
@@ -86,7 +88,7 @@ export class Column {
     this.drawEmpty(shown.length === 0);
     this.drawAsking(path.at(-1));
     this.drawUsed(path);
-    if (this.following) this.scroll.scrollTop = this.scroll.scrollHeight;
+    this.follow();
   }
 
   drawNode(node, path) {
@@ -108,9 +110,9 @@ export class Column {
     const { about } = this.app;
     const name = el("p", { class: "big" }, this.data.model || "No model yet");
     if (!model) return this.empty.replaceChildren(name);
-    const kind = model.adapter ? "adapter" : "model";
-    const facts = [kind, `${model.length.toLocaleString("en")} tokens of context`, about.dtype].join(" · ");
-    this.empty.replaceChildren(name, el("p", { class: "soft" }, facts));
+    const facts = el("p", { class: "soft" }, factsOf(model, about));
+    const words = model.problem && `Its newest checkpoint can't be used: ${model.problem}`;
+    this.empty.replaceChildren(name, facts, ...(words ? [el("p", { class: "soft small" }, words)] : []));
   }
 
   drawAsking(last) {

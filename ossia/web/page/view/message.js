@@ -177,6 +177,7 @@ function thinkingText(node) {
 function metaText(node) {
   const parts = [];
   if (node.edited) parts.push("edited");
+  if (node.version) parts.push(node.version);
   if (node.usage) {
     const speed = tokensPerSecond(node);
     parts.push(`${node.usage.completion.toLocaleString("en")} tokens`);
