@@ -61,6 +61,17 @@ class JailError(UserError):
     """A jail that this machine can't give, or that is gone; never what a program in it did."""
 
 
+class ServerError(UserError):
+    """Another server that can't be reached, refuses, or answers what can't be used.
+
+    `status` is the HTTP status that it answered with; None: none, because it couldn't be reached or broke off.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
+
+
 class MissingExtraError(UserError):
     """An optional package is needed; the message gives the `pip install 'ossia[...]'` line."""
 

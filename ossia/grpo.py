@@ -4,7 +4,8 @@
 tasks -> Harmony prompts -> engine (live adapter) -> turns -> rewards -> advantages -> packs -> the same step as SFT
 ```
 One process and one copy of the weights: the engine samples with the very tensors that the optimizer updates, and the
-reference policy is the model with its adapter switched off. The run folder is that of `sft.py`; samples.jsonl holds
+reference policy is the model with its adapter switched off. With `rl.rollout` a server samples, and is handed the
+adapter after each step. The run folder is that of `sft.py`; samples.jsonl holds
 every rollout. Sources: GRPO, arXiv:2402.03300, and its kin, see `ops/policy.py`.
 """
 
@@ -19,6 +20,8 @@ from ossia.rl.envs import load_object, make_env
 from ossia.rl.functions import RewardFunctions
 from ossia.rl.jail import Jails
 from ossia.rl.policy import Policy
+from ossia.rl.sampler import rollout_server
+from ossia.rl.sampler.served import Served
 from ossia.rl.tasks import NamedEnv
 from ossia.run.start import adamw_of, job_of, say, settle, started
 from ossia.run.trained import RunResult, save_result
@@ -37,19 +40,22 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     settle(recipe)
     steps = recipe.train.steps
     assert steps is not None
+    served = rollout_server(recipe)
     jails = Jails(workers=recipe.rl.reward_workers, allow_weak=recipe.rl.jail == "weak")
     with jails:
         envs = open_envs(recipe, jails)
         if jails.levels:
             say(f"jail: programs run at level {', '.join(jails.levels)}")
-        return _learn(recipe, envs, steps, resume=resume, sink=sink)
+        return _learn(recipe, envs, served, steps, resume=resume, sink=sink)
 
 
-def _learn(recipe: Recipe, envs: Sequence[NamedEnv], steps: int, *, resume: bool, sink: Sink | None) -> RunResult:
+def _learn(
+    recipe: Recipe, envs: Sequence[NamedEnv], served: Served | None, steps: int, *, resume: bool, sink: Sink | None
+) -> RunResult:
     """The run, once its environments are there."""
     with started(recipe, steps, resume=resume, sink=sink) as begun:
         model = begun.model
-        policy = Policy(recipe, model, begun.vocab, adamw_of(recipe, model), envs)
+        policy = Policy(recipe, model, begun.vocab, adamw_of(recipe, model), envs, served)
         if begun.saved is None:
             policy.samples.cut(0)
         job = job_of(
@@ -60,7 +66,7 @@ def _learn(recipe: Recipe, envs: Sequence[NamedEnv], steps: int, *, resume: bool
             data=policy,
             step=policy.step,
             evaluate=policy.evaluate if recipe.rl.eval_tasks else None,
-            counts=lambda: policy.counts,
+            counts=lambda: {**policy.counts, **policy.rollout.sampler.counts},
         )
         try:
             result = run_loop(job, begun.log, begun.saved)

@@ -45,6 +45,11 @@ class RlConfig(Section):
     """Tokens sampled in one turn, at most."""
     max_turns: int = Field(8, ge=1)
     """Turns of an episode with tools, at most."""
+    rollout: str = Field("engine", pattern=r"^(engine|https?://[^\s/]+.*)$")
+    """What samples: `engine`, in this process, or the address of a vLLM server that adapters can be loaded into, such
+    as http://127.0.0.1:8000/v1; docs/rl.md has its command."""
+    rollout_timeout_s: float = Field(600.0, gt=0.0)
+    """Seconds that a rollout server may take for one sample, its time in the queue included."""
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
     """The policy loss; docs/rl.md says what each is for."""
     clip_low: float | None = Field(None, gt=0, lt=1, json_schema_extra=words("the loss's own"))
@@ -66,8 +71,12 @@ class RlConfig(Section):
     """Where those weights are cut off."""
     max_mismatch: float = Field(0.02, gt=0.0)
     """Largest divergence of the sampler from the trainer (nats per token, mean of a step) before the run stops."""
-    router_replay: bool = True
-    """Train through the experts that were chosen while sampling."""
+    router_replay: bool = Field(
+        default_factory=lambda given: given["rollout"] == "engine",
+        json_schema_extra=words("true where the engine samples"),
+    )
+    """Train through the experts that were chosen while sampling; from a rollout server only if asked for, since it has
+    to be started with `--enable-return-routed-experts`."""
     refill: int = Field(0, ge=0)
     """How many times tasks whose samples all got the same reward are replaced by others in a step (DAPO's dynamic
     sampling)."""

@@ -389,6 +389,9 @@ class Recipe(Section):
             Clash(("rl.kl", "adapter"), "`rl.kl` needs an `adapter`: the reference is the model with it switched off")
             if rl.kl and self.adapter is None
             else None,
+            Clash(("rl.rollout", "adapter"), "`rl.rollout` is a server, which is handed an `adapter`; there is none")
+            if rl.rollout != "engine" and self.adapter is None
+            else None,
             Clash(
                 ("rl.max_new", "max_length"),
                 f"`rl.max_new` is {rl.max_new}; it has to be below `max_length`, "
@@ -425,6 +428,11 @@ class Recipe(Section):
     def has_eval(self) -> bool:
         """Whether the recipe holds rows out."""
         return bool(self.eval.split or self.eval.data)
+
+    @property
+    def resume_command(self) -> str:
+        """What goes on with this run once it was stopped."""
+        return f"ossia train {self.output / 'recipe.yaml'} --resume"
 
     def to_yaml(self) -> str:
         """The recipe with every default written out; `load_recipe` reads it back as an equal recipe."""

@@ -33,6 +33,10 @@ NOT_FINITE = (
     "  next: check the checkpoint and the adapter, or try another dtype"
 )
 
+_SCORED_LOGITS = 2**24  # that are in memory at once: 64 MiB
+TopTokens = tuple[tuple[int, float], ...]
+"""(id, logprob) of the likeliest tokens, the likeliest first."""
+
 Masks = Callable[[dict[int, str]], Mapping[int, Tensor]]
 """What rows may draw, (V,) bool each; rows that can't go on are added to the argument, with the reason."""
 
@@ -153,7 +157,7 @@ class Picked:
     ids_B: Tensor
     ids: list[int]
     logprobs: list[float]
-    top: dict[int, tuple[tuple[int, float], ...]]
+    top: dict[int, TopTokens]
 
 
 class Heads:
@@ -220,6 +224,25 @@ class Heads:
         return found
 
 
+def score_rows(h_ND: Tensor, head: Linear, targets_N: Tensor, top: int) -> tuple[list[float], list[TopTokens]]:
+    """ln p of a given token for each row, float32 as training computes it, and the `top` likeliest beside it.
+
+    h_ND       (N, D) normed
+    targets_N  (N,) int64
+    """
+    at_once = max(1, _SCORED_LOGITS // len(head.weight))
+    lps, tops = [], list[TopTokens]()
+    for h, ids in zip(h_ND.split(at_once), targets_N.split(at_once), strict=True):
+        logits = linear(h, head).float()
+        lse = logits.logsumexp(-1)
+        own = (h.float() * head.weight[ids].float()).sum(-1)
+        if head.lora_a is not None and head.lora_b is not None:
+            own += (linear(h, Linear(head.lora_a)).float() * head.lora_b[ids].float()).sum(-1)
+        lps += logprobs(own, logits, lse, ids).tolist()
+        tops += _top(logits, lse, [top] * len(h)) if top and len(h) else [()] * len(h)
+    return lps, tops
+
+
 def step_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`ops.linear.rms_norm` without its gradient, in one operation."""
     if x_BD.dtype == torch.float32:
@@ -227,7 +250,7 @@ def step_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     return F.rms_norm(x_BD.float(), weight_D.shape, weight_D.float(), eps).to(x_BD.dtype)
 
 
-def _top(logits_LV: Tensor, lse_L: Tensor, wanted: Sequence[int]) -> list[tuple[tuple[int, float], ...]]:
+def _top(logits_LV: Tensor, lse_L: Tensor, wanted: Sequence[int]) -> list[TopTokens]:
     """The likeliest tokens of each row, as many as it wants."""
     values, ids = logits_LV.topk(max(wanted), dim=-1)
     lps = (values - lse_L[:, None]).tolist()

@@ -8,6 +8,7 @@ k experts a token, X key and value heads.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -19,6 +20,9 @@ from torch import Tensor
 
 from ossia.engine.cache import Cache, Holding, Lane
 from ossia.engine.decode import Decoder, keeps_experts
+from ossia.engine.head import NOT_FINITE, score_rows
+from ossia.engine.request import PromptToken
+from ossia.errors import UserError
 from ossia.model.transformer import Attend, Context, Layer, Transformer
 from ossia.ops.attention import Segments, prefix_attention, sink_attention
 from ossia.ops.rope import rope_tables
@@ -130,6 +134,38 @@ class Prefill:
         if keeps_experts(model):
             layers.append(layer)
         return layer
+
+
+Scored = list[PromptToken]
+"""A prompt's tokens with their logprobs."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    ids: Tensor
+    starts: Tensor
+    unfold: Tensor | None = None
+
+
+def score_prompts(model: Transformer, prompts: Sequence[Sequence[int]], top: int) -> list[Scored]:
+    """Every token's logprob given those before it, and the `top` likeliest in its place; all prompts as one pack.
+
+    Raises  UserError if the model's output isn't finite
+    """
+    lengths = torch.tensor([0, *map(len, prompts)])
+    ids_T = torch.tensor([number for prompt in prompts for number in prompt])
+    hidden_TD = model.hidden(_Packed(ids_T.to(model.device), lengths.cumsum(0)))
+    ends = lengths.cumsum(0)[1:] - 1
+    before = torch.ones(len(ids_T), dtype=torch.bool).index_fill_(0, ends, False).nonzero()[:, 0]
+    h_ND, targets_N = hidden_TD[before.to(model.device)], ids_T[before + 1].to(model.device)
+    lps, tops = score_rows(h_ND, model.head(), targets_N, top)
+    if not all(map(math.isfinite, lps)):
+        raise UserError(NOT_FINITE)
+    found, others = [], zip(lps, tops, strict=True)
+    for prompt in prompts:
+        rest = [PromptToken(number, *next(others)) for number in prompt[1:]]
+        found.append([PromptToken(prompt[0], None), *rest])
+    return found
 
 
 def _calls(parts: Sequence[tuple[Prompt, int]]) -> Iterator[list[tuple[Prompt, int]]]:

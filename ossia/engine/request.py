@@ -82,6 +82,14 @@ class Token(NamedTuple):
     error: str | None = None
 
 
+class PromptToken(NamedTuple):
+    """A token of a prompt that was scored; `logprob` and `top` as in Token, None and empty for the first one."""
+
+    id: int
+    logprob: float | None
+    top: tuple[tuple[int, float], ...] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class Completion:
     """What was sampled for a request, the stop included; `logprobs`, `finish` and `top` as in Token.

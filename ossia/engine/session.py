@@ -23,7 +23,7 @@ from torch import Tensor
 from ossia.engine.cache import Cache, Holding
 from ossia.engine.decode import Decoder
 from ossia.engine.head import Heads, Rules
-from ossia.engine.prefill import Prefill, Prompt
+from ossia.engine.prefill import Prefill, Prompt, Scored, score_prompts
 from ossia.engine.request import Constraint, Finish, Request, Token
 from ossia.errors import UserError
 from ossia.harmony.vocab import Vocabulary
@@ -255,6 +255,20 @@ class Session:
 
     def _names(self) -> str:
         return ", ".join(name for name in self._adapter_of if name is not None) or "none"
+
+    @torch.inference_mode()
+    def score(self, prompts: Sequence[Sequence[int]], *, adapter: str | None = None, top: int = 0) -> list[Scored]:
+        """Each token's logprob given those before it, by the training forward; no part of the cache is used.
+
+        top     how many of the likeliest tokens to report beside each
+        Raises  UserError for prompts and adapters as in `add`, and if the model's output isn't finite
+        """
+        for ids in prompts:
+            self._check(Request(ids[: self._model.arch.max_positions - 1], adapter=adapter, top_logprobs=top))
+            if len(ids) > self._model.arch.max_positions:
+                raise UserError(f"a prompt of {len(ids):,} tokens; allowed: {self._model.arch.max_positions:,}")
+        model = self._models[self._adapter_of[adapter]]
+        return score_prompts(model, prompts, top)
 
     # --- who waits, joins and leaves
 

@@ -114,6 +114,18 @@ def kl_loss(logp_R: Tensor, reference_R: Tensor, weight_R: Tensor, estimator: Kl
 
 
 @torch.no_grad()
+def divergence(trainer_R: Tensor, sampler_R: Tensor) -> Tensor:
+    """How far a sampler is from the trainer at each token that it sampled; the mean estimates their divergence, nats.
+
+    trainer_R, sampler_R  (R,): ln p of the sampled tokens
+    Returns               (R,) float64: exp(d) - d - 1 with d = ln p_trainer - ln p_sampler, never below 0
+    Source                the k3 estimator, Schulman 2020, "Approximating KL divergence"
+    """
+    d_R = (trainer_R - sampler_R).double()
+    return d_R.exp() - d_R - 1
+
+
+@torch.no_grad()
 def mismatch_weights(old_R: Tensor, sampler_R: Tensor, sequence_R: Tensor, mode: Mismatch, cap: float) -> Tensor | None:
     """Truncated importance weights for tokens that were sampled with other numbers than the trainer's.
 

@@ -19,7 +19,16 @@ from torch import Tensor
 from ossia.config.rl import RlConfig
 from ossia.data.pack import Pack
 from ossia.data.sample import Sample
-from ossia.ops.policy import RULES, PolicyRule, clipped_share, kl_loss, mismatch_weights, policy_loss, token_weights
+from ossia.ops.policy import (
+    RULES,
+    PolicyRule,
+    clipped_share,
+    divergence,
+    kl_loss,
+    mismatch_weights,
+    policy_loss,
+    token_weights,
+)
 from ossia.rl.advantage import group_advantages, overlong_penalty
 from ossia.rl.rollout import Trajectory
 
@@ -197,10 +206,10 @@ class PolicyLoss:
         share = clipped_share(logp_R.detach(), old_R, piece.advantage_R, piece.sequence_R, rule)
         self._add(clip_share=share * len(logp_R), updates=len(logp_R))
         if self._reference is not None:
-            divergence = kl_loss(logp_R, self._reference[micro].to(logp_R.device), weight_R, config.kl_estimator)
-            loss = loss + config.kl * divergence
+            from_reference = kl_loss(logp_R, self._reference[micro].to(logp_R.device), weight_R, config.kl_estimator)
+            loss = loss + config.kl * from_reference
             if first:
-                self._add(kl=float(divergence.detach()))
+                self._add(kl=float(from_reference.detach()))
         return loss
 
     def metrics(self) -> dict[str, float]:
@@ -218,9 +227,8 @@ class PolicyLoss:
         return {**found, "clip_share": clip / max(1.0, updates), **({} if kl is None else {"kl": kl})}
 
     def _measure(self, logp_R: Tensor, piece: Piece) -> None:
-        d_R = (logp_R - piece.sampler_R).double()
-        self._num_tokens += len(d_R)
-        self._add(mismatch=float((d_R.exp() - d_R - 1).sum()), entropy=-float(logp_R.double().sum()))
+        self._num_tokens += len(logp_R)
+        self._add(mismatch=float(divergence(logp_R, piece.sampler_R).sum()), entropy=-float(logp_R.double().sum()))
 
     def _add(self, **values: float) -> None:
         for name, value in values.items():

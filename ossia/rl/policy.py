@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from ossia.config import Recipe
-from ossia.engine import Engine
 from ossia.errors import RunError
 from ossia.harmony.render import Renderer
 from ossia.harmony.vocab import Vocabulary
@@ -23,10 +22,14 @@ from ossia.rl.batch import Group, PolicyBatch, PolicyLoss, make_batch, rule_of, 
 from ossia.rl.judge import Judge
 from ossia.rl.record import SampleLog
 from ossia.rl.rollout import Asked, Limits, Rollout, Trajectory
+from ossia.rl.sampler import open_sampler
+from ossia.rl.sampler.served import Served
 from ossia.rl.tasks import NamedEnv, TaskStream
 from ossia.train.optim import AdamW
 from ossia.train.schedule import forward_logprobs
 from ossia.train.step import keeps_activations, train_step
+
+_PROBED = 4  # prompts that a rollout server is tried with
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,11 +45,18 @@ class Sampled:
 
 
 class Policy:
-    """What a run from rewards holds: the model, its optimizer, the engine's session, the tasks. The loop's data too."""
+    """What a run from rewards holds: the model, its optimizer, what samples, the tasks. The loop's data too."""
 
     def __init__(
-        self, recipe: Recipe, model: Transformer, vocab: Vocabulary, optimizer: AdamW, envs: Sequence[NamedEnv]
+        self,
+        recipe: Recipe,
+        model: Transformer,
+        vocab: Vocabulary,
+        optimizer: AdamW,
+        envs: Sequence[NamedEnv],
+        served: Served | None = None,
     ) -> None:
+        """served  the server that samples; None: this process does"""
         rl, train = recipe.rl, recipe.train
         self.recipe, self.model = recipe, model
         self.rule = rule_of(rl)
@@ -55,12 +65,15 @@ class Policy:
         self.samples = SampleLog(recipe.output / "samples.jsonl", vocab)
         most_ids = recipe.max_length - rl.max_new
         renderer = Renderer(vocab)
-        self.tasks = TaskStream(envs, "train", train.seed, renderer, recipe.harmony, most_ids)
-        held_out = TaskStream(envs, "eval", train.seed, renderer, recipe.harmony, most_ids)
-        self.held_out = held_out.take(rl.eval_tasks)
-        session = Engine(model, vocab=vocab, max_batch=rl.prompts * rl.group).session()
+        stream = partial(
+            TaskStream, envs, seed=train.seed, renderer=renderer, harmony=recipe.harmony, most_ids=most_ids
+        )
+        self.tasks = stream("train")
+        self.held_out = stream("eval").take(rl.eval_tasks)
+        prompts = [asked.ids for asked in stream("train").take(min(_PROBED, rl.prompts))] if served else []
+        sampler = open_sampler(recipe, model, vocab, served, prompts)
         limits = Limits(rl.max_new, rl.max_turns, recipe.max_length)
-        self.rollout = Rollout(session, vocab, self.judge, limits, routes=rl.router_replay)
+        self.rollout = Rollout(sampler, vocab, self.judge, limits, routes=rl.router_replay)
         self.alarm, self.number = Alarm(), 0  # steps taken
         self.tokens_per_pack = train.tokens_per_pack
         tokens = rl.prompts * rl.group * recipe.max_length
@@ -119,7 +132,8 @@ class Policy:
         started, rl = time.perf_counter(), self.recipe.rl
         found: list[Group] = []
         for attempt in range(rl.refill + 1):
-            sampled = self.rollout.sample(asked, rl.group, seed_of=partial(self._seed, step * 1000 + attempt))
+            seed_of = partial(self._seed, step * 1000 + attempt)
+            sampled = self.rollout.sample(asked, rl.group, version=step - 1, seed_of=seed_of)
             found += [score_group(group, rl, self.rule) for group in sampled]
             lacking = rl.prompts - sum(group.has_signal for group in found)
             if lacking <= 0 or attempt == rl.refill:
@@ -188,7 +202,7 @@ class Policy:
 
     def evaluate(self) -> dict[str, float]:
         """Greedy answers to the held-out tasks."""
-        sampled = self.rollout.sample(self.held_out, 1, seed_of=lambda _: 0, greedy=True)
+        sampled = self.rollout.sample(self.held_out, 1, version=self.number, seed_of=lambda _: 0, greedy=True)
         groups = [score_group(group, self.recipe.rl, self.rule) for group in sampled]
         self.samples.write(self.number, "eval", groups)
         rewards = _rewards(groups)

@@ -1,10 +1,11 @@
 """RUN/samples.jsonl of a run from rewards: every rollout with its parts, one JSON object a line.
 
 ```text
-{"step", "split", "env", "task", "sample", "messages", "completions": [{"ids", "text", "messages", "finish"}],
- "reward", "parts", "advantage", "failure"}
+{"step", "split", "env", "task", "sample", "version", "messages",
+ "completions": [{"ids", "text", "messages", "finish"}], "reward", "parts", "advantage", "failure"}
 ```
-It is cut back to a checkpoint's length when a run goes on, as events.jsonl is, so it reads as one uninterrupted run.
+`version` is how many steps the policy that sampled it had been trained for. The file is cut back to a checkpoint's
+length when a run goes on, as events.jsonl is, so it reads as one uninterrupted run.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ class SampleLog:
             "env": t.asked.env_id,
             "task": t.asked.task.name,
             "sample": t.sample,
+            "version": t.version,
             "messages": t.asked.task.row["messages"],
             "completions": [{"ids": ids, "text": self._vocab.decode(ids), "messages": messages, "finish": t.finish}],
             "reward": one.reward,

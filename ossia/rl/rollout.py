@@ -1,7 +1,7 @@
 """Tasks -> episodes that the policy went through: sampled ids, their logprobs and experts, and the reward.
 
 ```text
-task --rendered once for its group--> prompt ids --engine--> sampled ids --parsed--> Turn --judge--> Step
+task --rendered once for its group--> prompt ids --sampler--> sampled ids --parsed--> Turn --judge--> Step
                                          ^---- its messages rendered after the sampled ids, unless it is over ----|
 ```
 Sampled ids are never decoded and encoded again: the next prompt is the last one, what was sampled, and what the
@@ -17,15 +17,14 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ossia.engine import Completion, Request, Sampling, Session, completion, harmony_stops
-from ossia.engine.request import Token
-from ossia.errors import UserError
+from ossia.engine import Completion, Request, Sampling, harmony_stops
 from ossia.harmony.messages import Message
 from ossia.harmony.parse import StreamParser
 from ossia.harmony.render import Renderer
 from ossia.harmony.vocab import Vocabulary
 from ossia.rl.env import Env, Episode, Task, Turn
 from ossia.rl.judge import Judge, Verdict
+from ossia.rl.sampler import Sampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,7 @@ class Asked:
 class Trajectory:
     """One episode.
 
+    version    of the policy that sampled it: how many steps it had been trained for
     ids        prompt, and all that followed
     sampled    of each id whether the policy sampled it; nothing else is trained
     logprobs   ln p of each sampled id when it was sampled
@@ -63,6 +63,7 @@ class Trajectory:
 
     asked: Asked
     sample: int
+    version: int
     ids: list[int]
     sampled: list[bool]
     logprobs: list[float] = field(default_factory=list)
@@ -96,33 +97,42 @@ class Limits:
 
 
 class Rollout:
-    """Samples episodes with a session's policy as it is now."""
+    """Samples episodes with the policy as it is now."""
 
     def __init__(
         self,
-        session: Session,
+        sampler: Sampler,
         vocab: Vocabulary,
         judge: Judge,
         limits: Limits,
         *,
         routes: bool,
-        adapter: str | None = None,
     ) -> None:
-        self._session, self._vocab, self._judge, self._limits = session, vocab, judge, limits
-        self._routes, self._adapter = routes, adapter
+        self.sampler, self._vocab, self._judge, self._limits = sampler, vocab, judge, limits
+        self._routes = routes
         self._renderer, self._stops = Renderer(vocab), harmony_stops(vocab)
 
     def sample(
-        self, asked: Sequence[Asked], group: int, *, seed_of: Callable[[Trajectory], int], greedy: bool = False
+        self,
+        asked: Sequence[Asked],
+        group: int,
+        *,
+        version: int,
+        seed_of: Callable[[Trajectory], int],
+        greedy: bool = False,
     ) -> list[list[Trajectory]]:
         """`group` episodes of each task.
 
+        version   of the policy: how many steps it has been trained for
         seed_of   the seed of an episode's next turn
         greedy    the likeliest token each time
         Returns   (P, G) trajectories, in the tasks' order
-        Raises    UserError if the model's output isn't finite
+        Raises    UserError if the model's output isn't finite; RunError if a server fails
         """
-        groups = [[Trajectory(one, g, list(one.ids), [False] * len(one.ids)) for g in range(group)] for one in asked]
+        self.sampler.refresh(version)
+        groups = [
+            [Trajectory(one, g, version, list(one.ids), [False] * len(one.ids)) for g in range(group)] for one in asked
+        ]
         episodes = {
             id(t): one.env.open(one.task, one.seed) for one, mine in zip(asked, groups, strict=True) for t in mine
         }
@@ -148,20 +158,13 @@ class Rollout:
         for trajectory in live:
             room = min(self._limits.max_new, self._limits.max_length - len(trajectory.ids))
             sampling = Sampling(temperature=0.0) if greedy else Sampling(seed=seed_of(trajectory))
-            request = Request(
-                trajectory.ids, sampling, room, self._stops, routes=self._routes, adapter=self._adapter
-            )  # fmt: skip
-            by_number[self._session.add(request)] = trajectory
-        tokens: dict[int, list[Token]] = {number: [] for number in by_number}
+            request = Request(list(trajectory.ids), sampling, room, self._stops, routes=self._routes)
+            by_number[self.sampler.add(request)] = trajectory
         verdicts: dict[int, Verdict] = {}
-        while not self._session.idle:
-            for token in self._session.step():
-                tokens[token.request].append(token)
-                if token.finish is not None:
-                    _check(token)
-                    trajectory = by_number[token.request]
-                    turn = self._take(trajectory, completion(tokens.pop(token.request)))
-                    verdicts[id(trajectory)] = self._judge.submit(episodes[id(trajectory)], turn)
+        for number, answer in self.sampler.answers():
+            trajectory = by_number[number]
+            turn = self._take(trajectory, answer)
+            verdicts[id(trajectory)] = self._judge.submit(episodes[id(trajectory)], turn)
         return [(trajectory, verdicts[id(trajectory)]) for trajectory in live]
 
     def _take(self, trajectory: Trajectory, answer: Completion) -> Turn:
@@ -227,8 +230,3 @@ def _joined(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:
         known = (before >= 0).all(axis=-1, keepdims=True)
         routes[: len(before)] = np.where(known, before, routes[: len(before)])
     return routes
-
-
-def _check(token: Token) -> None:
-    if token.error is not None:
-        raise UserError(f"sampling: {token.error}")

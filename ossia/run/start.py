@@ -115,7 +115,7 @@ def job_of(
             "placement": model.weights.placement,
             "attention_backend": model.backend,
         },
-        resume_with=f"ossia train {recipe.output / 'recipe.yaml'} --resume",
+        resume_with=recipe.resume_command,
         clock=time.perf_counter,
         memory=lambda: peak_bytes(model.device),
     )

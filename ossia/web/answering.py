@@ -17,7 +17,7 @@ from ossia.web.protocol.chat import Usage
 from ossia.web.protocol.errors import ApiError
 from ossia.web.protocol.prompts import Job
 from ossia.web.protocol.turn import End, Piece, PlainTurn, Turn
-from ossia.web.worker import Accepted, Event, Failed, Worker
+from ossia.web.worker import Accepted, Echoed, Event, Failed, Worker
 
 
 class Answer(Protocol):
@@ -62,7 +62,7 @@ class Generation:
 
     def __init__(self, worker: Worker, job: Job, turns: Sequence[Turn | PlainTurn]) -> None:
         self._worker, self._job, self._turns = worker, job, turns
-        self._ticket = worker.submit(job.requests)
+        self._ticket = worker.submit(job.requests, job.echo)
 
     @property
     def usage(self) -> Usage:
@@ -110,6 +110,10 @@ class Generation:
             assert not isinstance(event, Accepted)
             turn = self._turns[event.choice]
             if turn.end is not None:
+                continue
+            if isinstance(event, Echoed):
+                assert isinstance(turn, PlainTurn)
+                found.setdefault(event.choice, []).extend(turn.echo(event.prompt, event.whole))
                 continue
             found.setdefault(event.choice, []).extend(turn.push(event.token))
             if turn.end is not None:

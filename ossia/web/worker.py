@@ -17,18 +17,19 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 
-from ossia.engine import Engine, Request, Session, Token
+from ossia.engine import Engine, PromptToken, Request, Session, Token
 from ossia.errors import UserError
 from ossia.model.lora import Lora
 from ossia.web.metrics import IDLE, Load, Metrics
 from ossia.web.protocol.errors import ApiError, internal, stuck
+from ossia.web.protocol.prompts import Echo
 
 log = logging.getLogger("ossia.web")
 RETRY_AFTER_S = 1
@@ -47,24 +48,34 @@ class Sampled(NamedTuple):
     token: Token
 
 
+class Echoed(NamedTuple):
+    """The prompt of one of the choices, scored where that was asked for; `whole`: nothing is sampled after it."""
+
+    choice: int
+    prompt: tuple[PromptToken, ...]
+    whole: bool
+
+
 class Failed(NamedTuple):
     """There is no answer, or no more of it."""
 
     error: ApiError
 
 
-Event = Accepted | Sampled | Failed
+Event = Accepted | Sampled | Echoed | Failed
 
 
 @dataclass(eq=False, slots=True)
 class Ticket:
     """Requests that were submitted together: the choices of one answer.
 
+    echo    what is said of their prompts first
     events  what happens to them
     open    choices that aren't finished; the event loop's own
     """
 
     requests: tuple[Request, ...]
+    echo: Echo | None
     submitted_s: float
     events: asyncio.Queue[Event] = field(default_factory=asyncio.Queue)
     open: set[int] = field(default_factory=set)
@@ -112,6 +123,7 @@ class Worker:
         self._tickets: set[Ticket] = set()  # with open choices
         self._running: dict[int, _Running] = {}  # by the session's numbers
         self._numbers: dict[tuple[Ticket, int], int] = {}
+        self._echoing: deque[tuple[Ticket, int]] = deque()  # choices whose prompts are to be told first
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="ossia-engine", daemon=True)
 
@@ -135,7 +147,7 @@ class Worker:
 
     # --- the event loop's side
 
-    def submit(self, requests: Sequence[Request]) -> Ticket:
+    def submit(self, requests: Sequence[Request], echo: Echo | None = None) -> Ticket:
         """Ask for answers. Raises ApiError 429 where there is no room for them, 503 where the engine has ended."""
         if len(requests) > self.room:
             raise ApiError(f"n: {len(requests)} sequences at once; this server takes up to {self.room}", param="n")
@@ -143,7 +155,7 @@ class Worker:
             message = f"the server is full: {self.outstanding} sequences run or wait; try again in a moment"
             raise ApiError(message, status=429, code="overloaded", headers={"Retry-After": str(RETRY_AFTER_S)})
         self._loop = asyncio.get_running_loop()
-        ticket = Ticket(tuple(requests), time.monotonic(), open=set(range(len(requests))))
+        ticket = Ticket(tuple(requests), echo, time.monotonic(), open=set(range(len(requests))))
         self._send([(ticket, None)])
         self.outstanding += len(requests)
         self._tickets.add(ticket)
@@ -193,6 +205,11 @@ class Worker:
                     continue  # cancelled while the step ran
                 if event.token.finish is not None:
                     self._finished(ticket, event.choice)
+            elif isinstance(event, Echoed):
+                if event.choice not in ticket.open:
+                    continue
+                if event.whole:
+                    self._finished(ticket, event.choice)
             elif isinstance(event, Failed):
                 self.cancel(ticket)
             ticket.events.put_nowait(event)
@@ -215,6 +232,7 @@ class Worker:
         """Step until told to stop, or until the session is of no use any more."""
         try:
             while self._take(session):
+                self._tell_prompts(session)
                 self._step(session)
         except (UserError, MemoryError, torch.OutOfMemoryError) as error:
             self._fail_running(f"a step failed: {error}")
@@ -222,11 +240,13 @@ class Worker:
     def _take(self, session: Session) -> bool:
         """Wait for work, and do what the inbox says. Returns False when it is time to stop."""
         with self._wake:
-            while not self._inbox and not self._newer and session.idle and not self._stopping:
+            busy = self._echoing or not session.idle
+            while not (self._inbox or self._newer or busy or self._stopping):
                 self._wake.wait()
             commands = list(self._inbox)
             self._inbox.clear()
-            ready = [adapter for adapter in self._newer if not session.is_replacing(adapter)]
+            held = {ticket.requests[0].adapter for ticket, _ in self._echoing}  # an answer is of one version
+            ready = [name for name in self._newer if name not in held and not session.is_replacing(name)]
             newer = {adapter: self._newer.pop(adapter) for adapter in ready}
         for adapter, (lora, step) in newer.items():
             session.replace(adapter, lora)
@@ -236,8 +256,14 @@ class Worker:
             log.info("adapter %s: now at step %d", adapter, step)
         news: list[tuple[Ticket, Event]] = []
         for ticket, choice in commands:
-            if choice is None:
-                news.append((ticket, self._add(session, ticket)))
+            if choice is None and ticket.echo is not None:
+                self._echoing += [(ticket, one) for one in range(len(ticket.requests))]
+                news.append((ticket, self._accepted(ticket)))
+            elif choice is None:
+                problem = self._add(session, ticket, range(len(ticket.requests)))
+                news.append((ticket, problem or self._accepted(ticket)))
+            elif (ticket, choice) in self._echoing:
+                self._echoing.remove((ticket, choice))
             elif (number := self._numbers.pop((ticket, choice), None)) is not None:
                 session.cancel(number)
                 del self._running[number]
@@ -245,20 +271,57 @@ class Worker:
         self._tell(news)
         return not self._stopping
 
-    def _add(self, session: Session, ticket: Ticket) -> Event:
-        numbers: list[int] = []
+    def _accepted(self, ticket: Ticket) -> Accepted:
+        adapter = ticket.requests[0].adapter
+        return Accepted(None if adapter is None else self.steps.get(adapter))
+
+    def _add(self, session: Session, ticket: Ticket, choices: Iterable[int]) -> Failed | None:
+        """Let some choices of an answer join; all of them or none."""
+        added: dict[int, int] = {}
         try:
-            for choice, request in enumerate(ticket.requests):
-                numbers.append(session.add(request))
-                self._running[numbers[-1]] = _Running(ticket, choice)
-                self._numbers[ticket, choice] = numbers[-1]
+            for choice in choices:
+                number = added[choice] = session.add(ticket.requests[choice])
+                self._running[number] = _Running(ticket, choice)
+                self._numbers[ticket, choice] = number
         except UserError as error:
-            for choice, number in enumerate(numbers):
+            for choice, number in added.items():
                 session.cancel(number)
                 del self._running[number], self._numbers[ticket, choice]
             return Failed(ApiError.of(error))
-        adapter = ticket.requests[0].adapter
-        return Accepted(None if adapter is None else self.steps.get(adapter))
+        return None
+
+    def _tell_prompts(self, session: Session) -> None:
+        """The prompts of one answer's next choices, about as many tokens as a step reads; then those may be sampled."""
+        if not self._echoing:
+            return
+        ticket, num_tokens = self._echoing[0][0], 0
+        echo, choices = ticket.echo, list[int]()
+        for other, choice in self._echoing:
+            if other is not ticket or num_tokens >= self._engine.prefill_tokens:
+                break
+            choices.append(choice)
+            num_tokens += len(ticket.requests[choice].ids)
+        assert echo is not None
+        requests = [ticket.requests[choice] for choice in choices]
+        prompts = dict.fromkeys(tuple(request.ids) for request in requests)  # that of several choices once
+        try:
+            if echo.top is None:
+                told = [[PromptToken(number, None) for number in ids] for ids in prompts]
+            else:
+                told = session.score(list(prompts), adapter=requests[0].adapter, top=echo.top)
+        except UserError as error:
+            self._echoing = deque(each for each in self._echoing if each[0] is not ticket)
+            return self._tell([(ticket, Failed(ApiError.of(error)))])
+        for _ in choices:
+            self._echoing.popleft()
+        of = dict(zip(prompts, map(tuple, told), strict=True))
+        news: list[tuple[Ticket, Event]] = [
+            (ticket, Echoed(choice, of[tuple(request.ids)], echo.alone))
+            for choice, request in zip(choices, requests, strict=True)
+        ]
+        if not echo.alone and (problem := self._add(session, ticket, choices)) is not None:
+            news.append((ticket, problem))
+        self._tell(news)
 
     def _step(self, session: Session) -> None:
         if session.idle:
@@ -293,7 +356,9 @@ class Worker:
         with self._wake:
             waiting = [ticket for ticket, choice in self._inbox if choice is None]
             self._inbox.clear()
-        tickets = dict.fromkeys([running.ticket for running in self._running.values()] + waiting)
+        echoing = [ticket for ticket, _ in self._echoing]
+        tickets = dict.fromkeys([running.ticket for running in self._running.values()] + echoing + waiting)
+        self._echoing.clear()
         self._running.clear()
         self._numbers.clear()
         self._load = IDLE

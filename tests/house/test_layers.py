@@ -14,7 +14,7 @@ import pytest
 # made of stories, so they stand on them.
 LAYERS = (
     {"errors", "disk"},
-    {"config", "harmony", "kernels"},
+    {"config", "harmony", "kernels", "remote"},
     {"ops"},
     {"model", "data"},
     {"engine", "train"},

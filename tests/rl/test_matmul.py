@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from itertools import islice
 
@@ -11,7 +12,7 @@ import pytest
 from ossia.rl.env import Step
 from ossia.rl.envs.code import answered
 from ossia.rl.envs.matmul import PLAIN, Matmul, whole_matrix
-from ossia.rl.envs.speed import Timed, is_product, speed_up, worth
+from ossia.rl.envs.speed import Meter, Timed, is_product, speed_up, worth
 from ossia.rl.jail import Jails
 
 FAST = """
@@ -150,11 +151,17 @@ def matmul(A, B):
 
 
 def test_work_between_calls_to_slow_the_plain_one_is_charged(env: Matmul) -> None:
-    honest, idle, burning = (
-        step(env, FASTER + BURNING.replace("BURN_S", burn) if burn else FASTER) for burn in ("", "0", "0.005")
-    )  # fmt: skip
-    assert [found.metrics["right"] for found in (honest, idle, burning)] == [1.0] * 3
-    assert idle.reward > 0.7
+    with env.jails.get("compute").open(FAST + BURNING.replace("BURN_S", "0.05")) as program:
+        meter = Meter(program)
+        first = meter.charge_s(program.call("matmul", [[1]], [[1]]))
+        time.sleep(0.1)
+        outcome = program.call("matmul", [[2]], [[3]])
+        assert outcome.value == [[6]]
+        assert first < 0.02
+        assert outcome.cpu_s < 0.02
+        assert meter.charge_s(outcome) > 0.03
+    idle, burning = (step(env, FASTER + BURNING.replace("BURN_S", burn)) for burn in ("0", "0.005"))
+    assert idle.metrics["right"] == burning.metrics["right"] == 1.0
     assert burning.reward < idle.reward - 0.15
 
 

@@ -21,6 +21,7 @@ from ossia.rl.envs import make_env
 from ossia.rl.jail import Jails
 from ossia.rl.judge import Judge
 from ossia.rl.rollout import Limits, Rollout, Trajectory
+from ossia.rl.sampler import EngineSampler
 from ossia.rl.tasks import NamedEnv, TaskStream
 from ossia.train.schedule import forward_backward
 
@@ -40,9 +41,10 @@ def sample(recipe: Recipe, group: int = 8):
     env = NamedEnv("env", make_env(recipe.env[0].id, {}, Jails()), 1.0)
     tasks = TaskStream([env], "train", 0, Renderer(vocab), recipe.harmony, 200)
     judge = Judge(2, 30.0)
-    session = Engine(model, vocab=vocab, max_batch=16).session()
-    rollout = Rollout(session, vocab, judge, Limits(24, 4, 256), routes=True)
-    groups = rollout.sample(tasks.take(2), group, seed_of=lambda t: t.asked.number * 1000 + t.sample * 10 + t.turns)
+    sampler = EngineSampler(Engine(model, vocab=vocab, max_batch=16).session())
+    rollout = Rollout(sampler, vocab, judge, Limits(24, 4, 256), routes=True)
+    seed_of = lambda t: t.asked.number * 1000 + t.sample * 10 + t.turns  # noqa: E731
+    groups = rollout.sample(tasks.take(2), group, version=0, seed_of=seed_of)
     judge.close()
     return model, vocab, groups
 

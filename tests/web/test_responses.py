@@ -167,7 +167,7 @@ def _greeting() -> Any:
 
 @pytest.mark.parametrize(
     "change",
-    [{"prompt": []}, {"prompt": [[]]}, {"prompt": [10**6]}, {"echo": True}, {"best_of": 3}, {"suffix": "x"}],
+    [{"prompt": []}, {"prompt": [[]]}, {"prompt": [10**6]}, {"max_tokens": 0}, {"best_of": 3}, {"suffix": "x"}],
     ids=str,
 )
 def test_what_a_plain_completion_cannot_be_is_refused(live: Live, change: dict[str, Any]) -> None:

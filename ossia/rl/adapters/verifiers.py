@@ -25,7 +25,7 @@ _HELD_OUT = 10  # one prompt of so many, where theirs holds out none
 
 
 class Verifiers:
-    """One environment of theirs. Its training rows are our training tasks, its evaluation rows, if any, the held-out ones."""
+    """One environment of theirs. Its evaluation rows, if any, are the held-out ones."""
 
     def __init__(self, name: str, env: Any, api: Any) -> None:
         self._name, self._env, self.api = name, env, api

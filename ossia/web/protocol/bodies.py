@@ -116,7 +116,8 @@ class CompletionBody(ChoiceFields):
         description="a text, a list of token ids, or a list of either"
     )
     logprobs: int | None = Field(None, ge=0, le=MOST_TOP_LOGPROBS, description=f"0 to {MOST_TOP_LOGPROBS}")
-    echo: Literal[False] | None = Field(None, description="false (`ossia score` gives a prompt's log-probabilities)")
+    echo: bool | None = Field(None, description="true or false")
+    max_tokens: int | None = Field(None, ge=0, description="a positive number, or with echo also 0")
     best_of: Literal[1] | None = Field(None, description="1 (ask for `n` and choose yourself)")
     suffix: Literal[""] | None = Field(None, description="nothing (gpt-oss doesn't fill in)")
 

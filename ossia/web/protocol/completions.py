@@ -68,7 +68,10 @@ class TextAnswer:
         return {
             "tokens": [decode((one.token.id,)) for one in tokens],
             "token_logprobs": [one.token.logprob for one in tokens],
-            "top_logprobs": [{decode((number,)): value for number, value in one.token.top} for one in tokens],
+            "top_logprobs": [
+                None if one.token.logprob is None else {decode((number,)): value for number, value in one.token.top}
+                for one in tokens
+            ],
             "text_offset": [one.place for one in tokens],
         }
 

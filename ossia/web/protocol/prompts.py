@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from ossia.engine import Constraint, Request, Sampling, harmony_stops
 from ossia.engine.grammar import GrammarCompiler
@@ -66,6 +66,17 @@ def unknown_model(name: str, known: Sequence[str]) -> ApiError:
     return ApiError(message, status=404, param="model", code="model_not_found")
 
 
+class Echo(NamedTuple):
+    """Prompts are part of the answer.
+
+    top    how many of the likeliest tokens to report beside each of a prompt's; None: its logprobs aren't wanted
+    alone  nothing is sampled
+    """
+
+    top: int | None
+    alone: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """What a body asks of the engine, and how its answer is to be read.
@@ -76,6 +87,7 @@ class Job:
     one_call   the turn ends with its first call
     only_json  the visible answer is JSON alone
     logprobs   the visible answer's are wanted
+    echo       the answer begins with its prompt
     """
 
     requests: tuple[Request, ...]
@@ -84,6 +96,7 @@ class Job:
     one_call: bool = False
     only_json: bool = False
     logprobs: bool = False
+    echo: Echo | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,11 +164,14 @@ def completion_job(body: CompletionBody, served: Served) -> Job:
             what = f"there is no token {wrong[0]}" if wrong else "an empty prompt"
             raise ApiError(f"prompt: {what}; allowed: one or more ids below {served.vocab_size}", param="prompt")
     max_tokens = 16 if body.max_tokens is None else body.max_tokens  # OpenAI's default for this route
+    if not max_tokens and not body.echo:
+        raise ApiError("max_tokens: found 0; allowed: a positive number, or with echo also 0", param="max_tokens")
     return Job(
         sampled(body, served, ids, max_tokens, num=body.n or 1, top_logprobs=body.logprobs or 0),
         sum(map(len, ids)),
         body.stop_texts,
         logprobs=body.logprobs is not None,
+        echo=Echo(body.logprobs, alone=not max_tokens) if body.echo else None,
     )
 
 
@@ -188,7 +204,7 @@ def sampled(
     found = []
     for ids in prompts:
         room = served.max_length - len(ids)
-        if room < 1:
+        if room < (0 if max_tokens == 0 else 1):
             message = f"this model's context is {served.max_length} tokens, the answer's included; "
             message += f"the prompt has {len(ids)}. Shorten it"
             raise ApiError(message, param="messages", code="context_length_exceeded")

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import codecs
 from collections import deque
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-from ossia.engine import Token
+from ossia.engine import PromptToken, Token
 from ossia.harmony import Closed, Delta, Message, Opened, StreamParser, Vocabulary
 
 Kind = Literal["reasoning", "text", "call"]
@@ -32,7 +33,7 @@ class Begin(NamedTuple):
 class Placed(NamedTuple):
     """A token of visible text, and the place of its first character there."""
 
-    token: Token
+    token: Token | PromptToken
     place: int
 
 
@@ -154,10 +155,21 @@ class PlainTurn:
     """
 
     def __init__(self, vocab: Vocabulary, stops: tuple[str, ...], stop_ids: frozenset[int]) -> None:
-        self._vocab, self._stop_ids, self._text = vocab, stop_ids, Held(stops)
+        self._vocab, self._stops, self._stop_ids, self._text = vocab, stops, stop_ids, Held(stops)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.end: End | None = None
         self.num_tokens = self.num_reasoning = 0
+
+    def echo(self, prompt: Sequence[PromptToken], whole: bool) -> list[Piece]:
+        """The prompt as the first text, in which no stop is looked for; `whole`: nothing comes after it."""
+        text, tokens = "", []
+        for number, token in enumerate(prompt, start=1):
+            tokens.append(Placed(token, len(text)))
+            text += self._utf8.decode(self._vocab.decode_bytes((token.id,)), whole and number == len(prompt))
+        self._text = Held(self._stops, len(text))
+        if whole:
+            self.end = "length"
+        return [More(text, tuple(tokens))]
 
     def push(self, token: Token) -> list[Piece]:
         """The pieces that became known by this token."""
@@ -176,12 +188,13 @@ class PlainTurn:
 
 
 class Held:
-    """Text on its way out: what could still become a stop text stays until it can't."""
+    """Text on its way out: what could still become a stop text stays until it can't. `before`: characters of other text
+    that came before it."""
 
-    def __init__(self, stops: tuple[str, ...]) -> None:
+    def __init__(self, stops: tuple[str, ...], before: int = 0) -> None:
         self._stops = stops
         self._text = ""
-        self._seen = self._out = 0  # characters that came, and that went
+        self._seen = self._out = before  # characters that came, and that went
         self._tokens: deque[Placed] = deque()
 
     def expect(self, token: Token) -> None:
