@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
@@ -24,7 +25,8 @@ def jails() -> Iterator[Jails]:
 
 
 def reward_of(env: Env, task: Task, turn: Turn) -> float:
-    return env.open(task, 0).step(turn).reward
+    with closing(env.open(task, 0)) as episode:
+        return episode.step(turn).reward
 
 
 CODE = ("game2048", "matmul")  # a program, by how well it does

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import httpx2
@@ -122,14 +123,22 @@ def test_a_fault_while_a_prompt_is_scored_ends_it_and_whoever_leaves_frees_the_p
             live.client.completions.create(model="base", prompt=["x", "y"], **SCORE)
         monkeypatch.setattr(Session, "score", real)
         assert live.client.completions.create(model="base", prompt="x", **SCORE).choices[0].text == "x"
-        live.worker._engine.prefill_tokens = 1
-        body = {"model": "base", "prompt": [[5] * 3000 + [number] for number in range(8)], **SCORE, "max_tokens": 300}
+        live.worker._engine.prefill_tokens, scored = 1, list[int]()
+
+        def slow(session: Session, prompts: list[list[int]], **how: Any) -> Any:
+            scored.append(len(prompts))
+            time.sleep(0.1)
+            return real(session, prompts, **how)
+
+        monkeypatch.setattr(Session, "score", slow)
+        body = {"model": "base", "prompt": [[5, number] for number in range(20)], **SCORE, "max_tokens": 300}
         with pytest.raises(httpx2.TimeoutException):
             httpx2.post(f"{live.url}/v1/completions", json=body, timeout=0.3)
         wait_until(lambda: live.worker.outstanding == 0 and not live.worker._echoing)
         wait_until(lambda: live.worker.load()[:3] == (0, 0, 0))
         assert not live.worker._tickets
         assert not live.worker._numbers
+        assert len(scored) < 10
 
 
 def _no_memory(*_: object, **__: object) -> None:

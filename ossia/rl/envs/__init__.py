@@ -19,6 +19,7 @@ from ossia.rl.envs.game2048 import Game2048
 from ossia.rl.envs.math import Math
 from ossia.rl.envs.matmul import Matmul
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
+from ossia.rl.envs.tool_python import ToolPython
 from ossia.rl.jail import Jails
 
 ENVS: Mapping[str, Callable[..., Env]] = {
@@ -30,6 +31,7 @@ ENVS: Mapping[str, Callable[..., Env]] = {
     "matmul": Matmul,
     "math": Math,
     "reasoning_gym": gym.make,
+    "tool_python": ToolPython,
 }
 ADAPTERS = ("gymnasium", "openenv", "verifiers")  # `KIND:NAME` is loaded by ossia/rl/adapters/KIND.py
 
