@@ -1,6 +1,6 @@
 """Question: how long does a step of GRPO take, and in how much memory, against TRL's GRPOTrainer?
 
-Run: python -m benchmarks.grpo_step      Needs: 2 cores      Quoted in: docs/rl.md
+Run: python -m benchmarks.grpo_step      Needs: 2 cores
 
 Both sides start from the same model that was taught to sort six digits for 200 steps, sample the same number of
 answers of at most the same length to the same prompts with temperature 1, reward the exact answer by the same function,

@@ -38,27 +38,22 @@ class Segments:
     unfold: Tensor | None = None
     lengths: list[int] = field(init=False)
     positions_T: Tensor = field(init=False)
-    doc_U: Tensor = field(init=False)
-    unfold_U: Tensor | None = field(init=False, default=None)
-    first_T: Tensor | None = field(init=False, default=None)
+    doc_T: Tensor = field(init=False)
+    shared: Shared | None = field(init=False, default=None)
     _blocks: dict[int, Tensor] = field(init=False, default_factory=dict)
-    _families: dict[int | None, Families | None] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         lengths = self.starts.diff()
         assert int(self.starts[0]) == 0, self.starts
         assert bool((lengths > 0).all()), self.starts
         self.lengths = lengths.tolist()
-        doc_U = torch.repeat_interleave(torch.arange(len(self.lengths)), lengths)
-        positions_U = torch.arange(self.num_tokens) - self.starts[doc_U]
-        self.doc_U = doc_U.to(self.device)
+        doc_T = torch.repeat_interleave(torch.arange(len(self.lengths)), lengths)
+        positions_T = torch.arange(self.num_tokens) - self.starts[doc_T]
         if self.unfold is not None:
-            assert len(self.unfold) == self.num_tokens, (self.unfold.shape, self.starts)
-            first_T = torch.full((int(self.unfold.max()) + 1,), self.num_tokens)
-            first_T.scatter_reduce_(0, self.unfold, torch.arange(self.num_tokens), "amin")
-            positions_U = positions_U[first_T]
-            self.unfold_U, self.first_T = self.unfold.to(self.device), first_T.to(self.device)
-        self.positions_T = positions_U.to(self.device)
+            self.shared = Shared.of(self.unfold, Segments(self.starts, self.device))
+            first_T = self.shared.first_T.cpu()
+            doc_T, positions_T = doc_T[first_T], positions_T[first_T]
+        self.positions_T, self.doc_T = positions_T.to(self.device), doc_T.to(self.device)
 
     @property
     def num_tokens(self) -> int:
@@ -77,7 +72,7 @@ class Segments:
         if window not in self._blocks:
             num_blocks = -(-self.num_tokens // window)
             doc = torch.full(((num_blocks + 1) * window,), -1, device=self.device)
-            doc[window : window + self.num_tokens] = self.doc_U
+            doc[window : window + self.num_tokens] = self.doc_T
             doc_q_BL = doc[window:].view(num_blocks, window)
             doc_k_BL = torch.cat((doc[:-window].view(num_blocks, window), doc_q_BL), dim=1)
             offset_q = torch.arange(window, 2 * window, device=self.device)[:, None]
@@ -89,12 +84,33 @@ class Segments:
             self._blocks[window] = mask_BLL[:, None]
         return self._blocks[window]
 
+
+@dataclass(slots=True)
+class Shared:
+    """Rows that documents share, for attention.
+
+    apart     the same documents, each with rows of its own
+    unfold_U  (U,) int64: the row of each of their tokens; first_T (T,) int64: where each row comes up first among these
+    """
+
+    apart: Segments
+    unfold_U: Tensor
+    first_T: Tensor
+    _families: dict[int | None, Families | None] = field(init=False, default_factory=dict)
+
+    @classmethod
+    def of(cls, unfold: Tensor, apart: Segments) -> Shared:
+        """unfold  as that of Segments"""
+        assert len(unfold) == apart.num_tokens, (unfold.shape, apart.starts)
+        first_T = torch.full((int(unfold.max()) + 1,), apart.num_tokens)
+        first_T.scatter_reduce_(0, unfold, torch.arange(apart.num_tokens), "amin")
+        return cls(apart, unfold.to(apart.device), first_T.to(apart.device))
+
     def families(self, window: int | None) -> Families | None:
         """How documents that share rows attend without these being computed again; None where that would cost more."""
         if window not in self._families:
-            assert self.unfold is not None
-            found = Families.of(self.unfold, self.starts.tolist(), window)
-            apart = sum(n * min(n, 2 * (window or n)) for n in self.lengths)
+            found = Families.of(self.unfold_U, self.apart.starts.tolist(), window)
+            apart = sum(n * min(n, 2 * (window or n)) for n in self.apart.lengths)
             self._families[window] = found if found.num_pairs <= min(apart, _MOST_PAIRS) else None
         return self._families[window]
 
@@ -216,26 +232,14 @@ def sink_attention(
     Returns              (T, H, d) of q's dtype; differentiable in q, k, v and sinks
     Source               gpt-oss model card; sliding window and sinks as in openai/gpt-oss torch/model.py
     """
-    if segments.unfold_U is None:
-        return _attend(q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale, backend)
-    if backend == "cpu" and (families := segments.families(window)) is not None:
-        return families.attend(q_THd, k_TKd, v_TKd, sinks_H, scale)
-    unfolded = [x.index_select(0, segments.unfold_U) for x in (q_THd, k_TKd, v_TKd)]
-    out_UHd = _attend(*unfolded, sinks_H, segments, window, scale, backend)
-    assert segments.first_T is not None
-    return out_UHd.index_select(0, segments.first_T)
-
-
-def _attend(
-    q_THd: Tensor,
-    k_TKd: Tensor,
-    v_TKd: Tensor,
-    sinks_H: Tensor,
-    segments: Segments,
-    window: int | None,
-    scale: float,
-    backend: Backend,
-) -> Tensor:
+    if (shared := segments.shared) is not None:
+        if backend == "cpu" and (families := shared.families(window)) is not None:
+            return families.attend(q_THd, k_TKd, v_TKd, sinks_H, scale)
+        q_UHd, k_UKd, v_UKd = (x.index_select(0, shared.unfold_U) for x in (q_THd, k_TKd, v_TKd))
+        out_UHd = sink_attention(
+            q_UHd, k_UKd, v_UKd, sinks_H, shared.apart, window=window, scale=scale, backend=backend
+        )  # fmt: skip
+        return out_UHd.index_select(0, shared.first_T)
     if backend == "reference":
         return _reference(q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale)
     if backend == "cuda":
@@ -302,7 +306,7 @@ def _reference(
 ) -> Tensor:
     """The definition over all T x T pairs."""
     i = torch.arange(segments.num_tokens, device=q_THd.device)
-    seen_TT = (segments.doc_U[:, None] == segments.doc_U[None]) & (i[None] <= i[:, None])
+    seen_TT = (segments.doc_T[:, None] == segments.doc_T[None]) & (i[None] <= i[:, None])
     if window is not None:
         seen_TT &= i[None] > i[:, None] - window
     bias_TT = torch.zeros(seen_TT.shape, device=q_THd.device).masked_fill_(~seen_TT, -torch.inf)

@@ -142,16 +142,14 @@ def _pack(mine: Sequence[Weighted], number: int) -> Pack:
     for _, group in groupby(enumerate(mine), key=lambda place: id(place[1][0].trajectory.asked)):
         members = list(group)
         samples = [_sample(one, weight, f"sample {number}.{place}") for place, (one, weight) in members]
-        trajectories = [one.trajectory for _, (one, _) in members]
-        num_common = len(trajectories[0].asked.ids)
+        num_common = len(members[0][1][0].trajectory.asked.ids)
         begun.append((num_common, samples))
-        routes.append(
-            trajectories[0].routes if trajectories[0].routes is None else trajectories[0].routes[: num_common - 1]
-        )
-        routes += [t.routes if t.routes is None else t.routes[num_common - 1 :] for t in trajectories]
-    recorded = [part for part in routes if part is not None]
-    assert len(recorded) in (0, len(routes))
-    return replace(Pack.sharing(begun), routes=torch.from_numpy(np.concatenate(recorded)) if recorded else None)
+        recorded = [one.trajectory.routes for _, (one, _) in members if one.trajectory.routes is not None]
+        assert len(recorded) in (0, len(members))
+        routes += [recorded[0][: num_common - 1], *(one[num_common - 1 :] for one in recorded)] if recorded else []
+    pack = Pack.sharing(begun)
+    assert sum(map(len, routes)) in (0, pack.num_tokens)
+    return replace(pack, routes=torch.from_numpy(np.concatenate(routes)) if routes else None)
 
 
 def _masked(one: Scored, config: RlConfig) -> bool:

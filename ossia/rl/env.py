@@ -143,9 +143,9 @@ def validate(env: Env, name: str, *, seed: int, most: int) -> int:
         if not corrupted:
             continue
         tried += 1
-        earned = _earned(env, task, seed, right)
+        earned = first_step(env, task, seed, right).reward
         for turn in corrupted:
-            if (got := _earned(env, task, seed, turn)) >= earned:
+            if (got := first_step(env, task, seed, turn).reward) >= earned:
                 said = turn.messages[-1].content if turn.messages else ""
                 raise RewardError(
                     f"env {name}: task {task.name!r}: a corrupted answer earns {got:g}, the right one {earned:g}\n"
@@ -154,11 +154,11 @@ def validate(env: Env, name: str, *, seed: int, most: int) -> int:
     return tried
 
 
-def _earned(env: Env, task: Task, seed: int, turn: Turn) -> float:
-    """What one turn earns in an episode of its own."""
+def first_step(env: Env, task: Task, seed: int, turn: Turn) -> Step:
+    """What one turn leads to in an episode of its own, which is then closed."""
     episode = env.open(task, seed)
     try:
-        return episode.step(turn).reward
+        return episode.step(turn)
     finally:
         episode.close()
 

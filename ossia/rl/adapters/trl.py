@@ -14,7 +14,7 @@ from typing import Any
 
 from ossia.errors import RewardError
 from ossia.harmony.vocab import Vocabulary
-from ossia.rl.env import Env, Task, Turn, final
+from ossia.rl.env import Env, Task, Turn, final, first_step
 from ossia.rl.rollout import parse_turn
 
 RewardFunc = Callable[..., list[float]]
@@ -55,11 +55,7 @@ def as_reward_func(env: Env, tasks: Sequence[Task], vocab: Vocabulary | None = N
 
 
 def _judged(env: Env, task: Task, turn: Turn) -> float:
-    episode = env.open(task, 0)
-    try:
-        step = episode.step(turn)
-    finally:
-        episode.close()
+    step = first_step(env, task, 0, turn)
     if not (step.terminated or step.truncated):
         raise RewardError(f"task {task.name!r} takes several turns; a reward function of TRL's judges one")
     return step.reward

@@ -81,11 +81,11 @@ def _guess(word: str, candidates: Iterable[str]) -> str:
 
 
 def _adapted(name: str, load: Callable[..., Env], theirs: str, options: Mapping[str, Any]) -> Env:
-    wanted = inspect.signature(load).parameters
+    wanted = inspect.signature(load)
     try:
-        inspect.signature(load).bind(theirs, **options)
+        wanted.bind(theirs, **options)
     except TypeError as error:
-        allowed = [option for option, one in wanted.items() if one.kind is one.KEYWORD_ONLY]
+        allowed = [option for option, one in wanted.parameters.items() if one.kind is one.KEYWORD_ONLY]
         raise RecipeError(f"env {name}: {error}\n  allowed: {', '.join(allowed) or 'none'}") from error
     return load(theirs, **options)
 

@@ -19,6 +19,7 @@ from typing import Any
 from ossia.errors import RecipeError
 from ossia.rl.env import OneStep, Split, Task, Turn
 from ossia.rl.envs.code import answered, code_of, seeded, unusable
+from ossia.rl.envs.options import check_range
 from ossia.rl.jail import Jail, Jails, Limits
 
 Row = tuple[int, ...]
@@ -172,10 +173,8 @@ class Game2048:
         if self.size not in BASELINES:
             allowed = ", ".join(map(str, BASELINES))
             raise RecipeError(f"env.game2048: `size` is {self.size}; allowed, because measured: {allowed}")
-        if not 1 <= self.games <= 64:
-            raise RecipeError(f"env.game2048: `games` is {self.games}; allowed: 1 to 64")
-        if not 0.1 <= self.seconds <= 60:
-            raise RecipeError(f"env.game2048: `seconds` is {self.seconds:g}; allowed: 0.1 to 60")
+        check_range("game2048", "games", self.games, 1, 64)
+        check_range("game2048", "seconds", self.seconds, 0.1, 60)
         self.jails.get("compute")
 
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:

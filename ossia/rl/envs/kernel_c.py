@@ -11,17 +11,17 @@ finds no other one to call: its program can open no file but itself.
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from ossia.errors import JailError, RecipeError, RewardError
+from ossia.errors import JailError, RewardError
 from ossia.rl.env import OneStep, Split, Task, Turn
 from ossia.rl.envs.code import answered, code_of, seeded, unusable
-from ossia.rl.envs.speed import Meter, Timed, is_product, sizes, speed_up, worth
+from ossia.rl.envs.options import check_range
+from ossia.rl.envs.speed import Meter, Timed, is_product, secret_rng, sizes, speed_up, worth
 from ossia.rl.jail import Jail, Jails, Limits, Program, Shared, ToolLimits, input_array, library, output_array
 
 FLAGS = ("-O3", "-march=native", "-std=gnu11", "-fPIC", "-shared")
@@ -128,12 +128,9 @@ class KernelC:
     _plain: bytes = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
-        if not 32 <= self.most <= 1024:
-            raise RecipeError(f"env.kernel_c: `most` is {self.most}; allowed: 32 to 1024")
-        if not 3 <= self.rounds <= 64:
-            raise RecipeError(f"env.kernel_c: `rounds` is {self.rounds}; allowed: 3 to 64")
-        if not 1.5 <= self.goal <= 1000:
-            raise RecipeError(f"env.kernel_c: `goal` is {self.goal:g}; allowed: 1.5 to 1000")
+        check_range("kernel_c", "most", self.most, 32, 1024)
+        check_range("kernel_c", "rounds", self.rounds, 3, 64)
+        check_range("kernel_c", "goal", self.goal, 1.5, 1000)
         compiled = compile_c(self._jail(), PLAIN)
         if compiled is None:
             raise JailError(
@@ -182,7 +179,7 @@ class KernelC:
 
     def _run(self, compiled: bytes, seed: str) -> list[Call] | None:
         """Every timed call; None as soon as one result isn't the product, or there is none."""
-        rng = np.random.default_rng(random.Random(seed).getrandbits(128))
+        rng = secret_rng(seed)
         jail, calls = self._jail(), []
         with ExitStack() as held:
             buffers, programs = Buffers(held, self.most), []

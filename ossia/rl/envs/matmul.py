@@ -6,16 +6,16 @@ was loaded; the plain triple loop answers the same one first, in a jail of its o
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from ossia.errors import RecipeError, RewardError
+from ossia.errors import RewardError
 from ossia.rl.env import OneStep, Split, Task, Turn
 from ossia.rl.envs.code import answered, code_of, seeded, unusable
-from ossia.rl.envs.speed import Meter, Timed, is_product, sizes, speed_up, worth
+from ossia.rl.envs.options import check_range
+from ossia.rl.envs.speed import Meter, Timed, is_product, secret_rng, sizes, speed_up, worth
 from ossia.rl.jail import Jails, Limits, Plain, Program
 
 _LARGEST = 99  # of an input's numbers
@@ -65,12 +65,9 @@ class Matmul:
     goal: float = 3.0
 
     def __post_init__(self) -> None:
-        if not 8 <= self.most <= 128:
-            raise RecipeError(f"env.matmul: `most` is {self.most}; allowed: 8 to 128")
-        if not 3 <= self.rounds <= 64:
-            raise RecipeError(f"env.matmul: `rounds` is {self.rounds}; allowed: 3 to 64")
-        if not 1.5 <= self.goal <= 100:
-            raise RecipeError(f"env.matmul: `goal` is {self.goal:g}; allowed: 1.5 to 100")
+        check_range("matmul", "most", self.most, 8, 128)
+        check_range("matmul", "rounds", self.rounds, 3, 64)
+        check_range("matmul", "goal", self.goal, 1.5, 100)
         self.jails.get("compute")
 
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:
@@ -105,7 +102,7 @@ class Matmul:
 
     def _calls(self, plain: Program, program: Program, seed: str) -> list[Timed] | None:
         """Every timed call; None as soon as one result isn't the product."""
-        rng = np.random.default_rng(random.Random(seed).getrandbits(128))
+        rng = secret_rng(seed)
         calls, plain_meter, meter = [], Meter(plain), Meter(program)
         for number, (rows, inner, columns) in enumerate(sizes(rng, self.rounds, self.most)):
             a_MK, b_KN = (

@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ossia.errors import RecipeError
 from ossia.rl.env import OneStep, Split, Task, Turn, final
+from ossia.rl.envs.options import check_range
 
 _HELD_OUT = 10  # one problem of so many
 
@@ -61,7 +61,7 @@ class Sort(_Exact):
     n: int = 6
 
     def __post_init__(self) -> None:
-        _check("sort", "n", self.n, 2, 9)
+        check_range("sort", "n", self.n, 2, 9)
 
     def problem(self, rng: random.Random) -> tuple[str, str]:
         """See _Exact."""
@@ -77,7 +77,7 @@ class Reverse(_Exact):
     n: int = 8
 
     def __post_init__(self) -> None:
-        _check("reverse", "n", self.n, 2, 64)
+        check_range("reverse", "n", self.n, 2, 64)
 
     def problem(self, rng: random.Random) -> tuple[str, str]:
         """See _Exact."""
@@ -92,7 +92,7 @@ class Add(_Exact):
     digits: int = 2
 
     def __post_init__(self) -> None:
-        _check("add", "digits", self.digits, 1, 18)
+        check_range("add", "digits", self.digits, 1, 18)
 
     def problem(self, rng: random.Random) -> tuple[str, str]:
         """See _Exact."""
@@ -107,15 +107,10 @@ class Count(_Exact):
     n: int = 10
 
     def __post_init__(self) -> None:
-        _check("count", "n", self.n, 2, 64)
+        check_range("count", "n", self.n, 2, 64)
 
     def problem(self, rng: random.Random) -> tuple[str, str]:
         """See _Exact."""
         letters = rng.choices("abc", k=self.n)
         asked = rng.choice("abc")
         return f"How many {asked} are here: {' '.join(letters)}", str(letters.count(asked))
-
-
-def _check(env: str, option: str, value: int, least: int, most: int) -> None:
-    if not least <= value <= most:
-        raise RecipeError(f"env.{env}: `{option}` is {value}; allowed: {least} to {most}")

@@ -7,6 +7,7 @@ are made after the code was loaded, of random sizes, and never come again. Lette
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -37,6 +38,11 @@ def is_product(a_MK: np.ndarray, b_KN: np.ndarray, c_MN: np.ndarray, rng: np.ran
     with np.errstate(over="ignore", invalid="ignore"):
         off = np.abs(c @ v_NV - a @ (b @ v_NV)).max()
     return bool(off <= _SLACK * unit * a.shape[1] * math.sqrt(b.shape[1]))
+
+
+def secret_rng(seed: str) -> np.random.Generator:
+    """What inputs, sizes and check vectors are drawn from: the same for a group's answers, known to nobody else."""
+    return np.random.default_rng(random.Random(seed).getrandbits(128))
 
 
 def sizes(rng: np.random.Generator, rounds: int, most: int) -> Iterator[tuple[int, int, int]]:

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from ossia.errors import RecipeError
 from ossia.harmony.messages import Message
 from ossia.rl.env import Split, Step, Task, Turn, final
+from ossia.rl.envs.options import check_range
 from ossia.rl.envs.procedural import held_out
 from ossia.rl.jail import Jail, Jails, Limits, Session
 
@@ -120,14 +121,11 @@ class ToolPython:
     output: int = 2000
 
     def __post_init__(self) -> None:
-        if not 2 <= self.digits <= 12:
-            raise RecipeError(f"env.tool_python: `digits` is {self.digits}; allowed: 2 to 12")
+        check_range("tool_python", "digits", self.digits, 2, 12)
         if self.kind not in ("all", *KINDS):
             raise RecipeError(f"env.tool_python: `kind` is {self.kind!r}; allowed: all, {', '.join(KINDS)}")
-        if not 0.1 <= self.seconds <= 30:
-            raise RecipeError(f"env.tool_python: `seconds` is {self.seconds:g}; allowed: 0.1 to 30")
-        if not 100 <= self.output <= 20_000:
-            raise RecipeError(f"env.tool_python: `output` is {self.output}; allowed: 100 to 20000")
+        check_range("tool_python", "seconds", self.seconds, 0.1, 30)
+        check_range("tool_python", "output", self.output, 100, 20_000)
         self.jails.get("compute")
 
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType, TracebackType
-from typing import Self
+from types import MappingProxyType
 
 from ossia.errors import JailError
 from ossia.rl.jail.levels import require, require_known, spawn_order, zygote_config
-from ossia.rl.jail.outcome import DEFAULT_LIMITS, Level, Limits
+from ossia.rl.jail.outcome import DEFAULT_LIMITS, Closing, Level, Limits
 from ossia.rl.jail.program import Program, Session
 from ossia.rl.jail.shared import MOST_SHARED, Shared
 from ossia.rl.jail.tool import DEFAULT_TOOL_LIMITS, ToolLimits, ToolOutcome, run_tool
 from ossia.rl.jail.worker import Process, Worker
 
 
-class Jail:
+class Jail(Closing):
     """Where programs are locked in; a context manager. Several threads may open programs at once.
 
     level          compute (no file can be opened), read (the standard library, installed packages and system libraries
@@ -112,14 +111,6 @@ class Jail:
             for worker in self._workers:
                 worker.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _spawn(self, limits: Limits, seed: int, shared: Mapping[str, Shared] = MappingProxyType({})) -> Process:
         worker = self._worker()
         return worker.spawn(spawn_order(worker, limits, seed, shared), [one.fd for one in shared.values()])
@@ -145,7 +136,7 @@ def _check_shared(shared: Mapping[str, Shared], level: Level) -> None:
         raise ValueError("shared: a program of level compute can open no library; allowed: levels read and tools")
 
 
-class Jails:
+class Jails(Closing):
     """Where the environments of a run have what a model wrote run; a context manager.
 
     workers     zygotes of each jail, one a core that programs may use
@@ -179,14 +170,6 @@ class Jails:
         for jail in self._opened.values():
             jail.close()
         self._opened.clear()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _open(self, level: Level, preload: tuple[str, ...], warm: str, reads_nothing: bool) -> Jail:
         try:

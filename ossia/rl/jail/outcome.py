@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from types import TracebackType
+from typing import Literal, Self, TypeAlias
 
 from ossia.rl.jail.frames import Plain
 
@@ -11,6 +12,22 @@ Level: TypeAlias = Literal["compute", "read", "tools", "weak"]
 Failure: TypeAlias = Literal["raised", "value", "timeout", "memory", "crash", "protocol", "closed"]
 LEVELS: tuple[Level, ...] = ("compute", "read", "tools", "weak")
 NOBODY = 65534  # the user that programs of root's run as
+
+
+class Closing:
+    """A context manager that closes itself."""
+
+    def close(self) -> None:
+        """Let go of what is held."""
+        raise AssertionError
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,12 +6,11 @@ import os
 import select
 import signal
 import time
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from ossia.errors import JailError
 from ossia.rl.jail.frames import HEADER, FrameError, Plain, Reply, decode, encode
-from ossia.rl.jail.outcome import Failure, Level, Limits, Outcome
+from ossia.rl.jail.outcome import Closing, Failure, Level, Limits, Outcome
 from ossia.rl.jail.worker import Process
 
 _READY_S = 60.0
@@ -29,7 +28,7 @@ class _Ended(Exception):
         self.failure: Failure = failure
 
 
-class _Jailed:
+class _Jailed(Closing):
     """A process and the exchange of frames with it. One thread at a time."""
 
     def __init__(self, process: Process, level: Level, limits: Limits) -> None:
@@ -53,14 +52,6 @@ class _Jailed:
         if self._ended is None:
             self._process.end(status=False)
             self._ended = "closed"
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _ready(self) -> None:
         """Wait until it has locked itself in. What fails here is no program's doing: none has been sent yet."""

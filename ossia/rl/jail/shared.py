@@ -9,8 +9,9 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
-from types import TracebackType
-from typing import Literal, Self, TypeAlias
+from typing import Literal, TypeAlias
+
+from ossia.rl.jail.outcome import Closing
 
 Kind: TypeAlias = Literal["library", "input", "output"]
 MOST_SHARED = 8  # of one program
@@ -19,7 +20,7 @@ _NO_NEW_WRITERS = 0x0010  # F_SEAL_FUTURE_WRITE, Linux >= 5.1, which Python's fc
 _FIXED_SIZE = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
 
 
-class Shared:
+class Shared(Closing):
     """One piece of it, for as many programs as it is given to; a context manager. `Jail.open(..., shared={name: it})`.
 
     kind   library: in the program, the name is a path that `ctypes.CDLL` takes (levels read and tools).
@@ -50,14 +51,6 @@ class Shared:
         if self._mapped is not None:
             self._mapped.close()
         os.close(self.fd)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def library(content: bytes) -> Shared:
