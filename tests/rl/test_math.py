@@ -54,6 +54,10 @@ PAIRS: list[tuple[str, list[str], list[str]]] = [
     (r"(2\sqrt{2}, \frac{\pi}{3})", [r"(2\sqrt2,\pi/3)", r"\left(2\sqrt{2}, \frac{\pi}{3}\right)"],
      [r"(\sqrt8,\pi/3)", "(2,3)"]),
     ("y = 3x - 2", ["y=3x-2", "3x-2", "-2+3x"], ["y=3x+2", "3x"]),
+    (r"\frac{x\sqrt{3}}{3}", [r"\frac{x}{\sqrt{3}}"], ["x"]),
+    ("e^{x}+1", ["1+e^x"], ["e^x"]),
+    (r"\frac{x^2-1}{x}", [r"x-\frac{1}{x}"], ["x-1"]),
+    (r"(-\infty,2)\cup(3,\infty)", [r"(3,\infty)\cup(-\infty,2)"], [r"(-\infty,\infty)"]),
     (r"\frac{x+1}{2}", [r"\frac{1+x}{2}", "(x+1)/2"], [r"\frac{x+2}{1}", "x+1/2"]),
 ]  # fmt: skip
 RIGHT = [(gold, answer) for gold, right, _ in PAIRS for answer in right]
