@@ -16,6 +16,7 @@ from ossia.errors import RecipeError
 from ossia.rl.env import Env
 from ossia.rl.envs import gym
 from ossia.rl.envs.game2048 import Game2048
+from ossia.rl.envs.kernel_c import KernelC
 from ossia.rl.envs.math import Math
 from ossia.rl.envs.matmul import Matmul
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
@@ -32,6 +33,7 @@ ENVS: Mapping[str, Callable[..., Env]] = {
     "math": Math,
     "reasoning_gym": gym.make,
     "tool_python": ToolPython,
+    "kernel_c": KernelC,
 }
 ADAPTERS = ("gymnasium", "openenv", "verifiers")  # `KIND:NAME` is loaded by ossia/rl/adapters/KIND.py
 

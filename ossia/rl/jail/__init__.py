@@ -7,10 +7,28 @@ or random state of a verdict is ever in there. And what a machine gives is found
 
 from ossia.errors import JailError
 from ossia.rl.jail.frames import Plain
-from ossia.rl.jail.jail import Jail
-from ossia.rl.jail.jails import Jails
+from ossia.rl.jail.jail import Jail, Jails
 from ossia.rl.jail.levels import probe_level
 from ossia.rl.jail.outcome import Level, Limits, Outcome
 from ossia.rl.jail.program import Program, Session
+from ossia.rl.jail.shared import Shared, input_array, library, output_array
+from ossia.rl.jail.tool import ToolLimits, ToolOutcome
 
-__all__ = ["Jail", "JailError", "Jails", "Level", "Limits", "Outcome", "Plain", "Program", "Session", "probe_level"]
+__all__ = [
+    "Jail",
+    "JailError",
+    "Jails",
+    "Level",
+    "Limits",
+    "Outcome",
+    "Plain",
+    "Program",
+    "Session",
+    "Shared",
+    "ToolLimits",
+    "ToolOutcome",
+    "input_array",
+    "library",
+    "output_array",
+    "probe_level",
+]

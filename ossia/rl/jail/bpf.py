@@ -104,7 +104,13 @@ _NUMBERS = MappingProxyType(
         "delete_module": (176, 106),
         "open_by_handle_at": (304, 265),
         "socket": (41, 198),
+        "socketpair": (53, 199),
         "vmsplice": (278, 75),
+        "memfd_create": (319, 279),  # these keep memory that counts as no process's
+        "memfd_secret": (447, 447),
+        "shmget": (29, 194),
+        "msgget": (68, 186),
+        "mq_open": (240, 180),
     }
 )
 _NAMES = tuple(_NUMBERS)
@@ -115,7 +121,10 @@ NEVER = _NAMES[_NAMES.index("clone3") + 1 :]  # what a compiler has no use for, 
 _ARCHITECTURES = MappingProxyType({"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)})  # column, AUDIT_ARCH_*
 _X32_BIT = 0x40000000  # the second table of an x86-64 kernel: other numbers for the same calls
 _LOAD, _JUMP_IF_EQUAL, _JUMP_IF_AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06
-_NUMBER_OFFSET, _ARCH_OFFSET = 0, 4  # in struct seccomp_data
+_JUMP_IF_ANY_BIT = 0x45
+_NUMBER_OFFSET, _ARCH_OFFSET, _FIRST_ARGUMENT_OFFSET = 0, 4, 16  # in struct seccomp_data
+_CLONE = (56, 220)
+_NEW_NAMESPACES = 0x7E020000  # the CLONE_NEW* among clone's flags
 _KILL, _ALLOW, _ERRNO = 0x80000000, 0x7FFF0000, 0x00050000
 
 
@@ -141,11 +150,23 @@ def allow_only(names: Iterable[str], kind: str) -> bytes:
 
 
 def deny(names: Iterable[str], kind: str) -> bytes:
-    """A filter that lets these calls fail with EPERM and all others pass; arguments as those of `allow_only`."""
-    return _program(names, kind, listed=_ERRNO | errno.EPERM, otherwise=_ALLOW)
+    """A filter that lets these calls fail with EPERM and all others pass; arguments as those of `allow_only`.
+
+    A clone that would make namespaces fails too: in one of its own, a process is root.
+    """
+    number = _CLONE[_ARCHITECTURES[kind][0]]
+    no_namespaces = [
+        (_JUMP_IF_EQUAL, 0, 3, number),
+        (_LOAD, 0, 0, _FIRST_ARGUMENT_OFFSET),
+        (_JUMP_IF_ANY_BIT, 0, 1, _NEW_NAMESPACES),
+        (_RETURN, 0, 0, _ERRNO | errno.EPERM),
+    ]
+    return _program(names, kind, listed=_ERRNO | errno.EPERM, otherwise=_ALLOW, last=no_namespaces)
 
 
-def _program(names: Iterable[str], kind: str, *, listed: int, otherwise: int) -> bytes:
+def _program(
+    names: Iterable[str], kind: str, *, listed: int, otherwise: int, last: Iterable[tuple[int, int, int, int]] = ()
+) -> bytes:
     column, architecture = _ARCHITECTURES[kind]
     steps = [
         (_LOAD, 0, 0, _ARCH_OFFSET),
@@ -160,5 +181,5 @@ def _program(names: Iterable[str], kind: str, *, listed: int, otherwise: int) ->
         number = _NUMBERS[name][column]
         if number is not None:
             steps += [(_JUMP_IF_EQUAL, 0, 1, number), (_RETURN, 0, 0, answer)]
-    steps.append((_RETURN, 0, 0, otherwise))
+    steps += [*last, (_RETURN, 0, 0, otherwise)]
     return b"".join(struct.pack("<HBBI", *step) for step in steps)
