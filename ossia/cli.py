@@ -256,7 +256,7 @@ def data(
         Path | None, typer.Option("--html", metavar="FILE", help="Write a page to look at instead.")
     ] = None,
 ) -> None:
-    """Show samples as tokens, trained or not. Also their channels, source file and line, and the totals."""
+    """Show samples as tokens, trained or not, with source and totals; or tasks, and whether their rewards hold."""
     checked = _recipe(recipe, overrides, writes=False)
     with importing():
         from ossia.preview import show_data

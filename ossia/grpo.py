@@ -14,15 +14,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ossia.config import Recipe
-from ossia.data.sources import open_rows
-from ossia.rl.env import validate
-from ossia.rl.envs import load_object, make_env
-from ossia.rl.functions import RewardFunctions
 from ossia.rl.jail import Jails
 from ossia.rl.policy import Policy
 from ossia.rl.sampler import rollout_server
 from ossia.rl.sampler.served import Served
-from ossia.rl.tasks import NamedEnv
+from ossia.rl.tasks import NamedEnv, open_envs
 from ossia.run.start import adamw_of, job_of, say, settle, started
 from ossia.run.trained import RunResult, save_result
 from ossia.train.events import Sink
@@ -75,18 +71,3 @@ def _learn(
     trained = save_result(recipe, model)
     say(f"report: {write_report(recipe.output)}")
     return RunResult(recipe.output, result.step, trained)
-
-
-def open_envs(recipe: Recipe, jails: Jails) -> list[NamedEnv]:
-    """The recipe's environments, each tried once, or its reward functions as one.
-
-    Raises RecipeError, DataError, JailError, RewardError
-    """
-    if recipe.reward is None:
-        envs = [NamedEnv(one.id, make_env(one.id, one.options, jails), one.weight) for one in recipe.env or ()]
-        for named in envs:
-            validate(named.env, named.name, seed=recipe.train.seed, most=1)
-        return envs
-    rows = [open_rows(source.path, source.split) for source in recipe.data or ()]
-    functions = {reference.rpartition(":")[2]: load_object(reference) for reference in recipe.reward}
-    return [NamedEnv("reward", RewardFunctions(rows, functions), 1.0)]

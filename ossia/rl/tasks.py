@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from ossia.config import HarmonyConfig
+from ossia.config import HarmonyConfig, Recipe
+from ossia.data.sources import open_rows
 from ossia.errors import DataError, HarmonyError
 from ossia.harmony.chat import conversation_from_messages
 from ossia.harmony.messages import System
 from ossia.harmony.render import Renderer
-from ossia.rl.env import Env, Split, Task
+from ossia.rl.env import Env, Split, Task, validate
+from ossia.rl.envs import load_object, make_env
+from ossia.rl.functions import RewardFunctions
+from ossia.rl.jail import Jails
 from ossia.rl.rollout import Asked
 
 
@@ -27,6 +31,21 @@ class NamedEnv:
     name: str
     env: Env
     weight: float
+
+
+def open_envs(recipe: Recipe, jails: Jails) -> list[NamedEnv]:
+    """The recipe's environments, each tried once, or its reward functions as one.
+
+    Raises RecipeError, DataError, JailError, RewardError
+    """
+    if recipe.reward is None:
+        envs = [NamedEnv(one.id, make_env(one.id, one.options, jails), one.weight) for one in recipe.env or ()]
+        for named in envs:
+            validate(named.env, named.name, seed=recipe.train.seed, most=1)
+        return envs
+    rows = [open_rows(source.path, source.split) for source in recipe.data or ()]
+    functions = {reference.rpartition(":")[2]: load_object(reference) for reference in recipe.reward}
+    return [NamedEnv("reward", RewardFunctions(rows, functions), 1.0)]
 
 
 class TaskStream:

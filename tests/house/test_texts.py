@@ -105,6 +105,33 @@ def test_every_python_example_of_the_readme_runs(place: Path) -> None:
         assert done.returncode == 0, f"{code}\n{done.stderr}"
 
 
+@pytest.mark.slow
+def test_the_readmes_own_reward_trains_a_model(place: Path) -> None:
+    (code,) = [text for text in blocks(README, "python") if text.startswith("# my_rewards.py")]
+    assert len(code.splitlines()) <= 10
+    (place / "my_rewards.py").write_text(code)
+    rows = [{"prompt": f"{n} + {n}?", "answer": str(2 * n)} for n in range(40)]
+    (place / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sizes = ["--hidden", "64", "--layers", "2", "--experts", "4", "--width", "64", "--heads", "2", "--kv-heads", "1"]
+    subprocess.run([sys.executable, "-m", "ossia", "tiny", "tiny", *sizes], check=True)
+    smaller = "model=tiny device=cpu dtype=float32 rl.prompts=2 rl.group=2 rl.max_new=8 rl.eval_tasks=0 train.steps=1"
+    command = [
+        sys.executable,
+        "-m",
+        "ossia",
+        "train",
+        "my-rewards.yaml",
+        *smaller.split(),
+        "train.tokens_per_step=4096",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    steps = [json.loads(line) for line in (place / "runs/my-rewards/events.jsonl").read_text().splitlines()]
+    (step,) = [event for event in steps if event["event"] == "step"]
+    assert step["part_exact"] == 0.0
+    assert step.get("reward_failures", 0) == 0
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=lambda file: file.name)
 def test_every_recipe_loads_and_fits(file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)

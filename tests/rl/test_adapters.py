@@ -12,13 +12,16 @@ from pathlib import Path
 
 import pytest
 
+from ossia.data.tokenizer import open_vocabulary
 from ossia.errors import RecipeError, RewardError
 from ossia.harmony import Message
 from ossia.rl.adapters.trl import as_reward_func, rows_of
 from ossia.rl.env import Step, Turn, final
 from ossia.rl.envs import make_env
 from ossia.rl.jail import Jails
+from tests.conftest import MakeTiny
 from tests.rl.rewards import Talking
+from tests.shapes import LEAST
 
 GUESS = '''
 import string
@@ -90,9 +93,8 @@ def test_a_gymnasium_environment_in_text_is_played(on_path: Path) -> None:
     assert played(env, 0, ["twelve"]) == [Step(metrics={"well_formed": 0.0})]
     cut = env.open(task, 0)
     assert cut.step(Turn((), None)).reward == 0.0
-    assert {t.name for t in islice(env.tasks("train", 0), 50)}.isdisjoint(
-        {t.name for t in islice(env.tasks("eval", 0), 50)}
-    )
+    for split, held_out in (("train", False), ("eval", True)):
+        assert {t.info["seed"] % 10 == 0 for t in islice(env.tasks(split, 0), 50)} == {held_out}
 
 
 @pytest.mark.parametrize(
@@ -325,3 +327,18 @@ def test_trl_judges_completions_by_an_environment_of_ours() -> None:
     assert reward(completions=right, task=[0, 2, 1, 3]) == [1.0, 0.0, 0.0, 1.0]
     with pytest.raises(RewardError, match="takes several turns"):
         as_reward_func(Talking(), list(islice(Talking().tasks("train", 0), 1)))(completions=["x"], task=[0])
+
+
+def test_with_a_vocabulary_only_the_final_channel_of_the_sampled_ids_is_an_answer(tiny: MakeTiny) -> None:
+    vocab = open_vocabulary(str(tiny(LEAST)))
+    env = make_env("sort", {"n": 3}, Jails())
+    tasks = list(islice(env.tasks("train", 0), 1))
+
+    def ids(channel: str, end: str) -> list[int]:
+        special, answer = vocab.special, tasks[0].info["answer"]
+        head = [special["<|channel|>"], *vocab.encode(channel), special["<|message|>"]]
+        return [*head, *vocab.encode(answer), special[end]]
+
+    sampled = [ids("final", "<|return|>"), ids("analysis", "<|return|>"), ids("final", "<|end|>")]
+    judged = as_reward_func(env, tasks, vocab)(completions=["", "", ""], task=[0, 0, 0], completion_ids=sampled)
+    assert judged == [1.0, 0.0, 0.0]

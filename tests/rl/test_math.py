@@ -14,7 +14,7 @@ from ossia.errors import DataError, RecipeError
 from ossia.rl.env import Task, Turn, final, validate
 from ossia.rl.envs import make_env
 from ossia.rl.envs.math import Math
-from ossia.rl.envs.math.decide import decide
+from ossia.rl.envs.math.decide import decide, may_verify
 from ossia.rl.envs.math.text import gold_of, said
 from ossia.rl.jail import Jails
 
@@ -54,6 +54,10 @@ PAIRS: list[tuple[str, list[str], list[str]]] = [
     (r"(2\sqrt{2}, \frac{\pi}{3})", [r"(2\sqrt2,\pi/3)", r"\left(2\sqrt{2}, \frac{\pi}{3}\right)"],
      [r"(\sqrt8,\pi/3)", "(2,3)"]),
     ("y = 3x - 2", ["y=3x-2", "3x-2", "-2+3x"], ["y=3x+2", "3x"]),
+    (r"\frac{x\sqrt{3}}{3}", [r"\frac{x}{\sqrt{3}}"], ["x"]),
+    ("e^{x}+1", ["1+e^x"], ["e^x"]),
+    (r"\frac{x^2-1}{x}", [r"x-\frac{1}{x}"], ["x-1"]),
+    (r"(-\infty,2)\cup(3,\infty)", [r"(3,\infty)\cup(-\infty,2)"], [r"(-\infty,\infty)"]),
     (r"\frac{x+1}{2}", [r"\frac{1+x}{2}", "(x+1)/2"], [r"\frac{x+2}{1}", "x+1/2"]),
 ]  # fmt: skip
 RIGHT = [(gold, answer) for gold, right, _ in PAIRS for answer in right]
@@ -74,7 +78,9 @@ RESTATED = [  # the question, its answer, and the answer that only says the ques
     ("Factor x^2-x-2.", "(x+1)(x-2)", "x^2-2-x"),
     (r"Simplify \sqrt{12}.", r"2\sqrt{3}", r"\sqrt{12}"),
     (r"Simplify \frac{x^2+x}{x}.", "x+1", r"\frac{x^2+x}{x}"),
+    (r"Rationalise \frac{x}{\sqrt{3}}.", r"\frac{x\sqrt{3}}{3}", r"\frac{x}{\sqrt{3}}"),
 ]
+ONLY_THERE = ("0.5", r"\frac{x}{\sqrt{3}}")  # right where the question doesn't say it
 BOMB = "10^{10^{10^{10}}}"
 FORGED = "__import__('os').write(4, b'1.0')"
 
@@ -121,12 +127,25 @@ def test_a_restated_question_earns_nothing_and_its_answer_does(
     math: Math, question: str, gold: str, answer: str
 ) -> None:
     assert earned(math, gold, f"\\boxed{{{answer}}}", question) == 0.0
-    assert earned(math, gold, f"\\boxed{{{answer}}}", "Say that again.") == 0.0 or answer == "0.5"
+    assert earned(math, gold, f"\\boxed{{{answer}}}", "Say that again.") == 0.0 or answer in ONLY_THERE
     assert earned(math, gold, f"\\boxed{{{gold}}}", question) == 1.0
 
 
 @pytest.mark.parametrize("gold", ["5", "x^2+1", r"\frac{\pi}{2}", "(1,2)"])
-@pytest.mark.parametrize("answer", [BOMB, "9**9**9**9", FORGED, "9" * 100_000, "{" * 5000, r"\frac{1}{" * 300])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        BOMB,
+        "9**9**9**9",
+        FORGED,
+        "9" * 100_000,
+        "{" * 5000,
+        "." * 100_000,
+        "$" * 100_000,
+        "\\boxed{" * 20_000 + "}" * 20_000,
+        r"\frac{1}{" * 300,
+    ],
+)
 def test_a_bomb_or_a_program_costs_nothing(math: Math, gold: str, answer: str) -> None:
     start = time.perf_counter()
     assert earned(math, gold, f"\\boxed{{{answer}}}") == earned(math, gold, answer) == 0.0
@@ -146,6 +165,12 @@ def test_what_hangs_the_verifier_dies_at_its_limit_and_the_next_answer_is_judged
 def test_a_program_that_reaches_the_verifier_itself_is_not_run(math: Math) -> None:
     for program in (FORGED, f"[{FORGED}, {FORGED}]", f"x + {FORGED}"):
         assert math._ask("x", program, {}) is False
+
+
+def test_what_a_verifier_may_see_is_of_the_references_own_kind() -> None:
+    assert may_verify("x_{1}+y", "y+x_{1}")
+    for given in ("y+x__1", "y+x_{1}!", "y;import x_1", "y+x_1'", "f(x)+y", r"\sin(x_1)+y", "x_1+y+x_1"):
+        assert not may_verify("x_{1}+y", given)
 
 
 def test_only_one_answer_counts() -> None:

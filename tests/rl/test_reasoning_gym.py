@@ -108,7 +108,7 @@ def test_partial_scores_are_paid_only_where_they_are_asked_for(jails: Jails) -> 
 
 
 def test_tasks_are_the_seeds_and_held_out_questions_are_never_trained(jails: Jails) -> None:
-    env = gym(jails, "spell_backward", min_word_len=3)
+    env = gym(jails, "count_bits", max_n=500)  # few questions, so that both splits would meet
     trained, held_out = ([task.name for task in islice(env.tasks(split, 0), 300)] for split in ("train", "eval"))
     assert trained == [task.name for task in islice(env.tasks("train", 0), 300)]
     assert trained != [task.name for task in islice(env.tasks("train", 1), 300)]
@@ -152,14 +152,29 @@ def test_a_product_has_to_be_multiplied_out_and_collected() -> None:
     entry = {"answer": "x**2 + 3*x*y - 2"}
     for right in ("x**2 + 3*x*y - 2", "-2+3*y*x+x^2", "x*x + 3*x*y - 2"):
         assert expanded(right, entry)
-    for wrong in ("(x)**2+3*x*y-2", "x**2+x*y+2*x*y-2", "x**2+3*x*y", "x**2+3*x*y-2 or 1", "x**2++3*x*y-2", ""):
+    for wrong in (
+        "(x)**2+3*x*y-2",
+        "x**2+x*y+2*x*y-2",
+        "x**2+x*y+3*x*y-2",
+        "x**2+3*x*y",
+        "x**2+3*x*y-2 or 1",
+        "x**2++3*x*y-2",
+        "",
+    ):
         assert not expanded(wrong, entry)
 
 
 def test_one_answer_is_told_by_the_references_shape() -> None:
     assert is_one_answer("17", "42")
     assert is_one_answer("anything at all", None)
-    for answer, gold in (("42 or 43", "42"), ("It is 42", "42"), ("nan", "1.5"), ("a b", "a"), ("(1, 2),(3", "(1, 2)")):
+    for answer, gold in (
+        ("42 or 43", "42"),
+        ("It is 42", "42"),
+        ("nan", "1.5"),
+        ("a b", "a"),
+        ("nan", "a b c d"),
+        ("(1, 2),(3", "(1, 2)"),
+    ):
         assert not is_one_answer(answer, gold)
 
 

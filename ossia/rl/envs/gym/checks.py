@@ -107,7 +107,7 @@ def is_one_answer(answer: str, gold: str | None) -> bool:
     if _NOT_FINITE.search(answer):
         return False
     if read_number(clean(gold)) is not None:
-        return read_number(clean(answer)) is not None
+        return len(answer) <= _MOST and read_number(clean(answer)) is not None
     words, most = len(answer.split()), len(gold.split())
     if most > _SHORT:
         return True

@@ -23,6 +23,7 @@ from ossia.config.keys import nearest
 from ossia.errors import MissingExtraError, RecipeError
 from ossia.rl.env import OneStep, Split, Task, Turn, final
 from ossia.rl.envs.gym.checks import CHECKS, FORMULAS, is_formula, is_one_answer
+from ossia.rl.envs.lazily import SYMPY
 from ossia.rl.jail import Jail, Jails, Limits
 
 _FULL = 0.999  # a score from here on is full marks
@@ -35,7 +36,7 @@ _OURS = ("jails", "task", "instruction", "partial")
 _WARM = """
 import json, reasoning_gym
 dataset = reasoning_gym.create_dataset({task!r}, **json.loads({config!r}), seed=0, size={size})
-for index in range({tried}):
+for index in range(3):
     if dataset[index]["answer"] is not None:
         dataset.score_answer(dataset[index]["answer"], dataset[index])
 reasoning_gym.of_this_jail = dataset
@@ -168,7 +169,9 @@ def make(
     _try(task, config)
     if task in CHECKS:
         return ReasoningGym(task, config, instruction, partial, None)
-    warm = _WARM.format(task=task, config=json.dumps(config), size=_CHUNK, tried=_CHUNK if task in FORMULAS else 3)
+    warm = _WARM.format(task=task, config=json.dumps(config), size=_CHUNK)
+    if task in FORMULAS:
+        warm = SYMPY + warm
     return ReasoningGym(task, config, instruction, partial, jails.get("compute", preload=("reasoning_gym",), warm=warm))
 
 

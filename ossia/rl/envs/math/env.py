@@ -18,6 +18,7 @@ from ossia.data.rows import Rows
 from ossia.data.sources import open_rows
 from ossia.errors import DataError, MissingExtraError, RecipeError
 from ossia.rl.env import OneStep, Split, Task, Turn, final
+from ossia.rl.envs.lazily import SYMPY
 from ossia.rl.envs.math.decide import decide
 from ossia.rl.envs.math.number import read_number
 from ossia.rl.envs.math.text import clean, gold_of, said
@@ -26,7 +27,9 @@ from ossia.rl.jail import Jail, Jails, Limits
 _HELD_OUT = 10  # one question of so many
 _LIMITS = Limits(cpu_s=1.0, wall_s=10.0, total_s=10.0, memory_bytes=512 << 20)
 # What is imported at first use has to be imported before a process locks itself in.
-_WARM = r"""
+_WARM = (
+    SYMPY
+    + r"""
 from math_verify import parse, verify
 for gold, given in (("x^2+1", "1+x^2"), ("(1,x)", "(1,x)"),
                     (r"2\sqrt{3}", r"\sqrt{3}\cdot 2"), (r"\{1,y\}", r"\{y,1\}"),
@@ -34,6 +37,7 @@ for gold, given in (("x^2+1", "1+x^2"), ("(1,x)", "(1,x)"),
                     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"), ("3+2i", "2i+3")):
     verify(*(parse(f"${text}$", parsing_timeout=None) for text in (gold, given)), timeout_seconds=None)
 """
+)
 _CHECK = r"""
 from math_verify import parse, verify
 from math_verify.parser import LatexExtractionConfig

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 
 MOST = 400  # characters of an answer
+_MOST_BOXES = 20
+_BOX = re.compile(r"\\boxed\s*\{")
 _SAYS = re.compile(r"(?:so,? |thus,? |hence,? )?(?:the |my )?(?:final |correct )?answer(?: is)?\s*:?\s+", re.IGNORECASE)
 _SPACES = re.compile(r"\\[,;:! ]|\\q?quad\b|~|\s+")
 _TEXT = re.compile(r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mathit|mbox|hbox)\s*\{([^{}]*)\}")
@@ -49,15 +51,20 @@ def said(text: str) -> str | None:
     if inside is None:
         return None
     if inside:
-        return inside[0] if len(set(map(squeezed, inside))) == 1 else None
+        kinds = set(inside)
+        if len(kinds) > _MOST_BOXES or any(len(one) > MOST for one in kinds):
+            return None  # nobody's answer, and not worth the time to read
+        return inside[0] if len(set(map(squeezed, kinds))) == 1 else None
+    if len(text) > 2 * MOST:
+        return text
     plain = _unwrapped(text.strip())
     return _unwrapped(_SAYS.sub("", plain, count=1) if _SAYS.match(plain) else plain)
 
 
 def boxed(text: str) -> list[str] | None:
     r"""What is in the `\boxed{}`es of a text; None where one isn't closed."""
-    found = []
-    for match in re.finditer(r"\\boxed\s*\{", text):
+    found, end = [], 0
+    while (match := _BOX.search(text, end)) is not None:
         depth, end = 1, match.end()
         while depth and end < len(text):
             depth += {"{": 1, "}": -1}.get(text[end], 0) * (text[end - 1] != "\\")
