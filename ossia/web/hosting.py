@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ossia.config import is_hub_name
 from ossia.engine import Engine, default_cache_bytes
 from ossia.engine.grammar import GrammarCompiler
@@ -169,14 +171,15 @@ def _host(
     dtype: str,
 ) -> Hosted:
     arch, base = model.arch, model.weights.checkpoint
-    load: Callable[[Path], Lora] = partial(load_adapter, arch=arch, device=model.device, base=base)
+    load: Callable[[Path], Lora] = partial(load_adapter, arch=arch, device=torch.device("cpu"), base=base)
     runs = {
         name: RunAdapter(name, path, load)
         for name, path in wanted.adapters.items()
         if (path / RECIPE_IN_RUN).is_file()
     }  # fmt: skip
     loras: dict[str, Lora | None] = {
-        name: runs[name].first() if name in runs else load(path) for name, path in wanted.adapters.items()
+        name: (runs[name].first() if name in runs else load(path)).to(model.device)
+        for name, path in wanted.adapters.items()
     }
     grammar = GrammarCompiler(vocab, arch.vocab_size) if find_spec("llguidance") else None
     served = Served(
