@@ -69,6 +69,10 @@ def test_both_columns_can_have_any_model_of_the_server(page: Page, served: Live)
     page.choose(".column:nth-child(2) select", "one")
     change_requests(page)
     ask(page, "hi")
+    page.click("#open-settings")
+    page.wait("find('#settings').open")
+    names = page.js("[...document.querySelectorAll('select')].map((one) => one.clientWidth)")
+    assert min(names) > 50, "what is compared stays in sight beside the panels"
     assert [body["model"] for body in page.js("sent")] == ["two", "one"]
     page.choose(".column:nth-child(1) select", "live")
     page.choose(".column:nth-child(2) select", "two")
