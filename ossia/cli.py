@@ -432,9 +432,8 @@ def serve(
         int | None,
         typer.Option("--max-length", min=2, help="Tokens of a prompt and its answer; the model's if left out."),
     ] = None,
-    drain: Annotated[
-        float, typer.Option("--drain", min=0.0, help="Seconds that running answers may go on after a first signal.")
-    ] = 30.0,
+    int8_cache: Annotated[bool, typer.Option("--int8-cache", help="Half the cache's bytes, not exact.")] = False,
+    drain: Annotated[float, typer.Option("--drain", min=0.0, help="Seconds that running answers have left.")] = 30.0,
     dtype: DtypeOption = Dtype.bfloat16,
     weights: WeightsOption = Weights.auto,
     device: DeviceOption = Device.auto,
@@ -442,11 +441,11 @@ def serve(
 ) -> None:
     """Serve models over HTTP. OpenAI's interface and a chat page; one SIGTERM or Ctrl-C drains, two stop."""
     placed = (dtype, weights, device) != (Dtype.bfloat16, Weights.auto, Device.auto)
-    batched = (max_batch, max_queue, max_length, drain) != (64, 256, None, 30.0)
+    batched = (max_batch, max_queue, max_length, int8_cache, drain) != (64, 256, None, False, 30.0)
     not_for_gguf = {
         "--adapter": bool(adapters),
         "--dtype, --weights or --device": placed,
-        "--max-batch, --max-queue, --max-length or --drain": batched,
+        "--max-batch, --max-queue, --max-length, --int8-cache or --drain": batched,
     }
     if is_gguf_alone(models, llama, not_for_gguf):
         with importing():
@@ -470,6 +469,7 @@ def serve(
         max_batch=max_batch,
         max_queue=max_queue,
         max_length=max_length,
+        int8_cache=int8_cache,
         drain_s=drain,
         dtype=dtype.value,
         weights=weights.value,

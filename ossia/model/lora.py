@@ -133,6 +133,10 @@ class Lora:
             )
         return Lora(self._arch, spec, self.trainable.tensors)
 
+    def to(self, device: torch.device) -> Lora:
+        """The same adapter on a device; tensors that are there already are shared."""
+        return Lora(self._arch, self.spec, {name: x.to(device) for name, x in self.trainable.tensors.items()})
+
     def pair(self, module: str, dtype: torch.dtype) -> tuple[Tensor, Tensor] | tuple[None, None]:
         """A and the scaled B of a module in `dtype`; (None, None) where it has no adapter."""
         site = self.sites.get(module)

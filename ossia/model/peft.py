@@ -67,7 +67,8 @@ def find_adapter(path: str | Path) -> Path:
     if not path.is_dir():
         found = f"no such folder (the current one is {Path.cwd()})"
     elif (path / _RUN_RECIPE).is_file():
-        found = "the run has saved no checkpoint yet"
+        every = "; it saves one every `train.save_every` steps, and at its end"
+        raise AdapterError(f"{path}: the run has saved no checkpoint yet{every}\n  next: wait for the first one")
     else:
         found = f"no {CONFIG} in it, nor in its folder {ADAPTER_IN_RUN}, nor checkpoints of a run"
     raise AdapterError(f"{path}: {found}\n  allowed: a run folder of `ossia train`, or a folder in PEFT's format")

@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
 
 from ossia.errors import AdapterError, UserError
@@ -40,7 +39,7 @@ class _Stamp(NamedTuple):
 class RunAdapter:
     """The adapter of a run folder, as its checkpoints come.
 
-    load     reads an adapter from a folder that `find_adapter` gives; raises AdapterError
+    load     reads an adapter from a folder that `find_adapter` gives, into the CPU's memory; raises AdapterError
     step     of the checkpoint that was read last; None: none yet, or the final adapter of a run without checkpoints
     problem  why the newest checkpoint is not the one that was read; None: it is
     """
@@ -96,7 +95,7 @@ class RunAdapter:
             if problem is not None:
                 return None, problem
             lora = self._load(path)
-        except (UserError, OSError, SafetensorError, MemoryError, torch.OutOfMemoryError) as error:
+        except (UserError, OSError, SafetensorError, MemoryError) as error:
             return None, str(error)
         if not all(bool(tensor.isfinite().all()) for tensor in lora.trainable.tensors.values()):
             return None, "not all of its numbers are finite"

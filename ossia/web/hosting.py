@@ -18,6 +18,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ossia.config import is_hub_name
 from ossia.engine import Engine, default_cache_bytes
 from ossia.engine.grammar import GrammarCompiler
@@ -56,6 +58,16 @@ class Wanted:
     name: str
     model: str
     adapters: dict[str, Path] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What each model may take: see `run_server`."""
+
+    max_batch: int
+    max_queue: int
+    max_length: int | None = None
+    int8_cache: bool = False
 
 
 def read_wanted(models: Sequence[str], adapters: Sequence[str]) -> list[Wanted]:
@@ -125,10 +137,7 @@ def _same(base: str, model: str) -> bool:
 def open_hosted(
     wanted: Sequence[Wanted],
     metrics: Metrics,
-    *,
-    max_batch: int,
-    max_queue: int,
-    max_length: int | None,
+    limits: Limits,
     **how: Any,
 ) -> list[Hosted]:
     """Read the models and adapters, and make their engines, which share the memory for caches.
@@ -139,15 +148,14 @@ def open_hosted(
     opened = [(one, *open_model(one.model, **how)) for one in wanted]
     for one, model, _ in opened:
         most = model.arch.max_positions
-        if max_length is not None and not 2 <= max_length <= most:
-            raise UserError(f"--max-length: found {max_length}; allowed: 2 to {most}, {one.name}'s positions")
+        if limits.max_length is not None and not 2 <= limits.max_length <= most:
+            raise UserError(f"--max-length: found {limits.max_length}; allowed: 2 to {most}, {one.name}'s positions")
     share = [default_cache_bytes(model) // len(opened) for _, model, _ in opened]
     for (one, model, _), cache_bytes in zip(opened, share, strict=True):
         held = f"{human_bytes(weights_bytes(model.weights))} of weights ({model.weights.placement})"
         log.info("%s: %s, a cache of up to %s", one.name, held, human_bytes(cache_bytes))
-    limits = {"max_batch": max_batch, "max_queue": max_queue, "max_length": max_length}
     return [
-        _host(one, model, vocab, metrics, cache_bytes=cache_bytes, dtype=how["dtype"], **limits)
+        _host(one, model, vocab, metrics, limits, cache_bytes=cache_bytes, dtype=how["dtype"])
         for (one, model, vocab), cache_bytes in zip(opened, share, strict=True)
     ]
 
@@ -157,22 +165,21 @@ def _host(
     model: Transformer,
     vocab: Vocabulary,
     metrics: Metrics,
+    limits: Limits,
     *,
     cache_bytes: int,
     dtype: str,
-    max_batch: int,
-    max_queue: int,
-    max_length: int | None,
 ) -> Hosted:
     arch, base = model.arch, model.weights.checkpoint
-    load: Callable[[Path], Lora] = partial(load_adapter, arch=arch, device=model.device, base=base)
+    load: Callable[[Path], Lora] = partial(load_adapter, arch=arch, device=torch.device("cpu"), base=base)
     runs = {
         name: RunAdapter(name, path, load)
         for name, path in wanted.adapters.items()
         if (path / RECIPE_IN_RUN).is_file()
     }  # fmt: skip
     loras: dict[str, Lora | None] = {
-        name: runs[name].first() if name in runs else load(path) for name, path in wanted.adapters.items()
+        name: (runs[name].first() if name in runs else load(path)).to(model.device)
+        for name, path in wanted.adapters.items()
     }
     grammar = GrammarCompiler(vocab, arch.vocab_size) if find_spec("llguidance") else None
     served = Served(
@@ -180,16 +187,23 @@ def _host(
         vocab,
         Renderer(vocab),
         arch.vocab_size,
-        max_length or arch.max_positions,
+        limits.max_length or arch.max_positions,
         int(time.time()),
         dtype,
         grammar,
         tuple(wanted.adapters),
         (wanted.model,),
     )
-    engine = Engine(model, vocab=vocab, adapters=loras, max_batch=max_batch, cache_bytes=cache_bytes)
+    engine = Engine(
+        model,
+        vocab=vocab,
+        adapters=loras,
+        max_batch=limits.max_batch,
+        cache_bytes=cache_bytes,
+        cache_dtype="int8" if limits.int8_cache else "model",
+    )
     steps = {name: run.step for name, run in runs.items() if run.step is not None}
-    worker = Worker(engine, name=wanted.name, max_queue=max_queue, metrics=metrics, steps=steps)
+    worker = Worker(engine, name=wanted.name, max_queue=limits.max_queue, metrics=metrics, steps=steps)
     for run in runs.values():
         for _ in range(run.num_bad):
             metrics.bad_checkpoint(run.name)

@@ -22,7 +22,7 @@ from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice
 from ossia.web.address import check_key, listen, open_to_all
 from ossia.web.app import Server, create_app
 from ossia.web.follow import Follower
-from ossia.web.hosting import open_hosted, read_wanted
+from ossia.web.hosting import Limits, open_hosted, read_wanted
 from ossia.web.metrics import Metrics
 from ossia.web.protocol.errors import ApiError
 
@@ -40,6 +40,7 @@ def run_server(
     max_batch: int = 64,
     max_queue: int = 256,
     max_length: int | None = None,
+    int8_cache: bool = False,
     drain_s: float = 30.0,
     dtype: DtypeName = "bfloat16",
     weights: WeightsChoice = "auto",
@@ -52,6 +53,7 @@ def run_server(
     port        0: any that is free; the line that says the server is ready names it
     max_batch   sequences that run at once, max_queue: that may wait beside them; of each model
     max_length  tokens of a prompt and its answer; None: the model's positions
+    int8_cache  keys and values in 8 bits
     drain_s     how long running answers may go on after the first signal
     Raises      UserError for a model, an adapter or an address that can't be used; Interrupted where answers were
                 broken off
@@ -61,8 +63,8 @@ def run_server(
     _log_to_stderr()
     with listen(host, port) as listener:
         metrics = Metrics()
-        limits = {"max_batch": max_batch, "max_queue": max_queue, "max_length": max_length}
-        hosted = open_hosted(wanted, metrics, **limits, dtype=dtype, weights=weights, device=device)
+        limits = Limits(max_batch, max_queue, max_length, int8_cache)
+        hosted = open_hosted(wanted, metrics, limits, dtype=dtype, weights=weights, device=device)
         if warning := open_to_all(host, api_key):
             log.warning(warning)
         serve(Server(tuple(hosted), metrics, api_key=api_key), listener, drain_s=drain_s)

@@ -248,7 +248,8 @@ class Worker:
             held = {ticket.requests[0].adapter for ticket, _ in self._echoing}  # an answer is of one version
             ready = [name for name in self._newer if name not in held and not session.is_replacing(name)]
             newer = {adapter: self._newer.pop(adapter) for adapter in ready}
-        for adapter, (lora, step) in newer.items():
+        for adapter, (read, step) in newer.items():
+            lora = read.to(self._engine.model.device)  # here and not where it is read: a CUDA graph may be captured
             session.replace(adapter, lora)
             self._engine.adapters[adapter] = lora
             self.steps[adapter] = step

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import Any, get_args
 
 import httpx2
 import pytest
 from openai import BadRequestError
 from openai.types.chat import ChatCompletionChunk
+from openai.types.shared.reasoning_effort import ReasoningEffort
 
 from ossia.batch import score
 from ossia.harmony import conversation_from_messages
@@ -268,6 +269,19 @@ def test_what_cannot_be_done_is_refused_by_its_field(
     error = found.json()["error"]
     assert (error["type"], error["param"]) == ("invalid_request_error", param)
     assert words in error["message"]
+
+
+def test_each_effort_that_openais_types_allow_is_heard_or_refused_with_those_that_are(live: Live) -> None:
+    (allowed,) = (one for one in get_args(ReasoningEffort) if one is not type(None))
+    ours = {"low", "medium", "high"}
+    assert ours < set(get_args(allowed))
+    for effort in get_args(allowed):
+        chat = {"model": "talker", "messages": [GREET], "max_tokens": 1, "reasoning_effort": effort}
+        response = {"model": "talker", "input": "hi", "max_output_tokens": 1, "reasoning": {"effort": effort}}
+        for route, body in (("chat/completions", chat), ("responses", response)):
+            found = httpx2.post(f"{live.url}/v1/{route}", json=body)
+            assert found.status_code == (200 if effort in ours else 400), (effort, found.text)
+            assert effort in ours or f"found '{effort}'; allowed: low, medium or high" in found.text
 
 
 def test_the_client_sees_a_refusal_as_its_own_kind_of_error(live: Live) -> None:

@@ -19,7 +19,7 @@ from ossia.model.peft import load_adapter
 from ossia.train.state import MANIFEST, TRAINABLE, _entry, checkpoint_paths
 from ossia.web.app import Server
 from ossia.web.follow import RunAdapter
-from ossia.web.hosting import open_hosted, read_wanted
+from ossia.web.hosting import Limits, open_hosted, read_wanted
 from ossia.web.metrics import Metrics
 from tests.web.conftest import GREET, Live, Model, Talker, running, wait_until
 
@@ -68,8 +68,8 @@ def live(run: Run, talker: Talker) -> Iterator[Live]:
     run.save(10, strength=0.0)
     metrics = Metrics()
     wanted = read_wanted([f"base={talker.model}"], [f"live={run.folder}"])
-    limits: dict[str, Any] = {"max_batch": 4, "max_queue": 8, "max_length": None}
-    hosted = open_hosted(wanted, metrics, **limits, dtype="float32", weights="auto", device="cpu")
+    limits = Limits(max_batch=4, max_queue=8)
+    hosted = open_hosted(wanted, metrics, limits, dtype="float32", weights="auto", device="cpu")
     with running(Server(tuple(hosted), metrics)) as live:
         yield live
 

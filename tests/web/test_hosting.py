@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
@@ -13,7 +12,7 @@ from openai import NotFoundError
 
 from ossia.errors import UserError
 from ossia.web.app import Server
-from ossia.web.hosting import open_hosted, read_wanted
+from ossia.web.hosting import Limits, open_hosted, read_wanted
 from ossia.web.metrics import Metrics
 from tests.conftest import MakeTiny
 from tests.e2e.conftest import ARCH
@@ -22,10 +21,8 @@ from tests.web.conftest import GREET, Live, Talker, running
 
 def serving(wanted: list[str], adapters: list[str]) -> Server:
     metrics = Metrics()
-    limits: dict[str, Any] = {"max_batch": 4, "max_queue": 8, "max_length": None}
-    hosted = open_hosted(
-        read_wanted(wanted, adapters), metrics, **limits, dtype="float32", weights="auto", device="cpu"
-    )
+    limits = Limits(max_batch=4, max_queue=8)
+    hosted = open_hosted(read_wanted(wanted, adapters), metrics, limits, dtype="float32", weights="auto", device="cpu")
     return Server(tuple(hosted), metrics)
 
 
@@ -72,6 +69,14 @@ def test_engines_have_their_own_figures_and_share_the_memory_for_caches(
         alone = serving([f"alone={two.served.aliases[0]}"], []).models[0].worker._engine
     assert re.fullmatch(r"alone: \d.* of weights \(bf16\), a cache of up to \d.*iB", caplog.messages[-1])
     assert [engine.cache_bytes for engine in engines] == [alone.cache_bytes // 2] * 2
+
+
+def test_a_cache_of_8_bits_is_for_whoever_asks_for_it(two: Live) -> None:
+    wanted = read_wanted([f"small={two.served.aliases[0]}"], [])
+    limits = Limits(max_batch=4, max_queue=8, int8_cache=True)
+    (small,) = open_hosted(wanted, Metrics(), limits, dtype="float32", weights="auto", device="cpu")
+    (mine, *_), (usual, *_) = (one.worker._engine.session().cache.lanes for one in (small, two.server.models[0]))
+    assert mine.block_bytes < usual.block_bytes / 2
 
 
 def test_names_come_from_folders_the_hub_or_the_command_line(tmp_path: Path) -> None:

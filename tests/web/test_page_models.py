@@ -5,13 +5,12 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import httpx2
 import pytest
 
 from ossia.web.app import Server
-from ossia.web.hosting import open_hosted, read_wanted
+from ossia.web.hosting import Limits, open_hosted, read_wanted
 from ossia.web.metrics import Metrics
 from tests.conftest import MakeTiny
 from tests.e2e.conftest import ARCH
@@ -38,8 +37,8 @@ def served(run: Run, talker: Talker, tiny: MakeTiny) -> Iterator[Live]:
     """Two models; the first one's adapter `live` follows the run."""
     metrics = Metrics()
     wanted = read_wanted([f"one={talker.model}", f"two={tiny(ARCH, seed=7)}"], [f"live={run.folder}"])
-    limits: dict[str, Any] = {"max_batch": 4, "max_queue": 8, "max_length": None}
-    hosted = open_hosted(wanted, metrics, **limits, dtype="float32", weights="auto", device="cpu")
+    limits = Limits(max_batch=4, max_queue=8)
+    hosted = open_hosted(wanted, metrics, limits, dtype="float32", weights="auto", device="cpu")
     with running(Server(tuple(hosted), metrics)) as live:
         yield live
 
@@ -70,6 +69,10 @@ def test_both_columns_can_have_any_model_of_the_server(page: Page, served: Live)
     page.choose(".column:nth-child(2) select", "one")
     change_requests(page)
     ask(page, "hi")
+    page.click("#open-settings")
+    page.wait("find('#settings').open")
+    names = page.js("[...document.querySelectorAll('select')].map((one) => one.clientWidth)")
+    assert min(names) > 50, "what is compared stays in sight beside the panels"
     assert [body["model"] for body in page.js("sent")] == ["two", "one"]
     page.choose(".column:nth-child(1) select", "live")
     page.choose(".column:nth-child(2) select", "two")
