@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ossia.demo.rows.sorting import Row
 from ossia.harmony.chat import conversation_from_messages
-from ossia.harmony.messages import Conversation, System
+from ossia.harmony.messages import Conversation
 from ossia.harmony.o200k import o200k_harmony_tokenizer_json, prune
 from ossia.harmony.render import Renderer
 from ossia.harmony.vocab import Vocabulary
@@ -21,9 +21,8 @@ from ossia.harmony.vocab import Vocabulary
 
 def conversation_of(row: Row) -> Conversation:
     """A row of the demo's files as a Harmony conversation."""
-    system = System(builtin_tools=tuple(row.get("builtin_tools") or ()))
     return conversation_from_messages(
-        row["messages"], tools=row.get("tools"), reasoning_effort=row.get("reasoning_effort"), system=system
+        row["messages"], tools=row.get("tools"), reasoning_effort=row.get("reasoning_effort")
     )
 
 
