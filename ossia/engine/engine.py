@@ -119,7 +119,7 @@ class Engine:
         if self._decoder == "auto" and model.device.type == "cuda" and keeps_experts(model):
             return GraphDecoder(model, cache.of_layer, adapters)
         if self._decoder != "torch":
-            kernels = Unavailable("it reads no cache of 8 bits") if self._int8 else find_kernels(model, adapters)
+            kernels = find_kernels(model, adapters)
             if not isinstance(kernels, Unavailable):
                 return NativeDecoder(model, cache.of_layer, adapters, kernels)
             if self._decoder == "native":

@@ -274,9 +274,9 @@ class NativeDecoder:
 
 
 def _point_at(struct: native.Lane, lane: Lane, layer: int, table_RM: Tensor) -> None:
-    pool = lane.pool(layer)
-    assert table_RM.is_contiguous()
-    assert pool.is_contiguous()
+    pool, *scales = lane.tensors(layer)
+    assert all(tensor.is_contiguous() for tensor in (table_RM, pool, *scales))
+    struct.scales = scales[0].data_ptr() if scales else None
     struct.pool, struct.table, struct.table_width = pool.data_ptr(), table_RM.data_ptr(), table_RM.shape[1]
     struct.block, struct.window = lane.block, lane.window or 0
 

@@ -169,16 +169,21 @@ def score_prompts(model: Transformer, prompts: Sequence[Sequence[int]], top: int
 
 
 def _calls(parts: Sequence[tuple[Prompt, int]]) -> Iterator[list[tuple[Prompt, int]]]:
-    """Parts of a decoder's size, in the order of the prompts; one that doesn't fit goes on in the next."""
+    """Parts of a decoder's size, in the order of the prompts, one of each in a call.
+
+    A long prompt is cut at multiples of that size, so where it is cut doesn't depend on its mates: 8 bits show it.
+    """
     call: list[tuple[Prompt, int]] = []
     room = _CALL_TOKENS
     for prompt, count in parts:
-        while count:
-            call.append((prompt, min(count, room)))
-            count, room = count - call[-1][1], room - call[-1][1]
-            if not room:
+        at, last = prompt.done, prompt.done + count
+        for end in (*range(at + _CALL_TOKENS - at % _CALL_TOKENS, last, _CALL_TOKENS), last):
+            if end - at > room or (call and call[-1][0] is prompt):
                 yield call
                 call, room = [], _CALL_TOKENS
+            call.append((prompt, end - at))
+            room -= end - at
+            at = end
     if call:
         yield call
 

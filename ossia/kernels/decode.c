@@ -121,30 +121,39 @@ static int64_t slot_of(const Lane *lane, const int32_t *table, int64_t place) {
     return (int64_t)table[place / lane->block] * lane->block + place % lane->block;
 }
 
-typedef struct { View keys, values; int64_t next; } Stretch; /* what lies side by side, up to position `next` */
+typedef struct { View view; int64_t next; } Stretch; /* what lies side by side, up to position `next` */
 
-/* Keys and values of row b's sequence from position `at` on. A decode step's own are in the cache, whose ring is read as
-   it lies: `at` is a place in it. Of a prompt, those of this call are still where they were computed, in floats. */
-static Stretch stretch_of(const Step *s, int b, int head, int64_t at, int64_t end) {
+/* Keys or values of row b's sequence from position `at` on. A decode step's own are in the cache, whose ring is read as
+   it lies: `at` is a place in it. Of a prompt, those of this call are still where they were computed, in floats. Slots of
+   8 bits become floats in this thread's memory: of one stretch at a time. */
+static Stretch stretch_of(const Step *s, int b, int head, int64_t at, int64_t end, int values) {
     const Model *m = s->model;
     const Call *c = s->call;
     const Lane *lane = c->lanes + s->layer;
-    const int64_t kv = (int64_t)m->num_kv_heads * m->head_dim, size = m->bf16 ? 2 : 4, slot_bytes = 2 * kv * size;
-    const int d = m->head_dim, kind = m->bf16 ? BFLOAT16 : FLOAT32;
+    const int64_t kv = (int64_t)m->num_kv_heads * m->head_dim, heads = 2 * m->num_kv_heads;
+    const int d = m->head_dim, plain = m->bf16 ? BFLOAT16 : FLOAT32;
     if (c->first && at >= c->positions[c->first[b]]) {
         const int64_t row = c->first[b] + at - c->positions[c->first[b]], B = c->rows;
-        const float *k = s->shared.qkv + B * m->num_heads * d + row * kv + head * d;
-        return (Stretch){{(const uint8_t *)k, 0, 4 * kv, 0, FLOAT32, d, 0},
-                         {(const uint8_t *)(k + B * kv), 0, 4 * kv, 0, FLOAT32, (int32_t)(end - at), 0}, end};
+        const float *from = s->shared.qkv + B * m->num_heads * d + values * B * kv + row * kv + head * d;
+        return (Stretch){{(const uint8_t *)from, 0, 4 * kv, 0, FLOAT32, values ? (int32_t)(end - at) : d, 0}, end};
     }
     const int64_t place = c->first && lane->window ? at % lane->window : at;
     const int32_t *table = lane->table + (int64_t)(c->sequence ? c->sequence[b] : b) * lane->table_width;
     int64_t next = at + lane->block - place % lane->block;
     if (c->first && next > c->positions[c->first[b]]) next = c->positions[c->first[b]];
     if (next > end) next = end;
-    const uint8_t *slots = (const uint8_t *)lane->pool + slot_of(lane, table, place) * slot_bytes + head * d * size;
-    return (Stretch){{slots, 0, slot_bytes, 0, kind_of(kind, m->bf16), d, 0},
-                     {slots + kv * size, 0, slot_bytes, 0, kind, (int32_t)(next - at), 0}, next};
+    const int64_t slot = slot_of(lane, table, place), mine = values * m->num_kv_heads + head;
+    const int count = (int)(next - at), fan_in = values ? count : d;
+    if (lane->scales) {
+        const int8_t *from = (const int8_t *)lane->pool + (slot * heads + mine) * d;
+        const float *scales = lane->scales + slot * heads + mine;
+        for (int i = 0; i < count; i++)
+            load_int8(m->bf16, s->mine.slots + i * d, from + i * heads * d, scales[i * heads], d);
+        return (Stretch){{(const uint8_t *)s->mine.slots, 0, 4 * d, 0, FLOAT32, fan_in, 0}, next};
+    }
+    const int64_t size = m->bf16 ? 2 : 4;
+    const uint8_t *from = (const uint8_t *)lane->pool + (slot * heads + mine) * d * size;
+    return (Stretch){{from, 0, heads * d * size, 0, values ? plain : kind_of(plain, m->bf16), fan_in, 0}, next};
 }
 
 /* Row b's new keys and values of some key-value heads into the cache. Keys are turned already. */
@@ -154,11 +163,16 @@ static void keep(const Step *s, int b, Part heads) {
     const int64_t position = s->call->positions[b], d = m->head_dim, kv = m->num_kv_heads * d, B = s->call->rows;
     const int32_t *table = lane->table + (int64_t)(s->call->sequence ? s->call->sequence[b] : b) * lane->table_width;
     const int64_t slot = slot_of(lane, table, lane->window ? position % lane->window : position);
-    const float *k = s->shared.qkv + B * m->num_heads * d + b * kv, *v = k + B * kv;
-    const int64_t from = heads.begin * d;
-    const int count = (int)((heads.end - heads.begin) * d);
-    store(m->bf16, lane->pool, slot * 2 * kv + from, k + from, count);
-    store(m->bf16, lane->pool, slot * 2 * kv + kv + from, v + from, count);
+    for (int values = 0; values < 2; values++) {
+        const float *from = s->shared.qkv + B * m->num_heads * d + values * B * kv + b * kv + heads.begin * d;
+        const int64_t head = (slot * 2 + values) * m->num_kv_heads + heads.begin;
+        const int count = heads.end - heads.begin;
+        if (lane->scales)
+            for (int i = 0; i < count; i++)
+                lane->scales[head + i] = store_int8((int8_t *)lane->pool + (head + i) * d, from + i * d, (int)d);
+        else
+            store(m->bf16, lane->pool, head * d, from, (int)(count * d));
+    }
 }
 
 /* Turn a row's keys by its position. */
@@ -194,10 +208,10 @@ static void attend(Step *s, int b, Part heads) {
             end = from + SLOTS < stop ? from + SLOTS : stop;
             for (int pass = 0; pass < 2; pass++) /* scores from the keys, then the values' sum; block by block */
                 for (int64_t at = from, next; at < end; at = next) {
-                    const Stretch found = stretch_of(s, b, head, at, end);
+                    const Stretch found = stretch_of(s, b, head, at, end, pass);
                     next = found.next;
                     if (pass == 0) {
-                        multiply(&found.keys, 0, (int)(next - at), &(Rows){q + head * G * d, d, 0}, G,
+                        multiply(&found.view, 0, (int)(next - at), &(Rows){q + head * G * d, d, 0}, G,
                                  &(Results){scores + (at - from), SLOTS, 0, 0}, s->mine.expanded);
                         for (int g = 0; g < G && next == end; g++) {
                             float shrink = soften(bf16, scores + g * SLOTS, (int)(end - from), 1.f / sqrtf((float)d),
@@ -205,7 +219,7 @@ static void attend(Step *s, int b, Part heads) {
                             for (int i = 0; i < d; i++) total[g * d + i] *= shrink;
                         }
                     } else {
-                        multiply_columns(&found.values, 0, d, &(Rows){scores + (at - from), SLOTS, 0}, G,
+                        multiply_columns(&found.view, 0, d, &(Rows){scores + (at - from), SLOTS, 0}, G,
                                          &(Results){mixed, d, 0, 0});
                         for (int i = 0; i < G * d; i++) total[i] += mixed[i];
                     }

@@ -65,6 +65,7 @@ class Lane(ctypes.Structure):
 
     _fields_ = [
         ("pool", c_void_p),
+        ("scales", c_void_p),
         ("table", c_void_p),
         ("table_width", c_int32),
         ("block", c_int32),

@@ -41,6 +41,23 @@ static void store(int bf16, void *to, int64_t at, const float *x, int count) {
         memcpy((float *)to + at, x, sizeof(float) * (size_t)count);
 }
 
+/* A head's numbers in 8 bits, times the scale that is returned: as engine/cache.py rounds them. */
+static float store_int8(int8_t *to, const float *x, int count) {
+    float top = 0.f;
+    for (int i = 0; i < count; i++) {
+        const float size = fabsf(x[i]);
+        top = size > top || size != size ? size : top; /* nan stays, as in torch */
+    }
+    const float scale = top / 127.f, divisor = scale < 1e-30f ? 1e-30f : scale;
+    for (int i = 0; i < count; i++) to[i] = (int8_t)rintf(x[i] / divisor);
+    return scale;
+}
+
+static void load_int8(int bf16, float *x, const int8_t *from, float scale, int count) {
+    for (int i = 0; i < count; i++) x[i] = (float)from[i] * scale;
+    round_range(bf16, x, count);
+}
+
 /* Softmax weights of one head's `count` scores in place, given those before: returns what to scale the sums by. */
 static float soften(int bf16, float *scores, int count, float scale, float *top, float *sum) {
     float tops[LANES];

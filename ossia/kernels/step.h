@@ -30,7 +30,8 @@ typedef struct {
 } Layer;
 
 typedef struct { /* a layer's cache, see engine/cache.py */
-    void *pool;           /* (slots, 2K, d) of the activations' dtype: keys, then values */
+    void *pool;           /* (slots, 2K, d) of the activations' dtype, or of 8 bits: keys, then values */
+    float *scales;        /* of 8 bits: (slots, 2K), each head's; else null */
     const int32_t *table; /* (B, table_width) block numbers */
     int32_t table_width, block, window, unused; /* window 0: full attention */
 } Lane;
@@ -76,7 +77,7 @@ typedef struct { /* the activations of a step, all floats, rows one after the ot
 } Shared;
 
 typedef struct { /* one thread's */
-    float *expanded, *scores, *mixed, *total;
+    float *expanded, *scores, *mixed, *total, *slots; /* slots: of a cache of 8 bits, as floats */
     int32_t *order, *token, *pair, *count; /* rows by adapter; row of each of N; N of each choice; of each expert */
     Run *rows, *own, *pairs;               /* runs of all rows, of this thread's, and of N */
     int32_t num_order, num_rows, num_own, num_pairs;
@@ -104,7 +105,7 @@ static char *share_out(const Model *m, const Call *c, Shared *s, Private *p, int
     for (int t = 0; t < threads; t++) {
         Private mine;
         mine.expanded = take(&at, scratch_bytes(B, max_of(max_of(D, I), max_of(heads, m->num_experts))));
-        mine.scores = take(&at, G * SLOTS * f);
+        mine.scores = take(&at, G * SLOTS * f), mine.slots = take(&at, SLOTS * (int64_t)m->head_dim * f);
         mine.mixed = take(&at, G * m->head_dim * f), mine.total = take(&at, G * m->head_dim * f);
         mine.order = take(&at, B * 4), mine.token = take(&at, N * 4), mine.pair = take(&at, N * 4);
         mine.count = take(&at, (m->num_experts + 1) * (int64_t)4);

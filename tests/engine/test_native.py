@@ -14,7 +14,7 @@ from ossia.engine.cache import Cache
 from ossia.engine.decode import Decoder, TorchDecoder
 from ossia.engine.native import NativeDecoder, find_kernels
 from ossia.kernels.native import Kernels, Unavailable
-from ossia.model.arch import Layout, alternating_layers
+from ossia.model.arch import Arch, Layout, alternating_layers
 from ossia.model.lora import TARGETS, Lora, LoraSpec
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement
@@ -71,11 +71,12 @@ class Stage:
     lengths: Sequence[int]
     adapters: Sequence[Lora | None] = (None,)
     seed: int = 0
+    int8: bool = False
 
     def step(self, make: type[TorchDecoder] | None = None, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """Output, routes, and all keys and values afterwards; in C unless `make` says otherwise."""
         lengths, arch = self.lengths[rows], self.model.arch
-        cache = Cache(arch, self.model.dtype, CPU, 1 << 32)
+        cache = Cache(arch, self.model.dtype, CPU, 1 << 32, int8=self.int8)
         self._fill(cache, range(len(self.lengths))[rows])
         generator = torch.Generator().manual_seed(self.seed)
         x_BD = torch.randn(len(self.lengths), arch.hidden_size, generator=generator).to(self.model.dtype)[rows]
@@ -85,7 +86,7 @@ class Stage:
         with torch.inference_mode():
             out_BD = decoder.forward(x_BD, torch.tensor(lengths), adapter_B, routes_LBk)
         written = [
-            lane.pool(layer)[lane.slots([int(b) for b in lane.table_RM[row]], torch.tensor([length]))]
+            lane.at(layer, lane.slots([int(b) for b in lane.table_RM[row]], torch.tensor([length])))
             for lane in cache.lanes
             for layer in lane.layers
             for row, length in enumerate(lengths)
@@ -122,6 +123,16 @@ def test_a_step_in_c_is_torchs_at_every_edge_of_window_and_blocks(
 ) -> None:
     model = load(tiny(UNEQUAL, layout), FLOAT, placement)
     assert_same(Stage(model, EDGES))
+
+
+@pytest.mark.parametrize("arch", [UNEQUAL, ODD])
+def test_a_cache_of_8_bits_is_read_and_written_in_c_as_in_torch(tiny: MakeTiny, arch: Arch) -> None:
+    model = load(tiny(arch), FLOAT, "mmap")
+    stage = Stage(model, EDGES, int8=True)
+    assert_same(stage)
+    assert relative_error(stage.step()[0], Stage(model, EDGES).step()[0]) > 1e-3, "8 bits show"
+    rounded = Stage(load(tiny(arch), BF16, "mmap"), EDGES, int8=True)
+    assert relative_error(rounded.step()[0], rounded.step(TorchDecoder)[0]) < 0.1
 
 
 def test_sizes_that_are_no_whole_vectors_and_a_context_above_4096(tiny: MakeTiny) -> None:
@@ -170,7 +181,7 @@ def test_a_rows_bits_depend_neither_on_its_batch_nor_on_the_threads(
     monkeypatch.setattr("ossia.engine.native._THREAD_PRODUCTS", 1)
     model = load(tiny(UNEQUAL), dtype, placement)
     adapters = [None, adapter(model, dict.fromkeys(TARGETS, 5))]
-    stage = Stage(model, [(37 * row) % 150 for row in range(64)], adapters)
+    stage = Stage(model, [(37 * row) % 150 for row in range(64)], adapters, int8=placement == "mmap")
     together = stage.step()
     for rows in (slice(0, 1), slice(11, 12), slice(20, 25), slice(30, 63)):
         assert torch.equal(stage.step(rows=rows)[0], together[0][rows]), rows
@@ -272,11 +283,12 @@ def test_token_by_token_gives_the_distributions_of_the_training_forward(
     assert -1e-6 < float(torch.cat(divergences).mean()) < most
 
 
-def test_nan_in_a_row_comes_out_of_that_row_alone(tiny: MakeTiny) -> None:
+@pytest.mark.parametrize(("target", "int8"), [("q_proj", False), ("k_proj", True), ("v_proj", True)])
+def test_nan_in_a_row_comes_out_of_that_row_alone(tiny: MakeTiny, target: str, int8: bool) -> None:
     model = load(tiny(UNEQUAL), FLOAT, "mmap")
-    broken = adapter(model, {"q_proj": 2})
+    broken = adapter(model, {target: 2})
     next(iter(broken.trainable.tensors.values())).fill_(torch.nan)
-    out_BD, routes_LBk, _ = Stage(model, (3, 4, 5), [None, broken]).step()
+    out_BD, routes_LBk, _ = Stage(model, (3, 4, 5), [None, broken], int8=int8).step()
     assert out_BD.isfinite().all(1).tolist() == [True, False, True]
     assert set(routes_LBk.flatten().tolist()) <= set(range(UNEQUAL.num_experts))
 

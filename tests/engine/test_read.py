@@ -33,10 +33,11 @@ def read(
     in_c: bool = True,
     parts: int = 10_000,
     adapters: Sequence[Lora | None] = (None,),
+    int8: bool = False,
 ) -> Found:
     """Hidden states and routes of each prompt, and all keys and values afterwards; `parts` tokens of each at a time."""
     models = [model, *(Transformer(model.weights, lora=lora) for lora in adapters[1:])]
-    cache = Cache(model.arch, model.dtype, CPU, 1 << 32)
+    cache = Cache(model.arch, model.dtype, CPU, 1 << 32, int8=int8)
     decoder = native(model, cache, adapters) if in_c else TorchDecoder(model, cache.of_layer, adapters)
     prefill = Prefill(models, cache, decoder)
     read = [Prompt(tuple(ids), i % len(adapters), cache.new(), True) for i, ids in enumerate(prompts)]
@@ -78,6 +79,16 @@ def test_prompts_read_in_c_are_those_of_the_training_forward(tiny: MakeTiny, pla
     assert_same(read(model, prompts, parts=parts), read(model, prompts, in_c=False), 5e-6)
 
 
+@pytest.mark.parametrize("parts", [64, 5])
+def test_with_a_cache_of_8_bits_the_parts_before_are_read_as_torch_reads_them(tiny: MakeTiny, parts: int) -> None:
+    model, prompts = load(tiny(UNEQUAL), FLOAT, "mmap"), random_prompts((1, 8, 65, 130, 300))
+    found = read(model, prompts, parts=parts, int8=True)
+    # a number between two of the 8-bit ones may fall to either side by a last digit
+    assert_same(found, read(model, prompts, in_c=False, parts=parts, int8=True), 3e-4)
+    exact = read(model, prompts)
+    assert relative_error(torch.stack(found[0]), torch.stack(exact[0])) > 1e-3
+
+
 def test_in_bf16_as_well(tiny: MakeTiny) -> None:
     model, prompts = load(tiny(UNEQUAL), BF16, "bf16"), random_prompts(LENGTHS)
     assert_same(read(model, prompts), read(model, prompts, in_c=False), 0.03)
@@ -98,8 +109,10 @@ def test_prompts_of_several_adapters_in_one_call(tiny: MakeTiny) -> None:
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 def test_a_prompts_bits_depend_neither_on_its_mates_nor_on_the_threads(tiny: MakeTiny, dtype: torch.dtype) -> None:
     model = load(tiny(UNEQUAL), dtype, "mmap")
-    prompts = random_prompts((3, 8, 40, 70, 100))  # one call
+    prompts = random_prompts((3, 8, 40, 70, 100, 900))  # two calls
     together = read(model, prompts)
+    eight = read(model, prompts, int8=True)
+    assert torch.equal(read(model, prompts[-1:], int8=True)[0][0], eight[0][-1]), "cut where it is cut alone"
     for place, prompt in enumerate(prompts):
         assert torch.equal(read(model, [prompt])[0][0], together[0][place])
     try:

@@ -349,11 +349,12 @@ def test_a_stop_text_ends_a_request_wherever_its_tokens_begin(tiny: MakeTiny, sm
     assert stopped.ids == free.ids[: ends + 1]
 
 
-def test_a_cache_of_8_bits_takes_half_the_bytes_and_stays_close(tiny: MakeTiny) -> None:
+@pytest.mark.parametrize("decoder", decoders())
+def test_a_cache_of_8_bits_takes_half_the_bytes_and_stays_close(tiny: MakeTiny, decoder: DecoderChoice) -> None:
     model = load(tiny(NARROW), placement="bf16", dtype=torch.bfloat16)
     requests = [Request(prompt, GREEDY, 30) for prompt in random_prompts((5, 70, 130))]
     exact = Engine(model).generate(requests)
-    close = Engine(model, cache_dtype="int8", prefill_tokens=50).generate(requests)
+    close = Engine(model, cache_dtype="int8", prefill_tokens=50, decoder=decoder).generate(requests)
     for mine, theirs in zip(close, exact, strict=True):
         first = next((i for i in range(30) if mine.ids[i] != theirs.ids[i]), 30)
         assert first >= 2  # a random model's likeliest tokens are near each other
@@ -460,6 +461,6 @@ def test_an_empty_stop_text_is_refused(tiny: MakeTiny, small_tokenizer) -> None:
 
 
 def test_a_decoder_that_was_asked_for_and_cannot_be_used_is_refused(tiny: MakeTiny) -> None:
-    model = load(tiny(NARROW), placement="bf16")
-    with pytest.raises(UserError, match="native can't be used here: it reads no cache of 8 bits"):
-        Engine(model, cache_dtype="int8", decoder="native").session()
+    model = load(tiny(NARROW), dtype=torch.float16, placement="bf16")
+    with pytest.raises(UserError, match="native can't be used here: for float32 and bfloat16"):
+        Engine(model, decoder="native").session()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import fields
 from itertools import islice
 from pathlib import Path
 
@@ -12,10 +15,12 @@ import pytest
 from ossia.errors import RecipeError, RewardError
 from ossia.harmony import Message
 from ossia.rl.env import Env, OneStep, Split, Task, Turn, final, validate
-from ossia.rl.envs import make_env
-from ossia.rl.jail import Jails
+from ossia.rl.envs import ENVS, make_env
+from ossia.rl.jail import Jails, probe_level
 
-PROCEDURAL = ("sort", "reverse", "add", "count")
+EXACT = ("sort", "reverse", "add", "count", "tool_python")  # one right text, worth 1
+NEEDS_TOOLS = pytest.mark.skipif(bool(probe_level("tools")), reason="this machine can't give the jail's level tools")
+CODE = ("game2048", "matmul", pytest.param("kernel_c", marks=NEEDS_TOOLS))  # a program, worth how well it does
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +34,7 @@ def reward_of(env: Env, task: Task, turn: Turn) -> float:
         return episode.step(turn).reward
 
 
-CODE = ("game2048", "matmul")  # a program, by how well it does
-
-
-@pytest.mark.parametrize("name", PROCEDURAL)
+@pytest.mark.parametrize("name", EXACT)
 def test_the_right_answer_earns_everything_and_corrupted_ones_less(name: str, jails: Jails) -> None:
     env = make_env(name, {}, jails)
     for task in islice(env.tasks("train", 0), 50):
@@ -50,7 +52,7 @@ def test_the_right_program_earns_something_and_corrupted_ones_nothing(name: str,
     assert [reward_of(env, task, turn) for turn in wrong] == [0.0] * len(wrong)
 
 
-@pytest.mark.parametrize("name", [*PROCEDURAL, *CODE])
+@pytest.mark.parametrize("name", [*EXACT, *CODE])
 def test_tasks_are_the_seeds_and_held_out_ones_are_never_trained(name: str, jails: Jails) -> None:
     env = make_env(name, {}, jails)
 
@@ -70,7 +72,7 @@ def test_a_held_out_set_of_digits_is_not_trained_in_another_order() -> None:
     assert not trained & held_out
 
 
-@pytest.mark.parametrize("name", [*PROCEDURAL, *CODE])
+@pytest.mark.parametrize("name", [*EXACT, *CODE])
 def test_only_one_final_message_that_ends_the_turn_is_an_answer(name: str, jails: Jails) -> None:
     env = make_env(name, {}, jails)
     task = next(env.tasks("train", 0))
@@ -140,3 +142,20 @@ def test_an_environment_that_pays_for_a_corrupted_answer_is_found_out(jails: Jai
     assert validate(make_env("sort", {}, jails), "sort", seed=0, most=5) == 5
     with pytest.raises(RewardError, match="task 'sum': a corrupted answer earns 1, the right one 1\n  found: '5'"):
         validate(Generous(), "generous", seed=0, most=3)
+
+
+@pytest.mark.parametrize("name", ENVS)
+def test_every_environment_and_option_stands_on_the_page_with_its_default(name: str) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "environments.md").read_text(encoding="utf-8")
+    sections = [section for section in page.split("\n## ") if re.search(rf"\b{name}\b", section.splitlines()[0])]
+    (section,) = sections
+    assert f"`{name}`" in page
+    maker = ENVS[name]
+    if name == "reasoning_gym":
+        options = {option: one.default for option, one in inspect.signature(maker).parameters.items()}
+        del options["jails"], options["config"]
+    else:
+        options = {one.name: one.default for one in fields(maker) if one.init and one.name != "jails"}
+    for option, default in options.items():
+        short = isinstance(default, (int, float)) and not isinstance(default, bool)
+        assert (f"`{option}` ({default})" if short else f"`{option}") in section, option

@@ -12,7 +12,7 @@ import pytest
 from ossia.rl.env import Step
 from ossia.rl.envs.code import answered
 from ossia.rl.envs.matmul import PLAIN, Matmul, whole_matrix
-from ossia.rl.envs.speed import Meter, Timed, is_product, speed_up, worth
+from ossia.rl.envs.speed import Meter, Timed, is_product, sizes, speed_up, worth
 from ossia.rl.jail import Jails
 
 FAST = """
@@ -65,7 +65,9 @@ CHEATS = {
     "an input": "def matmul(A, B): return A",
     "half of the rows": FAST + "f = matmul\ndef matmul(A, B):\n  n = len(A) // 2\n"
     "  return f(A[:n], B) + [[0] * len(B[0])] * (len(A) - n)",
-    "right for small sizes alone": FAST + "f = matmul\ndef matmul(A, B): return f(A, B) if len(A) < 32 else A",
+    "right for small sizes alone": FAST + "f = matmul\ndef matmul(A, B): return f(A, B) if len(A) < 64 else A",
+    "right for the widths it was tried on alone": FAST
+    + "f = matmul\ndef matmul(A, B): return f(A, B) if len(B[0]) < 64 else A",
     "right on the first calls alone": FAST + "f, n = matmul, [0]\ndef matmul(A, B):\n  n[0] += 1\n"
     "  return f(A, B) if n[0] < 5 else [[0] * len(B[0]) for _ in A]",
     "answers kept by the inputs' identity": FAST + "f, kept = matmul, {}\ndef matmul(A, B):\n"
@@ -194,6 +196,16 @@ def test_only_a_list_of_lists_of_whole_numbers_of_the_right_size_is_a_matrix() -
         None,
     ):
         assert whole_matrix(value, 1, 2, 9) is None
+
+
+def test_every_dimension_has_its_largest_size_once_and_is_otherwise_drawn() -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        small, *timed = sizes(rng, 3, 40)
+        assert max(small) <= 5
+        assert len(timed) == 3
+        assert all(max(column) == 40 and min(column) >= 10 for column in zip(*timed, strict=True))
+    assert len({size for _ in range(9) for size in sizes(rng, 9, 40)}) > 60
 
 
 def test_speed_is_the_median_call_and_worth_its_logarithm() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -68,6 +69,12 @@ def test_each_tasks_own_program_prints_its_answer_and_the_answer_earns_everythin
                 done = episode.step(final(result.content))
                 assert (done.terminated, done.reward, done.metrics["answered"]) == (True, 1.0, 1.0)
     assert validate(env, "tool_python", seed=0, most=20) == 20
+
+
+def test_one_kind_of_question_can_be_asked_alone(env: ToolPython) -> None:
+    names = [task.name for task in islice(replace(env, kind="product", digits=2).tasks("train", 0), 50)]
+    assert all(re.fullmatch(r"What is \d\d \* \d\d\?", name) for name in names)
+    assert len({task.name[:9] for task in islice(env.tasks("train", 0), 50)}) > 4
 
 
 def test_a_result_is_the_tools_own_message_in_the_channel_of_the_call(episode: ToolEpisode) -> None:
@@ -152,6 +159,7 @@ def test_only_one_well_formed_call_that_ends_its_turn_is_run(episode: ToolEpisod
         ({"digits": 1}, "`digits` is 1; allowed: 2 to 12"),
         ({"seconds": 0}, "`seconds` is 0; allowed: 0.1 to 30"),
         ({"output": 5}, "`output` is 5; allowed: 100 to 20000"),
+        ({"kind": "sums"}, "`kind` is 'sums'; allowed: all, product, power"),
         ({"digits": "5"}, "`digits` is '5'; expected: int"),
     ],
 )

@@ -16,6 +16,7 @@ from ossia.errors import RecipeError
 from ossia.rl.env import Env
 from ossia.rl.envs import gym
 from ossia.rl.envs.game2048 import Game2048
+from ossia.rl.envs.kernel_c import KernelC
 from ossia.rl.envs.math import Math
 from ossia.rl.envs.matmul import Matmul
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
@@ -34,17 +35,23 @@ ENVS: Mapping[str, Callable[..., Env]] = {
     "math": Math,
     "reasoning_gym": gym.make,
     "tool_python": ToolPython,
+    "kernel_c": KernelC,
 }
+ADAPTERS = ("gymnasium", "openenv", "verifiers")  # `KIND:NAME` is loaded by ossia/rl/adapters/KIND.py
 
 
 def make_env(name: str, options: Mapping[str, Any], jails: Jails) -> Env:
     """An environment from a recipe's `env` entry.
 
-    name     one of ENVS, or `module:name` or `file.py:name` of a class or function that makes an environment
+    name     one of ENVS, `module:name` or `file.py:name` of a class or function that makes an environment, or
+             `PACKAGE:NAME` of another ecosystem's (ADAPTERS)
     options  its own, as keyword arguments
     jails    given, as the argument `jails`, to an environment that has one: it runs code that it doesn't trust
     Raises   RecipeError for a name or an option that doesn't exist, or a value that isn't allowed; JailError
     """
+    kind, _, theirs = name.partition(":")
+    if kind in ADAPTERS and theirs:
+        return _adapted(name, importlib.import_module(f"ossia.rl.adapters.{kind}").load, theirs, options)
     if ":" in name:
         return _made(name, load_object(name), options, jails)
     if name not in ENVS:
@@ -73,6 +80,16 @@ def make_env(name: str, options: Mapping[str, Any], jails: Jails) -> Env:
 def _guess(word: str, candidates: Iterable[str]) -> str:
     meant = nearest(word, candidates)
     return f"; did you mean `{meant}`?" if meant else ""
+
+
+def _adapted(name: str, load: Callable[..., Env], theirs: str, options: Mapping[str, Any]) -> Env:
+    wanted = inspect.signature(load).parameters
+    try:
+        inspect.signature(load).bind(theirs, **options)
+    except TypeError as error:
+        allowed = [option for option, one in wanted.items() if one.kind is one.KEYWORD_ONLY]
+        raise RecipeError(f"env {name}: {error}\n  allowed: {', '.join(allowed) or 'none'}") from error
+    return load(theirs, **options)
 
 
 def _made(name: str, maker: Callable[..., Env], options: Mapping[str, Any], jails: Jails) -> Env:

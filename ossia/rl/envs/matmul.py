@@ -15,11 +15,10 @@ import numpy as np
 from ossia.errors import RecipeError, RewardError
 from ossia.rl.env import OneStep, Split, Task, Turn
 from ossia.rl.envs.code import answered, code_of, seeded, unusable
-from ossia.rl.envs.speed import Meter, Timed, is_product, speed_up, worth
+from ossia.rl.envs.speed import Meter, Timed, is_product, sizes, speed_up, worth
 from ossia.rl.jail import Jails, Limits, Plain, Program
 
 _LARGEST = 99  # of an input's numbers
-_SMALL = 3  # sizes of the call that isn't timed
 _LIMITS = Limits(cpu_s=1.0, wall_s=4.0, total_s=20.0)
 
 _PROMPT = """\
@@ -108,9 +107,7 @@ class Matmul:
         """Every timed call; None as soon as one result isn't the product."""
         rng = np.random.default_rng(random.Random(seed).getrandbits(128))
         calls, plain_meter, meter = [], Meter(plain), Meter(program)
-        for number in range(self.rounds + 1):
-            low, high = (max(_SMALL + 1, self.most // 4), self.most) if number else (1, _SMALL)
-            rows, inner, columns = rng.integers(low, high, 3, endpoint=True)
+        for number, (rows, inner, columns) in enumerate(sizes(rng, self.rounds, self.most)):
             a_MK, b_KN = (
                 rng.integers(-_LARGEST, _LARGEST, size, endpoint=True) for size in ((rows, inner), (inner, columns))
             )
@@ -119,7 +116,7 @@ class Matmul:
             if usual.failure is not None:
                 raise RewardError(f"env.matmul: the plain loops failed: {usual.failure}, {usual.detail}")
             outcome = program.call("matmul", *given)
-            c_MN = whole_matrix(outcome.value, int(rows), int(columns), int(inner) * _LARGEST**2)
+            c_MN = whole_matrix(outcome.value, rows, columns, inner * _LARGEST**2)
             if outcome.failure is not None or c_MN is None or not is_product(a_MK, b_KN, c_MN, rng, 0.0):
                 return None
             timed = Timed(plain_meter.charge_s(usual), meter.charge_s(outcome))

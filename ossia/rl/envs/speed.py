@@ -7,7 +7,7 @@ are made after the code was loaded, of random sizes, and never come again. Lette
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from ossia.rl.jail import Outcome, Program
 
+_SMALL = 5
 _VECTORS = 32  # a wrong product passes each with a chance of at most one half
 _SLACK = 16.0  # of the rounding that a plain float32 product was seen to have, see tests/rl/test_speed.py
 UNCHANGED = 0.25  # what a right program earns that is no faster than the plain one
@@ -36,6 +37,19 @@ def is_product(a_MK: np.ndarray, b_KN: np.ndarray, c_MN: np.ndarray, rng: np.ran
     with np.errstate(over="ignore", invalid="ignore"):
         off = np.abs(c @ v_NV - a @ (b @ v_NV)).max()
     return bool(off <= _SLACK * unit * a.shape[1] * math.sqrt(b.shape[1]))
+
+
+def sizes(rng: np.random.Generator, rounds: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """M, K and N of a small product, which isn't timed, and of `rounds` timed ones.
+
+    Timed sizes are drawn from a quarter of `most` on; each of the three is `most` itself in one round, which nobody
+    knows before, so that a program that is right for smaller ones alone is always found out.
+    """
+    yield tuple(rng.integers(1, _SMALL, 3, endpoint=True).tolist())
+    largest = rng.integers(0, rounds, 3)
+    for number in range(rounds):
+        drawn = rng.integers(most // 4, most, 3, endpoint=True)
+        yield tuple(np.where(largest == number, most, drawn).tolist())
 
 
 class Meter:

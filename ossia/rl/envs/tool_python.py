@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from ossia.errors import RecipeError
@@ -108,18 +108,22 @@ class ToolPython:
 
     jails    where its code runs
     digits   of the numbers in the questions: how hard they are in the head
+    kind     one of KINDS, or all of them
     seconds  of CPU that one call may use
     output   characters of a call's output that the model is shown
     """
 
     jails: Jails
     digits: int = 5
+    kind: str = "all"
     seconds: float = 2.0
     output: int = 2000
 
     def __post_init__(self) -> None:
         if not 2 <= self.digits <= 12:
             raise RecipeError(f"env.tool_python: `digits` is {self.digits}; allowed: 2 to 12")
+        if self.kind not in ("all", *KINDS):
+            raise RecipeError(f"env.tool_python: `kind` is {self.kind!r}; allowed: all, {', '.join(KINDS)}")
         if not 0.1 <= self.seconds <= 30:
             raise RecipeError(f"env.tool_python: `seconds` is {self.seconds:g}; allowed: 0.1 to 30")
         if not 100 <= self.output <= 20_000:
@@ -129,8 +133,9 @@ class ToolPython:
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:
         """See Env. `info` holds the answer and a program that prints it."""
         rng = random.Random(f"tool_python {split} {seed}")
+        kinds = list(KINDS.values()) if self.kind == "all" else [KINDS[self.kind]]
         while True:
-            question, answer, code = rng.choice(_KINDS)(rng, self.digits)
+            question, answer, code = rng.choice(kinds)(rng, self.digits)
             if (split == "eval") == held_out(answer, question):
                 row = {
                     "messages": [{"role": "user", "content": _ASK.format(question=question)}],
@@ -224,13 +229,13 @@ def _list_sum(rng: random.Random, digits: int) -> tuple[str, str, str]:
     return f"{question}{_listed(numbers)}?", str(answer), code
 
 
-_KINDS: tuple[Kind, ...] = (
-    _product,
-    _power,
-    _digit_sum,
-    _common_divisor,
-    _primes,
-    _multiples,
-    _list_median,
-    _list_sum,
-)
+KINDS: Mapping[str, Kind] = {
+    "product": _product,
+    "power": _power,
+    "digit_sum": _digit_sum,
+    "divisor": _common_divisor,
+    "primes": _primes,
+    "multiples": _multiples,
+    "median": _list_median,
+    "squares": _list_sum,
+}

@@ -20,12 +20,14 @@ from ossia.rl.jail.worker import Process, Worker
 class Jail:
     """Where programs are locked in; a context manager. Several threads may open programs at once.
 
-    level       compute (no file can be opened), read (the standard library, installed packages and system libraries can
-                be read), tools (as read; and `tool` runs compilers and shells), weak (limits alone)
-    workers     zygotes, one a core that programs may use
-    preload     modules that programs find imported; each is imported once, by each zygote
-    warm        code of yours that a zygote runs after these, for what they do lazily
-    allow_weak  accept the level weak, which keeps nobody from reading and writing your files
+    level          compute (no file can be opened), read (the standard library, installed packages and system libraries
+                   can be read), tools (as read; and `tool` runs compilers and shells), weak (limits alone)
+    workers        zygotes, one a core that programs may use
+    preload        modules that programs find imported; each is imported once, by each zygote
+    warm           code of yours that a zygote runs after these, for what they do lazily
+    reads_nothing  of level read or tools, but no file can be read: only what a program is given can be loaded, so that
+                   none of the machine's libraries does its work for it
+    allow_weak     accept the level weak, which keeps nobody from reading and writing your files
 
     Raises JailError where the machine can't give the level, or a module can't be imported.
     """
@@ -37,6 +39,7 @@ class Jail:
         workers: int = 1,
         preload: Sequence[str] = (),
         warm: str = "",
+        reads_nothing: bool = False,
         allow_weak: bool = False,
     ) -> None:
         if workers < 1:
@@ -47,7 +50,7 @@ class Jail:
             )
         require_known(level)
         self.level: Level = level
-        self._config = zygote_config(level, preload, warm)
+        self._config = zygote_config(level, preload, warm, reads_nothing=reads_nothing)
         self._lock = threading.Lock()
         self._workers: list[Worker] = []
         self._turns = itertools.count()
@@ -151,15 +154,17 @@ class Jails:
 
     def __init__(self, *, workers: int = 1, allow_weak: bool = False) -> None:
         self._workers, self._allow_weak = workers, allow_weak
-        self._opened: dict[tuple[Level, tuple[str, ...], str], Jail] = {}
+        self._opened: dict[tuple[Level, tuple[str, ...], str, bool], Jail] = {}
 
-    def get(self, level: Level = "compute", *, preload: Sequence[str] = (), warm: str = "") -> Jail:
+    def get(
+        self, level: Level = "compute", *, preload: Sequence[str] = (), warm: str = "", reads_nothing: bool = False
+    ) -> Jail:
         """The jail for these wishes, which are those of `Jail`; the same one each time.
 
         Ask while an environment is being made, so that a run that can't have it ends before any weight is read.
         Raises JailError where the machine can't give the level, or a module can't be imported.
         """
-        key = (level, tuple(preload), warm)
+        key = (level, tuple(preload), warm, reads_nothing)
         if key not in self._opened:
             self._opened[key] = self._open(*key)
         return self._opened[key]
@@ -183,9 +188,9 @@ class Jails:
     ) -> None:
         self.close()
 
-    def _open(self, level: Level, preload: tuple[str, ...], warm: str) -> Jail:
+    def _open(self, level: Level, preload: tuple[str, ...], warm: str, reads_nothing: bool) -> Jail:
         try:
-            return Jail(level, workers=self._workers, preload=preload, warm=warm)
+            return Jail(level, workers=self._workers, preload=preload, warm=warm, reads_nothing=reads_nothing)
         except JailError as error:
             if not self._allow_weak:
                 raise JailError(

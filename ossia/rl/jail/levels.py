@@ -87,13 +87,16 @@ _TOOL_HOARDS = {  # each is to be ended, or to get less than it wants
 }
 
 
-def zygote_config(level: Level, preload: Sequence[str] = (), warm: str = "") -> dict[str, Any]:
+def zygote_config(
+    level: Level, preload: Sequence[str] = (), warm: str = "", *, reads_nothing: bool = False
+) -> dict[str, Any]:
     """What a zygote of a level is told first. `level` is one that this machine knows of (`require_known`)."""
+    readable = [] if reads_nothing else _readable()
     names = {"compute": bpf.COMPUTE, "read": bpf.READ, "tools": bpf.READ}
     installed = [path for path in dict.fromkeys(sys.path) if path and Path(path).is_dir()]
     return {
         "filter": bpf.allow_only(names[level], bpf.machine()).hex() if level in names else "",
-        "readable": _readable() if level in ("read", "tools") else None,
+        "readable": readable if level in ("read", "tools") else None,
         "nobody": NOBODY,
         "path": installed if preload or warm or level != "compute" else [],
         "preload": [*_COMMON.split(), *preload],
@@ -168,7 +171,7 @@ def _why_not(level: Level, worker: Worker) -> str:
 
 
 def _why_no_programs(level: Level, worker: Worker, folder: str) -> str:
-    for name in ("works", *(("reads_the_library",) if level != "compute" else ()), *ESCAPES):
+    for name in ("works", *(("reads_the_library",) if worker.reads else ()), *ESCAPES):
         with Program(worker.spawn(spawn_order(worker, _PROBE, 0), []), level, _PROBE, _CANARIES) as program:
             if program.failure is not None:
                 return f"the canary can't be loaded: {program.failure.detail}"

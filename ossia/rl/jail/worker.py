@@ -63,9 +63,13 @@ class Process:
 
 
 class Worker:
-    """One zygote. Its methods may be called from several threads."""
+    """One zygote. Its methods may be called from several threads.
+
+    reads  whether its programs may read any file
+    """
 
     def __init__(self, config: dict[str, Any]) -> None:
+        self.reads = bool(config["readable"])
         self._lock = threading.Lock()
         self._control, far = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()

@@ -6,6 +6,7 @@ import os
 import time
 from pathlib import Path
 
+import numpy
 import pytest
 
 from ossia.rl.jail import Jail, JailError, ToolLimits, input_array, library, output_array
@@ -179,3 +180,17 @@ def test_the_level_weak_keeps_limits_alone() -> None:
         assert running("sleep 42.5") == []
         code, _ = shell(jail, "head -c 3m /dev/zero > a", limits=ToolLimits(file_bytes=1 << 20))
         assert code != 0
+
+
+def test_where_nothing_can_be_read_a_program_loads_what_it_is_given_and_no_other_library(tools: Jail) -> None:
+    compiled = tools.tool(["gcc", "-shared", "-fPIC", "-x", "c", "dot", "-o", "so"], {"dot": DOT}, wanted=["so"])
+    code = "import ctypes, os\ndef load(path): return ctypes.CDLL(lib if path is None else path)._name\n"
+    others = [os.__file__, numpy.linalg._umath_linalg.__file__, "/etc/hostname"]
+    with (
+        Jail("read", reads_nothing=True) as jail,
+        library(compiled.files["so"]) as lib,
+        jail.open(code + "def read(path): return open(path).read()", shared={"lib": lib}) as program,
+    ):
+        assert program.call("load", None).failure is None
+        assert [program.call("read", path).failure for path in others] == ["raised"] * 3
+        assert "Permission denied" in program.call("load", others[1]).detail
