@@ -238,7 +238,7 @@ class Outside:
             "the processors": os.sched_getaffinity(0),
             "the descriptors": sorted(os.listdir("/proc/self/fd")),
             "the signals or rights": [line for line in status.splitlines() if line.startswith(_STATUS)],
-            "the timers": [signal.getitimer(number) for number in (0, 1, 2)],
+            "the timers": [(left > 0, every) for left, every in map(signal.getitimer, (0, 1, 2))],
             "tracing": (sys.gettrace(), sys.getprofile(), sys.getrecursionlimit(), gc.isenabled(), gc.get_threshold()),
             "gc's callbacks": len(gc.callbacks),
             "the import system": (list(map(id, sys.meta_path)), list(map(id, sys.path_hooks)), list(sys.path)),
