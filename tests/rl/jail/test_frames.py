@@ -29,8 +29,9 @@ SEEDS = (
 )
 TOKENS = (
     b"[", b"]", b"{", b"}", b",", b":", b'"', b"\\", b"null", b"true", b"1", b"1.0", b"-", b"1e999", b"NaN",
-    b"Infinity", b"-Infinity", b"9" * 1001, b"1." + b"0" * 80, b"\\ud800", b"\\udfff", b"\\u0000", b"\x00", b"\xff", b"\xed\xa0\x80",
-    b'"ok"', b'"a": 1, "a": 2', b"[" * 70, b"]" * 70, b'{"":' * 40, b" ", b"\n", b"\xef\xbb\xbf", b"0x1", b"1_0", b"'", b"//",
+    b"Infinity", b"-Infinity", b"9" * 1001, b"1." + b"0" * 80, b"0x1", b"1_0", b"'", b"//", b"\\ud800",
+b"\\udfff", b"\\u0000", b"\x00", b"\xff", b"\xed\xa0\x80",
+    b'"ok"', b'"a": 1, "a": 2', b"[" * 70, b"]" * 70, b'{"":' * 40, b" ", b"\n", b"\xef\xbb\xbf",
 )  # fmt: skip
 
 
