@@ -30,6 +30,7 @@ COMMANDS = (
     "tiny",
     "explain",
     "doctor",
+    "attack",
 )
 
 

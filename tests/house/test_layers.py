@@ -40,15 +40,11 @@ def imported(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
             yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
 
 
-def _owner(name: str) -> str:
-    return "cli" if name.startswith("cli_") else name  # cli_doctor.py is a part of cli.py in a file of its own
-
-
 def misplaced(package: dict[Path, ast.Module]) -> list[str]:
     """Every import that doesn't point down, `file:line: what`."""
     found = []
     for file, tree in package.items():
-        owner = _owner(file.with_suffix("").parts[1])
+        owner = file.with_suffix("").parts[1]
         if owner in ("__init__", "__main__"):
             continue
         if owner not in RANK:
@@ -56,7 +52,7 @@ def misplaced(package: dict[Path, ast.Module]) -> list[str]:
             continue
         for line, name in imported(tree, ".".join(file.parent.parts)):
             parts = name.split(".")
-            target = _owner(parts[1]) if parts[0] == "ossia" and len(parts) > 1 else ""
+            target = parts[1] if parts[0] == "ossia" and len(parts) > 1 else ""
             if target in RANK and target != owner and RANK[target] >= RANK[owner]:
                 found.append(f"{file}:{line}: {owner} (layer {RANK[owner]}) imports {name} (layer {RANK[target]})")
     return found

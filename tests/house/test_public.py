@@ -132,6 +132,6 @@ def test_nothing_probes_for_attributes_or_reads_the_environment(package: dict[Pa
 _PROBES = ("hasattr", "getattr", "setattr", "delattr")
 _ENVIRONMENT = ("environ", "getenv", "putenv")
 _USES_ENVIRONMENT = {
-    "ossia/cli.py": 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")',
+    "ossia/cli/app.py": 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")',
     "ossia/kernels/native.py": 'os.environ.get("XDG_CACHE_HOME", "")',
 }

@@ -20,6 +20,7 @@ from ossia.rl.envs.kernel_c import KernelC
 from ossia.rl.envs.math import Math
 from ossia.rl.envs.matmul import Matmul
 from ossia.rl.envs.procedural import Add, Count, Reverse, Sort
+from ossia.rl.envs.squares import Squares
 from ossia.rl.envs.tool_python import ToolPython
 from ossia.rl.jail import Jails
 
@@ -28,6 +29,7 @@ ENVS: Mapping[str, Callable[..., Env]] = {
     "reverse": Reverse,
     "add": Add,
     "count": Count,
+    "squares": Squares,
     "game2048": Game2048,
     "matmul": Matmul,
     "math": Math,

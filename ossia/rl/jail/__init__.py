@@ -9,12 +9,13 @@ from ossia.errors import JailError
 from ossia.rl.jail.frames import Plain
 from ossia.rl.jail.jail import Jail, Jails
 from ossia.rl.jail.levels import probe_level
-from ossia.rl.jail.outcome import Level, Limits, Outcome
+from ossia.rl.jail.outcome import LOCKED, Level, Limits, Outcome
 from ossia.rl.jail.program import Program, Session
 from ossia.rl.jail.shared import Shared, input_array, library, output_array
 from ossia.rl.jail.tool import ToolLimits, ToolOutcome
 
 __all__ = [
+    "LOCKED",
     "Jail",
     "JailError",
     "Jails",

@@ -114,7 +114,7 @@ def _encodable(text: str) -> None:
 
 
 def _int(digits: str) -> int:
-    if len(digits) > MOST_DIGITS:
+    if len(digits.lstrip("-")) > MOST_DIGITS:
         raise ValueError(f"an int of more than {MOST_DIGITS:,} digits")
     return int(digits)
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from ossia.errors import JailError
 from ossia.rl.jail import bpf
-from ossia.rl.jail.outcome import LEVELS, NOBODY, Level, Limits
+from ossia.rl.jail.outcome import LEVELS, LOCKED, NOBODY, Level, Limits
 from ossia.rl.jail.program import Program
 from ossia.rl.jail.shared import Shared
 from ossia.rl.jail.tool import ToolLimits, run_tool
@@ -154,7 +154,7 @@ def require_known(level: Level) -> None:
 def require(level: Level, worker: Worker) -> None:
     """Raise JailError, naming the levels that this machine does give, unless no escape from this one succeeds."""
     if reason := _why_not(level, worker):
-        others = [other for other in LEVELS if other not in (level, "weak") and not probe_level(other)]
+        others = [other for other in LOCKED if other != level and not probe_level(other)]
         gives = (
             f"it gives: {', '.join(others)}" if others else "it gives none but weak, which keeps nobody from your files"
         )

@@ -10,7 +10,8 @@ from ossia.rl.jail.frames import Plain
 
 Level: TypeAlias = Literal["compute", "read", "tools", "weak"]
 Failure: TypeAlias = Literal["raised", "value", "timeout", "memory", "crash", "protocol", "closed"]
-LEVELS: tuple[Level, ...] = ("compute", "read", "tools", "weak")
+LOCKED: tuple[Level, ...] = ("compute", "read", "tools")
+LEVELS: tuple[Level, ...] = (*LOCKED, "weak")
 NOBODY = 65534  # the user that programs of root's run as
 
 

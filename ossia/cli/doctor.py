@@ -30,12 +30,14 @@ def examine() -> dict[str, Any]:
 
     Returns  what env.json of a run holds (versions, cpu, cores, ...); memory_bytes, memory_free_bytes, disk_free_bytes:
              int, the disk being the current folder's; devices: name, memory_bytes and free_bytes of each GPU; packages:
-             version or None by distribution; extras: True where all of an extra's packages are there
+             version or None by distribution; extras: True where all of an extra's packages are there; jail: by level,
+             "" where the machine gives it, else why not
     """
     import torch
 
     from ossia.kernels.native import Unavailable, load_kernels
     from ossia.ops.memory import machine_memory
+    from ossia.rl.jail import LOCKED, probe_level
     from ossia.train.events import environment
 
     gpus = []
@@ -53,6 +55,7 @@ def examine() -> dict[str, Any]:
         "devices": gpus,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "decode": {"native": False, "reason": kernels.reason} if isinstance(kernels, Unavailable) else {"native": True},
+        "jail": {level: probe_level(level) for level in LOCKED},
         "packages": packages,
         "extras": {extra: all(packages[name] for name in needs) for extra, needs in _EXTRAS.items()},
     }
@@ -76,11 +79,24 @@ def as_text(found: dict[str, Any]) -> str:
             "decode",
             "in C on the CPU" if found["decode"]["native"] else f"in torch, slower: {found['decode']['reason']}",
         ),
+        *_jail_rows(found["jail"]),
         ("packages", ", ".join(f"{name} {found['packages'][name]}" for name in _REQUIRED)),
     ]
     for extra, there in found["extras"].items():
         rows.append((extra, "there" if there else f"not installed: pip install 'ossia[{extra}]'"))
     return "\n".join(f"{label:<13}{words}" for label, words in rows)
+
+
+def _jail_rows(levels: dict[str, str]) -> list[tuple[str, str]]:
+    """The levels that canaries couldn't break out of, and what is wrong with the others."""
+    given = [level for level, reason in levels.items() if not reason]
+    rows = [("jail", f"levels {', '.join(given)}" if given else "none: what a model wrote can't be run here")]
+    for level, reason in levels.items():
+        if reason:
+            rows += [
+                ("", f"not {level}: {line}" if number == 0 else line) for number, line in enumerate(reason.split("\n"))
+            ]
+    return rows
 
 
 def _version(distribution: str) -> str | None:

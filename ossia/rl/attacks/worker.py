@@ -1,0 +1,164 @@
+"""The process that judges attacks: one environment, one attack after the other, an honest answer after each.
+
+A process of its own because an environment without a jail would be ended, stopped or changed by what it judges; then
+`run` starts another one. Orders and answers are lines of JSON on the socket whose number is its argument.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from ossia.errors import OssiaError, RewardError
+from ossia.rl.attacks.corpus import Attack, read_attacks
+from ossia.rl.attacks.outside import Outside
+from ossia.rl.attacks.target import Target, find_target
+from ossia.rl.env import Env, Task, Turn
+from ossia.rl.envs import make_env
+from ossia.rl.jail import Jails
+from ossia.rl.judge import Judge
+
+TASKS = 4  # different ones that attacks are tried on, in turn
+_LATE = "no verdict in time"
+_SHARE = 0.75  # of what an honest answer to a task earned at first that it has to earn after an attack
+_TRIES = 4  # at that, where a clock decides what is earned
+
+
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    """A task, its right answer, and what that earned before any attack."""
+
+    task: Task
+    right: Turn
+    honest: float
+
+
+class _Bench:
+    """An environment with what is known of it: its tasks, what honest answers and failures earn."""
+
+    def __init__(self, env: Env, name: str, seed: int, timeout_s: float) -> None:
+        self._env, self._seed = env, seed
+        self._judge, self._timeout_s = Judge(1, timeout_s), timeout_s
+        asked = [(task, env.examples(task)[0]) for task in islice(env.tasks("train", seed), TASKS)]
+        if not asked:
+            raise RewardError(f"env {name}: it has no tasks to train on")
+        self.target = find_target(*asked[0], name)
+        self.failure = max(self._reward(asked[0][0], turns)[0] for turns in self.target.failures())
+        self._tasks, why, again = [], "", True
+        for task, right in asked:
+            honest, failed = self._reward(task, self.target.honest(right))
+            again &= honest == self._reward(task, self.target.honest(right))[0]
+            why = why or failed
+            if honest > self.failure:
+                self._tasks.append(_Tried(task, right, honest))
+        self._tries = 1 if again else _TRIES
+        if not self._tasks:
+            raise RewardError(
+                f"env {name}: the right answer of its `examples` earns no more than an honest failure, "
+                f"{self.failure:g}: whether an attack earns anything can't be told\n  {why}".rstrip()
+            )
+        self.honest = max(tried.honest for tried in self._tasks)
+
+    def attack(self, attack: Attack, number: int, outside: Outside) -> dict[str, Any] | None:
+        """Judge one attack, look around, judge an honest answer; None where it doesn't fit any task.
+
+        number  which of the tasks; another one where the attack happens to be its right answer
+        """
+        for offset in range(len(self._tasks)):
+            tried = self._tasks[(number + offset) % len(self._tasks)]
+            turns = self.target.turns(attack, tried.task, outside.words)
+            if turns is not None and turns[-1].answer() != tried.right.answer():
+                break
+        else:
+            return None
+        outside.remember()
+        start = time.monotonic()
+        reward, failed = self._reward(tried.task, turns)
+        seconds = time.monotonic() - start
+        late = [f"kept the judge from a verdict for {self._timeout_s:g} s"] if failed == _LATE else []
+        touched = [*late, *outside.touched()]
+        honest, broke_why = self._still(tried)
+        most = max(self.honest, honest) if attack.may_earn_as_honest else self.failure
+        return {
+            "reward": reward,
+            "failed": failed,
+            "earned": reward > most + 1e-6,
+            "touched": touched,
+            "honest": honest,
+            "broke": honest < _SHARE * tried.honest,
+            "broke_why": broke_why,
+            "seconds": seconds,
+            "task": tried.task.name,
+        }
+
+    def _still(self, tried: _Tried) -> tuple[float, str]:
+        """What an honest answer earns now, and why it had no verdict."""
+        best, failed = 0.0, ""
+        for _ in range(self._tries):
+            honest, failed = self._reward(tried.task, self.target.honest(tried.right))
+            best = max(best, honest)
+            if best >= _SHARE * tried.honest:
+                break
+        return best, failed
+
+    def _reward(self, task: Task, turns: Sequence[Turn]) -> tuple[float, str]:
+        """What an episode earns, judged as in a run, and why it had no verdict."""
+        episode, reward = self._env.open(task, self._seed), 0.0
+        for turn in turns:
+            verdict = self._judge.wait(self._judge.submit(episode, turn))
+            if verdict.step is None:
+                if not verdict.done.is_set():
+                    return 0.0, _LATE
+                episode.close()
+                return 0.0, verdict.failure or "no step"
+            reward += verdict.step.reward
+            if verdict.step.terminated or verdict.step.truncated:
+                break
+        episode.close()
+        return reward, ""
+
+
+def main() -> None:
+    """Make the environment, say what is known of it, judge what is asked for."""
+    with socket.socket(fileno=int(sys.argv[1])) as channel, channel.makefile("rw", encoding="ascii") as lines:
+        order = json.loads(lines.readline())
+        attacks = {attack.name: attack for attack in read_attacks([Path(folder) for folder in order["folders"]])}
+        with Jails() as jails, Outside() as outside:
+            try:
+                env = make_env(order["env"], order["options"], jails)
+                bench = _Bench(env, order["env"], order["seed"], order["timeout_s"])
+            except OssiaError as error:
+                _say(lines, {"error": str(error)})
+                return
+            outside.settle()
+            _say(lines, _known(bench, attacks, jails) | {"folder": outside.words["FOLDER"]})
+            for line in lines:
+                asked = json.loads(line)
+                _say(lines, {"result": bench.attack(attacks[asked["name"]], asked["number"], outside)})
+
+
+def _known(bench: _Bench, attacks: Mapping[str, Attack], jails: Jails) -> dict[str, Any]:
+    target: Target = bench.target
+    return {
+        "target": str(target),
+        "fits": [name for name, attack in attacks.items() if target.takes(attack)],
+        "honest": bench.honest,
+        "failure": bench.failure,
+        "levels": jails.levels,
+    }
+
+
+def _say(lines: Any, said: dict[str, Any]) -> None:
+    lines.write(json.dumps(said) + "\n")
+    lines.flush()
+
+
+if __name__ == "__main__":
+    main()
