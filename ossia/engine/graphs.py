@@ -27,9 +27,10 @@ _WARM_UPS = 2  # runs before the capture, in which libraries set themselves up
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A graph, and the tensors that it reads and writes."""
+    """A graph, and the tensors that it reads and writes: it has their addresses alone, so whoever frees one breaks it."""
 
     graph: torch.cuda.CUDAGraph
+    row_B: Tensor
     x_BD: Tensor
     position_B: Tensor
     routes_LBk: Tensor | None
@@ -120,4 +121,4 @@ class GraphDecoder:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             out_BD = run()
-        return _Captured(graph, x_BD, position_B, routes_LBk, out_BD)
+        return _Captured(graph, row_B, x_BD, position_B, routes_LBk, out_BD)

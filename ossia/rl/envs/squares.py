@@ -10,9 +10,9 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from ossia.errors import RecipeError
 from ossia.rl.env import OneStep, Split, Task, Turn
 from ossia.rl.envs.code import answered, code_of, seeded, unusable
+from ossia.rl.envs.options import check_range
 from ossia.rl.jail import Jails, Limits
 
 _LARGEST = 999
@@ -36,10 +36,8 @@ class Squares:
     seconds: float = 0.5
 
     def __post_init__(self) -> None:
-        if not 1 <= self.calls <= 1000:
-            raise RecipeError(f"env.squares: `calls` is {self.calls}; allowed: 1 to 1000")
-        if not 0.05 <= self.seconds <= 60:
-            raise RecipeError(f"env.squares: `seconds` is {self.seconds:g}; allowed: 0.05 to 60")
+        check_range("squares", "calls", self.calls, 1, 1000)
+        check_range("squares", "seconds", self.seconds, 0.05, 60)
         self.jails.get("compute")
 
     def tasks(self, split: Split, seed: int) -> Iterator[Task]:

@@ -1,0 +1,250 @@
+"""Question: how fast and how frugal are training and decoding of the real shapes on a GPU?
+
+Run: python -m benchmarks.gpu --all      Needs: a CUDA GPU, for the 20b shape 24 GB or more      Quoted in: docs/gpu.md
+
+Weights are random, in the released layout, and made on the device; ids are random, every token is trained. A training
+case takes whole optimizer steps; tokens/s counts trained tokens. A decoding case takes steps of a batch in which every
+sequence has its whole context in the cache. Times are of CUDA events, medians; memory is torch's own reserved peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.common import where, write_result
+from ossia.data.pack import Pack
+from ossia.data.sample import Sample
+from ossia.engine import Engine
+from ossia.engine.cache import Cache
+from ossia.model.arch import SHAPES, Arch
+from ossia.model.lora import Lora, LoraSpec
+from ossia.model.tiny import _distribution  # the same spread of values as `ossia tiny` draws
+from ossia.model.transformer import Transformer
+from ossia.model.weights import Placement, Weights
+from ossia.train.optim import AdamW
+from ossia.train.step import train_step
+
+ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (16, 32.0))
+EXPERTS = {**ATTENTION, "gate_up_proj": (8, 16.0), "down_proj": (8, 16.0)}
+_UNIFORM_CODE_RMS = math.sqrt((0.25 + 1 + 2.25 + 4 + 9 + 16 + 36) / 8)
+
+
+@dataclass(frozen=True)
+class Train:
+    """A step: the tokens of each pack, of each document in it, and how many packs."""
+
+    shape: str
+    pack: int
+    document: int
+    packs: int
+    placement: Placement
+    experts: bool = False
+    recompute: bool = True
+    steps: int = 3
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Steps of a batch over a context."""
+
+    shape: str
+    batch: int
+    context: int
+    placement: Placement
+    adapter: bool = False
+    steps: int = 32
+
+
+CASES: dict[str, Train | Decode] = {
+    "train-4k": Train("20b", 4096, 4096, 4, "resident"),
+    "train-4k-bf16": Train("20b", 4096, 4096, 4, "bf16"),
+    "train-4k-experts": Train("20b", 4096, 4096, 4, "resident", experts=True),
+    "train-2k-alone": Train("20b", 2048, 2048, 1, "resident"),
+    "train-16k": Train("20b", 16384, 16384, 1, "resident"),
+    "train-64k": Train("20b", 65536, 65536, 1, "resident", steps=2),
+    "decode-1": Decode("20b", 1, 4096, "resident"),
+    "decode-64": Decode("20b", 64, 4096, "resident"),
+    "decode-256": Decode("20b", 256, 4096, "resident"),
+    "decode-1-bf16": Decode("20b", 1, 4096, "bf16"),
+    "decode-64-bf16": Decode("20b", 64, 4096, "bf16"),
+}
+
+
+class RandomCheckpoint:
+    """What `Weights` reads, with tensors made on the device when they are asked for."""
+
+    layout = "mxfp4"
+
+    def __init__(self, arch: Arch, device: torch.device) -> None:
+        self.arch, self.device, self.specs = arch, device, arch.tensor_specs("mxfp4")
+        self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
+        self._generator = torch.Generator(device=device).manual_seed(0)
+
+    def tensor(self, name: str) -> Tensor:
+        spec = self.specs[name]
+        if name.endswith("_blocks"):
+            return torch.randint(256, spec.shape, dtype=torch.uint8, device=self.device, generator=self._generator)
+        if name.endswith("_scales"):
+            middle = 127 + round(math.log2(1 / (math.sqrt(32 * spec.shape[2]) * _UNIFORM_CODE_RMS)))
+            wanted = torch.randint(middle - 1, middle + 2, spec.shape, device=self.device, generator=self._generator)
+            return wanted.to(torch.uint8)
+        mean, std = _distribution(name, spec)
+        return torch.empty(spec.shape, dtype=torch.bfloat16, device=self.device).normal_(
+            mean, std, generator=self._generator
+        )
+
+
+def build(shape: str, placement: Placement, targets: dict[str, tuple[int, float]] | None) -> Transformer:
+    """A model of random weights on the GPU, with an adapter whose B isn't zero where targets are given."""
+    device = torch.device("cuda")
+    weights = Weights(RandomCheckpoint(SHAPES[shape], device), placement, torch.bfloat16, device)  # type: ignore[arg-type]
+    if targets is None:
+        return Transformer(weights)
+    lora = Lora.fresh(weights.arch, LoraSpec(targets), seed=0, device=device)
+    for name, tensor in lora.trainable.tensors.items():
+        if name.endswith("lora_B"):
+            tensor.normal_(0, 1e-3)
+    return Transformer(weights, lora=lora)
+
+
+def packs_of(case: Train) -> list[Pack]:
+    """Random documents, every token trained but the first."""
+    import numpy as np
+
+    drawn, packs = np.random.default_rng(0), []
+    for _ in range(case.packs):
+        samples = []
+        for index in range(case.pack // case.document):
+            weights = np.ones(case.document, np.float32)
+            weights[0] = 0
+            ids = drawn.integers(0, 199_998, case.document).astype(np.int32)
+            samples.append(Sample(ids, weights, None, f"random:{index}", ()))
+        packs.append(Pack.from_samples(samples))
+    return packs
+
+
+def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
+    """GPU seconds of each of `repeats` calls, by events."""
+    found = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        found.append(start.elapsed_time(end) / 1000)
+    return found
+
+
+def train(case: Train, profile: Path | None) -> dict[str, Any]:
+    """Whole steps: tokens/s, and the reserved peak beside the weights' own bytes."""
+    model = build(case.shape, case.placement, EXPERTS if case.experts else ATTENTION)
+    weights_bytes = torch.cuda.memory_allocated()
+    optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    packs = packs_of(case)
+    losses: list[float] = []
+
+    def step() -> None:
+        result = train_step(model, optimizer, packs, lr=1e-4, clip=1.0, recompute=case.recompute)
+        losses.append(result.loss)
+
+    step()
+    torch.cuda.reset_peak_memory_stats()
+    times = seconds(step, case.steps)
+    peak = torch.cuda.max_memory_reserved(), torch.cuda.max_memory_allocated()
+    if profile is not None:
+        write_profile(step, profile)
+    trained = sum(pack.num_trained for pack in packs)
+    return {
+        "seconds": times,
+        "tokens_per_second": trained / median(times),
+        "losses": losses,
+        "peak_reserved_bytes": peak[0],
+        "peak_allocated_bytes": peak[1],
+        "weights_bytes": weights_bytes,
+    }
+
+
+def decode(case: Decode, profile: Path | None) -> dict[str, Any]:
+    """Steps of the decoder that the engine picks, over caches of random keys and values."""
+    model = build(case.shape, case.placement, EXPERTS if case.adapter else None)
+    engine = Engine(model)
+    cache = Cache(model.arch, model.dtype, model.device, 1 << 40)
+    decoder = engine._make_decoder(cache)
+    for row in range(case.batch):
+        holding = cache.new()
+        cache.extend(holding, case.context + 64)
+        cache.set_row(row, holding)
+    for layer, lane in enumerate(cache.of_layer):
+        lane.pool(layer).normal_(generator=torch.Generator(device=model.device).manual_seed(layer))
+    x_BD = torch.randn(case.batch, model.arch.hidden_size, device=model.device, dtype=model.dtype)
+    position_B = torch.full((case.batch,), case.context, device=model.device)
+    head = model.head().weight
+
+    def step() -> None:
+        hidden = decoder.forward(x_BD, position_B, [0] * case.batch)
+        (model.final_norm(hidden) @ head.t()).argmax(-1)
+
+    with torch.inference_mode():
+        for _ in range(3):
+            step()
+        times = seconds(step, case.steps)
+        if profile is not None:
+            write_profile(step, profile)
+    return {
+        "decoder": type(decoder).__name__,
+        "seconds": times,
+        "tokens_per_second": case.batch / median(times),
+        "peak_reserved_bytes": torch.cuda.max_memory_reserved(),
+    }
+
+
+def write_profile(step: Callable[[], None], file: Path) -> None:
+    """Which kernels a step spends its time in."""
+    with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiler:
+        step()
+        torch.cuda.synchronize()
+    table = profiler.key_averages().table(sort_by="self_device_time_total", row_limit=30, max_name_column_width=70)
+    file.write_text(table)
+
+
+def main() -> None:
+    """Run the named cases, or all, each from an empty device; write what was found after every one."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--case", action="append", choices=CASES, default=[])
+    parser.add_argument("--all", action="store_true")
+    parser.add_argument("--profiles", type=Path, help="a folder for a table of kernels of each case")
+    parser.add_argument("--name", default="gpu", help="of the result's file")
+    options = parser.parse_args()
+    result: dict[str, Any] = {
+        "where": where(("torch", "numpy")) | {"gpu": torch.cuda.get_device_name()},
+        "cases": {},
+    }
+    for name in CASES if options.all else options.case:
+        case, began = CASES[name], time.monotonic()
+        profile = None if options.profiles is None else options.profiles / f"{name}.txt"
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            measured = train(case, profile) if isinstance(case, Train) else decode(case, profile)
+        except torch.OutOfMemoryError as error:
+            measured = {"failed": str(error).partition("\n")[0]}
+        result["cases"][name] = {"config": asdict(case), **measured}
+        write_result(options.name, result)
+        torch.cuda.empty_cache()
+        shown = {key: value for key, value in measured.items() if key not in ("seconds",)}
+        print(f"{name} ({time.monotonic() - began:.0f} s): {json.dumps(shown)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
