@@ -27,7 +27,7 @@ _WARM_UPS = 2  # runs before the capture, in which libraries set themselves up
 
 @dataclass(frozen=True, slots=True)
 class _Captured:
-    """A graph, and the tensors that it reads and writes: it has their addresses alone, so whoever frees one breaks it."""
+    """A graph, and the tensors that it reads and writes: of these it has the addresses alone, so they are kept here."""
 
     graph: torch.cuda.CUDAGraph
     row_B: Tensor
