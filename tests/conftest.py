@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():  # before anything imports Triton: its kernels are then interpreted on the CPU
+    os.environ["TRITON_INTERPRET"] = "1"
 
 from ossia.demo.fixture import trained_fixture
 from ossia.harmony.o200k import prune, write_o200k_harmony

@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ossia.kernels import Kernels, pick_kernels
 from ossia.model.arch import Arch
 from ossia.model.lora import Lora
 from ossia.model.weights import Trainable, Weights
 from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
-from ossia.ops.linear import Dropout, Linear, linear, rms_norm
-from ossia.ops.moe import Expert, clamped_swiglu, combine, project, route
-from ossia.ops.rope import Yarn, apply_rope, rope_tables
+from ossia.ops.fused import parts_for
+from ossia.ops.linear import Dropout, Linear, linear
+from ossia.ops.moe import Expert, route
+from ossia.ops.rope import Yarn, rope_tables
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
 """(q_THd, k_TKd, v_TKd, sinks_H, window) -> (T, H, d)"""
@@ -72,12 +74,23 @@ class Transformer:
 
     trainable  what an optimizer may change: the adapter's tensors, or every weight of the model; empty where the model
                is only used
+    backend    of attention; None: the fastest that is exact here
+    kernels    of what stands between the matrix products; None: Triton's on a GPU
     """
 
-    def __init__(self, weights: Weights, *, lora: Lora | None = None, backend: Backend | None = None) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        lora: Lora | None = None,
+        backend: Backend | None = None,
+        kernels: Kernels | None = None,
+    ) -> None:
         self.weights, self.lora = weights, lora
         self.trainable = lora.trainable if lora is not None else Trainable()
         self.backend: Backend = backend or pick_backend(weights.device, weights.dtype)
+        self.kernels: Kernels = kernels or pick_kernels(weights.device)
+        self._parts = parts_for(self.kernels)
 
     @property
     def arch(self) -> Arch:
@@ -205,24 +218,23 @@ class Transformer:
         def adapted(x: Tensor, slot: int) -> Tensor | None:
             return None if dropout is None else dropout(x, layer.index * 8 + slot)
 
-        normed = rms_norm(x_TD, layer.input_norm_D, a.rms_eps)
+        normed = self._parts.rms_norm(x_TD, layer.input_norm_D, a.rms_eps)
         q = linear(normed, layer.q, adapted(normed, 0)).view(num_tokens, a.num_heads, a.head_dim)
         k = linear(normed, layer.k, adapted(normed, 1)).view(num_tokens, a.num_kv_heads, a.head_dim)
         v = linear(normed, layer.v, adapted(normed, 2)).view(num_tokens, a.num_kv_heads, a.head_dim)
-        q, k = (apply_rope(x, context.cos_TF, context.sin_TF) for x in (q, k))
+        q, k = (self._parts.apply_rope(x, context.cos_TF, context.sin_TF) for x in (q, k))
         attended = (attend or self._attend(context))(q, k, v, layer.sinks_H, layer.window).reshape(num_tokens, -1)
         if rows is not None:
             attended, x_TD = attended[rows], x_TD[rows]
         x_TD = x_TD + linear(attended, layer.o, adapted(attended, 3))
 
-        normed = rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
+        normed = self._parts.rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
         routing = route(linear(normed, layer.router, adapted(normed, 4)), a.experts_per_token, replay)
         if note_experts is not None:
             note_experts(routing.experts_TK)
-        gathered = normed[routing.token_N]
-        hidden = project(gathered, layer.gate_up, routing.ends_E, adapted(gathered, 5))
-        hidden = clamped_swiglu(hidden, a.swiglu_limit, a.swiglu_alpha)
-        return x_TD + combine(project(hidden, layer.down, routing.ends_E, adapted(hidden, 6)), routing)
+        return self._parts.mixture(
+            x_TD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, adapted
+        )
 
     def _attend(self, context: Context) -> Attend:
         scale = self.arch.head_dim**-0.5
@@ -238,7 +250,7 @@ class Transformer:
 
     def final_norm(self, x_TD: Tensor) -> Tensor:
         """The hidden states that the head reads."""
-        return rms_norm(x_TD, self.tensor("model.norm.weight"), self.arch.rms_eps)
+        return self._parts.rms_norm(x_TD, self.tensor("model.norm.weight"), self.arch.rms_eps)
 
     @torch.no_grad()
     def hidden(self, pack: PackedTokens) -> Tensor:

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ossia.kernels import pick_kernels
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import Checkpoint
 from ossia.ops.mxfp4 import dequantize_mxfp4
@@ -130,6 +131,10 @@ class Weights:
             weight_EOD = self.raw(prefix)[experts].to(device=self.device, dtype=self.dtype).transpose(1, 2)
             return split_gate_up(weight_EOD) if projection == "gate_up_proj" else weight_EOD.contiguous()
         blocks, scales = (self.raw(prefix + part)[experts].to(self.device) for part in ("_blocks", "_scales"))
+        if pick_kernels(self.device) == "triton":
+            from ossia.kernels.gpu.dequant import dequantize
+
+            return dequantize(blocks, scales, self.dtype, split=projection == "gate_up_proj")
         if projection == "gate_up_proj":  # reordering the packed bytes is four times less than the expanded ones
             blocks, scales = split_gate_up(blocks), split_gate_up(scales)
         return dequantize_mxfp4(blocks, scales, self.dtype)

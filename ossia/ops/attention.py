@@ -18,6 +18,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ossia.kernels import pick_kernels
+
 Backend = Literal["reference", "cpu", "cuda"]
 
 
@@ -298,7 +300,7 @@ def _cuda_prefix(
         q_THd, k_SKd, v_SKd, ends_q, ends_k, len(q_THd), len(k_SKd), 0.0, True, False, scale=scale,
         window_size_left=-1 if window is None else window - 1, window_size_right=0,
     )  # fmt: skip
-    return _include_sink(out, lse_HT.transpose(0, 1), sinks_H.float())[0]
+    return _include_sink_in(out, lse_HT, sinks_H)[0]
 
 
 def _reference(
@@ -371,6 +373,17 @@ def _include_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tens
     return (out.float() * (lse - sinks).sigmoid().unsqueeze(-1)).to(out.dtype), torch.logaddexp(lse, sinks)
 
 
+def _include_sink_in(out_THd: Tensor, lse_HT: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
+    """`_include_sink` on a GPU: in one pass and in place where there is Triton. Returns (T, H, d), (H, T)."""
+    if pick_kernels(out_THd.device) == "triton":
+        from ossia.kernels.gpu.rows import include_sink_
+
+        include_sink_(out_THd, lse_HT, sinks_H)
+        return out_THd, lse_HT
+    out_THd, lse_TH = _include_sink(out_THd, lse_HT.transpose(0, 1), sinks_H.float())
+    return out_THd, lse_TH.transpose(0, 1).contiguous()
+
+
 class _CpuSink(torch.autograd.Function):
     """torch's flash attention for CPU with a sink; is_causal where no bias is given."""
 
@@ -407,8 +420,8 @@ class _CudaSink(torch.autograd.Function):
         out, lse_HT, rng, unused, _ = torch.ops.aten._flash_attention_forward(
             q_THd, k_TKd, v_TKd, cu, cu, segments.longest, segments.longest, 0.0, True, False, **bounds
         )
-        out, lse_TH = _include_sink(out, lse_HT.transpose(0, 1), sinks_H.float())
-        ctx.save_for_backward(q_THd, k_TKd, v_TKd, out, lse_TH.transpose(0, 1).contiguous(), sinks_H, cu, rng, unused)
+        out, lse_HT = _include_sink_in(out, lse_HT, sinks_H)
+        ctx.save_for_backward(q_THd, k_TKd, v_TKd, out, lse_HT, sinks_H, cu, rng, unused)
         ctx.longest, ctx.bounds = segments.longest, bounds
         return out
 

@@ -15,8 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ossia.kernels import pick_kernels
+
 VOCAB_BLOCK = 4096
 ROW_BLOCK = 1024
+_GPU_BLOCKS = (4096, 8192)  # rows and tokens: enough for a GPU to be busy, and 64 MB of logits
+
+
+def _blocks(device: torch.device) -> tuple[int, int]:
+    """Rows and tokens of the vocabulary that are walked at once."""
+    return (ROW_BLOCK, VOCAB_BLOCK) if device.type == "cpu" else _GPU_BLOCKS
 
 
 def linear_logprob(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
@@ -45,8 +53,9 @@ class _LinearLogprob(torch.autograd.Function):
         logp_N = torch.empty(len(h_ND), dtype=torch.float32, device=h_ND.device)
         lse_N = torch.empty_like(logp_N)
         slope_ND = torch.empty_like(h_ND) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(h_ND), ROW_BLOCK):
-            rows = slice(start, start + ROW_BLOCK)
+        row_block, _ = _blocks(h_ND.device)
+        for start in range(0, len(h_ND), row_block):
+            rows = slice(start, start + row_block)
             h, target_rows = h_ND[rows], head_VD[targets_N[rows]].float()
             others_N, expected = _scan_others(h, head_VD, targets_N[rows], want_expected=slope_ND is not None)
             target_N = (h.float() * target_rows).sum(-1)
@@ -67,24 +76,43 @@ def _scan_others(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, want_expected
     """Over all tokens but each row's target: log-sum-exp of the logits (N,), expected head row (N, D); both float32."""
     num_rows, num_vocab = len(h_ND), len(head_VD)
     h_ND = h_ND if h_ND.dtype != torch.float16 else h_ND.float()
-    top_N1 = torch.full((num_rows, 1), -torch.inf, dtype=h_ND.dtype, device=h_ND.device)
+    take = _take_in_torch if pick_kernels(h_ND.device) == "torch" else _take_in_triton
+    _, vocab_block = _blocks(h_ND.device)
+    top_N = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=h_ND.device)
     total_N = torch.zeros(num_rows, dtype=torch.float32, device=h_ND.device)
     expected_ND = torch.zeros(h_ND.shape, dtype=torch.float32, device=h_ND.device) if want_expected else None
-    buffer = torch.empty(num_rows, min(VOCAB_BLOCK, num_vocab), dtype=h_ND.dtype, device=h_ND.device)
-    for start in range(0, num_vocab, VOCAB_BLOCK):
-        block_BD = head_VD[start : start + VOCAB_BLOCK].to(h_ND.dtype)
+    buffer = torch.empty(num_rows, min(vocab_block, num_vocab), dtype=h_ND.dtype, device=h_ND.device)
+    for start in range(0, num_vocab, vocab_block):
+        block_BD = head_VD[start : start + vocab_block].to(h_ND.dtype)
         logits_NB = buffer if len(block_BD) == buffer.shape[1] else torch.empty_like(buffer[:, : len(block_BD)])
         torch.mm(h_ND, block_BD.t(), out=logits_NB)
-        _put_at_targets(logits_NB, targets_N - start, torch.full_like(total_N, -torch.inf))
-        new_top_N1 = torch.maximum(top_N1, logits_NB.amax(1, keepdim=True))
-        shrink_N1 = (top_N1.float() - new_top_N1.float()).exp()
-        top_N1 = new_top_N1
-        logits_NB.sub_(top_N1).exp_()
-        total_N.mul_(shrink_N1[:, 0]).add_(logits_NB.sum(1, dtype=torch.float32))
+        shrink_N = take(logits_NB, targets_N - start, top_N, total_N)
         if expected_ND is not None:
-            expected_ND.mul_(shrink_N1).add_(logits_NB @ block_BD)
-    lse_N = total_N.log() + top_N1[:, 0].float()
+            expected_ND.mul_(shrink_N[:, None]).add_(logits_NB @ block_BD)
+    lse_N = total_N.log() + top_N
     return lse_N, None if expected_ND is None else expected_ND.div_(total_N[:, None])
+
+
+def _take_in_torch(logits_NB: Tensor, column_N: Tensor, top_N: Tensor, total_N: Tensor) -> Tensor:
+    """A block of logits becomes its exponentials below the largest logit so far, which is `top`; `total` is their sum.
+
+    column_N  (N,) the target's column in this block, or one outside it; the target counts as nothing
+    Returns   (N,) float32: what sums made so far shrink by, since `top` has grown
+    """
+    _put_at_targets(logits_NB, column_N, torch.full_like(total_N, -torch.inf))
+    # the largest of rounded logits is one of them: subtracting it in their own dtype loses nothing that float32 keeps
+    largest_N1 = torch.maximum(top_N[:, None].to(logits_NB.dtype), logits_NB.amax(1, keepdim=True))
+    shrink_N = (top_N - largest_N1[:, 0].float()).exp()
+    top_N.copy_(largest_N1[:, 0])
+    logits_NB.sub_(largest_N1).exp_()
+    total_N.mul_(shrink_N).add_(logits_NB.sum(1, dtype=torch.float32))
+    return shrink_N
+
+
+def _take_in_triton(logits_NB: Tensor, column_N: Tensor, top_N: Tensor, total_N: Tensor) -> Tensor:
+    from ossia.kernels.gpu.rows import exponentials_
+
+    return exponentials_(logits_NB, column_N, top_N, total_N)
 
 
 def _put_at_targets(block_NB: Tensor, column_N: Tensor, values_N: Tensor) -> None:
@@ -102,11 +130,12 @@ def _head_gradient(
     dhead_VD = torch.zeros(head_VD.shape, dtype=torch.float32, device=head_VD.device)
     weighted_ND = (h_ND.float() * grad_N[:, None]).to(h_ND.dtype)
     at_target_N = torch.expm1(logp_N)
-    for start in range(0, len(head_VD), VOCAB_BLOCK):
-        block_BD = head_VD[start : start + VOCAB_BLOCK]
-        for first in range(0, len(h_ND), ROW_BLOCK):
-            rows = slice(first, first + ROW_BLOCK)
+    row_block, vocab_block = _blocks(h_ND.device)
+    for start in range(0, len(head_VD), vocab_block):
+        block_BD = head_VD[start : start + vocab_block]
+        for first in range(0, len(h_ND), row_block):
+            rows = slice(first, first + row_block)
             p_NB = (h_ND[rows] @ block_BD.t()).float().sub_(lse_N[rows, None]).exp_()
             _put_at_targets(p_NB, targets_N[rows] - start, at_target_N[rows])
-            dhead_VD[start : start + VOCAB_BLOCK] -= p_NB.to(h_ND.dtype).t() @ weighted_ND[rows]
+            dhead_VD[start : start + vocab_block] -= p_NB.to(h_ND.dtype).t() @ weighted_ND[rows]
     return dhead_VD.to(head_VD.dtype)

@@ -7,6 +7,7 @@ Letters: T tokens, E experts, K experts per token, N = T * K routed rows sorted 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,13 +21,15 @@ class Route:
 
     weights_TK  (T, K) share of each chosen expert, rows sum to 1, differentiable
     experts_TK  (T, K) int64 chosen experts
-    token_N     (N,) int64 token of each row, rows sorted by expert (stable)
+    order_N     (N,) int64 place of each row among the choices in the tokens' order; rows sorted by expert (stable)
+    token_N     (N,) int64 token of each row
     row_TK      (T, K) int64 row of each choice: the inverse of the sort
     ends_E      (E,) int32 end of each expert's rows
     """
 
     weights_TK: Tensor
     experts_TK: Tensor
+    order_N: Tensor
     token_N: Tensor
     row_TK: Tensor
     ends_E: Tensor
@@ -49,7 +52,8 @@ def route(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None = None) -> Rou
     # counted by a scatter, whose shape is known beforehand: a GPU waits for bincount's
     counts_E = torch.zeros(logits_TE.shape[-1], dtype=torch.int64, device=flat_N.device)
     ends_E = counts_E.scatter_add_(0, flat_N, torch.ones_like(flat_N)).cumsum(0).to(torch.int32)
-    return Route(chosen_TK.softmax(-1), experts_TK, order_N // top_k, row_N.view_as(experts_TK), ends_E)
+    row_TK = row_N.view_as(experts_TK)
+    return Route(chosen_TK.softmax(-1), experts_TK, order_N, order_N // top_k, row_TK, ends_E)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,12 +77,19 @@ def project(x_ND: Tensor, expert: Expert, ends_E: Tensor, lora_x_ND: Tensor | No
     Returns    (N, out)
     """
     y = F.grouped_mm(x_ND, expert.weight.transpose(1, 2), offs=ends_E)
-    if expert.lora_a is not None and expert.lora_b is not None:
-        a_ErD, b_EOr = _align_rank(expert.lora_a, expert.lora_b)
-        a_x = F.grouped_mm(x_ND if lora_x_ND is None else lora_x_ND, a_ErD.transpose(1, 2), offs=ends_E)
-        y = y + F.grouped_mm(a_x, b_EOr.transpose(1, 2), offs=ends_E)
+    if (extra := adapter_part(x_ND, expert, ends_E, lora_x_ND)) is not None:
+        y = y + extra
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)
     return y + expert.bias.repeat_interleave(counts_E, dim=0, output_size=len(x_ND))
+
+
+def adapter_part(x_ND: Tensor, expert: Expert, ends_E: Tensor, lora_x_ND: Tensor | None) -> Tensor | None:
+    """What the adapter adds to each row, (N, out); None where there is none. Arguments as of `project`."""
+    if expert.lora_a is None or expert.lora_b is None:
+        return None
+    a_ErD, b_EOr = _align_rank(expert.lora_a, expert.lora_b)
+    a_x = F.grouped_mm(x_ND if lora_x_ND is None else lora_x_ND, a_ErD.transpose(1, 2), offs=ends_E)
+    return F.grouped_mm(a_x, b_EOr.transpose(1, 2), offs=ends_E)
 
 
 def _align_rank(a_ErD: Tensor, b_EOr: Tensor) -> tuple[Tensor, Tensor]:
@@ -132,3 +143,24 @@ def combine(y_ND: Tensor, routing: Route) -> Tensor:
     """Weighted sum of each token's expert outputs, in the order of its choices (deterministic). Returns (T, D)."""
     y_TKD = y_ND[routing.row_TK.flatten()].view(*routing.row_TK.shape, y_ND.shape[-1])
     return torch.einsum("tkd,tk->td", y_TKD, routing.weights_TK)
+
+
+def mixture(
+    residual_TD: Tensor,
+    x_TD: Tensor,
+    routing: Route,
+    gate_up: Expert,
+    down: Expert,
+    limit: float,
+    alpha: float,
+    adapt: Callable[[Tensor, int], Tensor | None],
+) -> Tensor:
+    """Each token through its experts, and their weighted sum on top of the residual. Returns (T, D).
+
+    x_TD   normed
+    adapt  what an adapter gets instead of its input (dropout), or None; called with the input and 5 or 6
+    """
+    gathered_ND = x_TD[routing.token_N]
+    hidden_NI = project(gathered_ND, gate_up, routing.ends_E, adapt(gathered_ND, 5))
+    hidden_NI = clamped_swiglu(hidden_NI, limit, alpha)
+    return residual_TD + combine(project(hidden_NI, down, routing.ends_E, adapt(hidden_NI, 6)), routing)
