@@ -21,7 +21,6 @@ from ossia.data.preview import row_bar
 from ossia.data.sample import Sample
 from ossia.data.tokenizer import open_vocabulary
 from ossia.model.transformer import Transformer
-from ossia.ops.memory import machine_memory
 from ossia.run.samples import questions_of, record_samples
 from ossia.run.start import adamw_of, job_of, say, settle, started
 from ossia.run.trained import RunResult, save_result
@@ -109,7 +108,7 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
     """The loop's job: AdamW over what is trainable, `train_step` on each step's packs."""
     train = recipe.train
     optimizer = adamw_of(recipe, model)
-    keep = keeps_activations(model, train.recompute, train.tokens_per_step, machine_memory()[0])
+    keep = keeps_activations(model, train.recompute, train.tokens_per_step)
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
 
     def step(packs: list[Pack], lr: float) -> Mapping[str, float]:

@@ -16,7 +16,6 @@ from ossia.errors import RunError
 from ossia.harmony.render import Renderer
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.transformer import Transformer
-from ossia.ops.memory import machine_memory
 from ossia.rl.alarm import Alarm
 from ossia.rl.batch import Group, PolicyBatch, PolicyLoss, make_batch, rule_of, score_group
 from ossia.rl.judge import Judge
@@ -77,7 +76,7 @@ class Policy:
         self.alarm, self.number = Alarm(), 0  # steps taken
         self.tokens_per_pack = train.tokens_per_pack
         tokens = rl.prompts * rl.group * recipe.max_length
-        self.recompute = not keeps_activations(model, train.recompute, tokens, machine_memory()[0])
+        self.recompute = not keeps_activations(model, train.recompute, tokens)
         self.counts = {"rollouts": 0, "reward_failures": 0, "truncated": 0, "equal_groups": 0, "skipped_updates": 0}
 
     # --- the loop's data: tasks

@@ -2,20 +2,22 @@
 
 A layer's weights are fetched (expanded from MXFP4, cast, later streamed or gathered) once a direction and step, however
 many micro-batches there are, and only one layer is ready at a time. Autograd works inside a layer; between layers go
-plain tensors. Kept are each layer's inputs (`recompute`) or its graph. The gradient equals that of plain autograd.
+plain tensors. Kept are each layer's inputs (`recompute`) or its graph, from which expanded experts are left out: they
+are expanded again for the layer's backward. The gradient equals that of plain autograd.
 Letters: T tokens of a pack, D hidden, R rows whose prediction counts, M micro-batches.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ossia.data.pack import Pack
-from ossia.model.transformer import Context, Transformer
+from ossia.model.transformer import Context, Layer, Transformer
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.loss import linear_logprob
 from ossia.ops.memory import return_freed_memory
@@ -75,11 +77,14 @@ def forward_backward(
     last = model.arch.num_layers - 1
     embedded = _Embedding(model, micros)
     xs, kept = embedded.outputs, []
+    layer = None
     for index in range(model.arch.num_layers):
         # the last layer's backward comes at once, so its graph costs nothing to keep
         graph = not recompute or index == last
-        with torch.set_grad_enabled(graph):
-            layer = model.fetch(index)
+        del layer  # before the next is there
+        layer = model.fetch(index)
+        apart = nullcontext() if index == last else _ExpertsApart(model, layer).left_out()
+        with torch.set_grad_enabled(graph), apart:
             inputs = [x.detach().requires_grad_(graph and (index > 0 or embedded.trained)) for x in xs]
             outputs = [
                 model.layer_forward(layer, x, micro.context, dropout=drop, **micro.in_layer(index, last))
@@ -89,10 +94,11 @@ def forward_backward(
         xs = outputs
     return_freed_memory(model.device)  # what the layers needed on the way; their kept activations stand between
     loss, grads = _head_backward(model, micros, xs, loss_of, drops)
-    del xs, outputs
+    del xs, outputs, layer
     for index in range(last, -1, -1):
         inputs, outputs = kept.pop()
-        layer = None if outputs is not None else model.fetch(index)
+        layer = None  # before the next is there
+        layer = model.fetch(index) if outputs is None else None
         for m, (x, micro) in enumerate(zip(inputs, micros, strict=True)):
             if outputs is None:
                 x.requires_grad_(index > 0 or embedded.trained)
@@ -104,6 +110,39 @@ def forward_backward(
             grads[m], x.grad = x.grad, None
     embedded.backward(grads)
     return loss
+
+
+class _ExpertsApart:
+    """Keeps a layer's expanded experts out of its graph, where they were expanded for this layer alone.
+
+    Autograd would hold them until the layer's backward, a copy for every layer. It gets a note of what it wanted
+    instead; the first note that is cashed in backward expands the matrix again, and it goes when the graph goes.
+    """
+
+    def __init__(self, model: Transformer, layer: Layer) -> None:
+        self._weights, self._layer = model.weights, layer.index
+        frozen = model.weights.placement != "bf16" and f"model.layers.{layer.index}.mlp.experts.down_proj" not in (
+            model.trainable
+        )
+        experts = {"gate_up_proj": layer.gate_up, "down_proj": layer.down} if frozen else {}
+        self._of_address = {expert.weight.data_ptr(): name for name, expert in experts.items()}
+        self._again: dict[str, Tensor] = {}
+
+    def left_out(self) -> AbstractContextManager[object]:
+        """The context in which the layer's forward runs."""
+        return torch.autograd.graph.saved_tensors_hooks(self._note, self._cash)
+
+    def _note(self, tensor: Tensor) -> Tensor | tuple[str, tuple[int, ...], tuple[int, ...]]:
+        name = self._of_address.get(tensor.data_ptr()) if tensor.ndim == 3 else None
+        return tensor if name is None else (name, tuple(tensor.shape), tensor.stride())
+
+    def _cash(self, note: Tensor | tuple[str, tuple[int, ...], tuple[int, ...]]) -> Tensor:
+        if isinstance(note, Tensor):
+            return note
+        name, shape, strides = note
+        if name not in self._again:
+            self._again[name] = self._weights.expert_weight(self._layer, name)
+        return self._again[name].as_strided(shape, strides)
 
 
 @torch.no_grad()

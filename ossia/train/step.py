@@ -9,12 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ossia.data.pack import Pack
 from ossia.model.transformer import Transformer
 from ossia.ops.loss import weighted_nll
-from ossia.ops.memory import return_freed_memory
+from ossia.ops.memory import machine_memory, return_freed_memory
 from ossia.train.optim import AdamW
 from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs
 
@@ -90,15 +91,18 @@ def evaluate_loss(model: Transformer, packs: Sequence[Pack]) -> EvalLoss:
     return EvalLoss(total / weight, weight, tokens, trained)
 
 
-def keeps_activations(model: Transformer, recompute: Recompute, tokens: int, memory_bytes: int) -> bool:
+def keeps_activations(model: Transformer, recompute: Recompute, tokens: int) -> bool:
     """Whether a step of `tokens` tokens keeps every layer's graph instead of computing each layer twice.
 
-    `auto` keeps them where experts are expanded in memory anyway (a graph would otherwise hold every layer's expanded
-    copy) and the estimate below stays under a fifth of the machine's memory. Either way the numbers are the same.
+    `auto` keeps them where the estimate below stays under half of the GPU's free memory; on a CPU under a fifth of the
+    machine's, and only where experts are expanded in memory anyway. Either way the numbers are the same.
     """
     if recompute != "auto":
         return recompute == "never"
-    return model.weights.placement == "bf16" and tokens * graph_bytes_per_token(model) < memory_bytes // 5
+    needed = tokens * graph_bytes_per_token(model)
+    if model.device.type == "cuda":
+        return needed < torch.cuda.mem_get_info(model.device)[0] // 2
+    return model.weights.placement == "bf16" and needed < machine_memory()[0] // 5
 
 
 def graph_bytes_per_token(model: Transformer) -> int:

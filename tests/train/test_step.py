@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 
 import numpy as np
 import pytest
@@ -125,6 +126,27 @@ def test_recomputing_or_keeping_activations_gives_the_same_bits(tiny: MakeTiny, 
         assert kept[0] == again[0]
         for name, grad in kept[1].items():
             assert torch.equal(grad, again[1][name]), name
+
+
+def test_kept_activations_keep_no_expanded_experts_but_the_last_layers(
+    tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, packs = model_of(tiny), pack_samples(samples((40, 30)), 150)
+    expand, expanded, alive = Weights.expert_weight, list[weakref.ref[Tensor]](), list[int]()
+
+    def noted(self: Weights, layer: int, projection: str, expert: int | None = None) -> Tensor:
+        expanded.append(weakref.ref(weight := expand(self, layer, projection, expert)))
+        return weight
+
+    def loss(logp_R: Tensor, micro: int, rows_R: Tensor) -> Tensor:
+        alive.append(sum(weight() is not None for weight in expanded))
+        return -logp_R.sum()
+
+    monkeypatch.setattr(Weights, "expert_weight", noted)
+    forward_backward(model, packs, loss, recompute=False)
+    assert model.arch.num_layers > 2
+    assert alive == [2]
+    assert len(expanded) == 4 * model.arch.num_layers - 2
 
 
 def test_every_placement_gives_the_same_gradient(tiny: MakeTiny) -> None:
