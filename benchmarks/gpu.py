@@ -10,9 +10,11 @@ sequence has its whole context in the cache. Times are of CUDA events, medians; 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import math
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,9 +34,11 @@ from ossia.model.lora import Lora, LoraSpec
 from ossia.model.tiny import _distribution  # the same spread of values as `ossia tiny` draws
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
+from ossia.ops.mxfp4 import dequantize_mxfp4
 from ossia.train.optim import AdamW
 from ossia.train.step import train_step
 
+DEVICE = torch.device("cuda")
 ATTENTION = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (16, 32.0))
 EXPERTS = {**ATTENTION, "gate_up_proj": (8, 16.0), "down_proj": (8, 16.0)}
 _UNIFORM_CODE_RMS = math.sqrt((0.25 + 1 + 2.25 + 4 + 9 + 16 + 36) / 8)
@@ -52,6 +56,7 @@ class Train:
     experts: bool = False
     recompute: bool = True
     steps: int = 3
+    peer: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,8 +71,11 @@ class Decode:
     steps: int = 32
 
 
+# a case of the peer has the weights, ids and settings of the one before it
 CASES: dict[str, Train | Decode] = {
     "train-4k": Train("20b", 4096, 4096, 4, "resident"),
+    "train-4k-transformers": Train("20b", 4096, 4096, 4, "bf16", peer=True),
+    "train-4k-keep": Train("20b", 4096, 4096, 4, "resident", recompute=False),
     "train-4k-bf16": Train("20b", 4096, 4096, 4, "bf16"),
     "train-4k-experts": Train("20b", 4096, 4096, 4, "resident", experts=True),
     "train-2k-alone": Train("20b", 2048, 2048, 1, "resident"),
@@ -82,40 +90,34 @@ CASES: dict[str, Train | Decode] = {
 
 
 class RandomCheckpoint:
-    """What `Weights` reads, with tensors made on the device when they are asked for."""
+    """What `Weights` reads, with tensors made on the device when they are asked for; the same every time."""
 
     layout = "mxfp4"
 
     def __init__(self, arch: Arch, device: torch.device) -> None:
         self.arch, self.device, self.specs = arch, device, arch.tensor_specs("mxfp4")
         self.num_bytes = sum(spec.num_bytes for spec in self.specs.values())
-        self._generator = torch.Generator(device=device).manual_seed(0)
 
     def tensor(self, name: str) -> Tensor:
         spec = self.specs[name]
+        drawn = torch.Generator(device=self.device).manual_seed(zlib.crc32(name.encode()))
         if name.endswith("_blocks"):
-            return torch.randint(256, spec.shape, dtype=torch.uint8, device=self.device, generator=self._generator)
+            return torch.randint(256, spec.shape, dtype=torch.uint8, device=self.device, generator=drawn)
         if name.endswith("_scales"):
             middle = 127 + round(math.log2(1 / (math.sqrt(32 * spec.shape[2]) * _UNIFORM_CODE_RMS)))
-            wanted = torch.randint(middle - 1, middle + 2, spec.shape, device=self.device, generator=self._generator)
+            wanted = torch.randint(middle - 1, middle + 2, spec.shape, device=self.device, generator=drawn)
             return wanted.to(torch.uint8)
         mean, std = _distribution(name, spec)
-        return torch.empty(spec.shape, dtype=torch.bfloat16, device=self.device).normal_(
-            mean, std, generator=self._generator
-        )
+        return torch.empty(spec.shape, dtype=torch.bfloat16, device=self.device).normal_(mean, std, generator=drawn)
 
 
 def build(shape: str, placement: Placement, targets: dict[str, tuple[int, float]] | None) -> Transformer:
-    """A model of random weights on the GPU, with an adapter whose B isn't zero where targets are given."""
-    device = torch.device("cuda")
+    """A model of random weights on the GPU, with a fresh adapter where targets are given."""
+    device = DEVICE
     weights = Weights(RandomCheckpoint(SHAPES[shape], device), placement, torch.bfloat16, device)  # type: ignore[arg-type]
     if targets is None:
         return Transformer(weights)
-    lora = Lora.fresh(weights.arch, LoraSpec(targets), seed=0, device=device)
-    for name, tensor in lora.trainable.tensors.items():
-        if name.endswith("lora_B"):
-            tensor.normal_(0, 1e-3)
-    return Transformer(weights, lora=lora)
+    return Transformer(weights, lora=Lora.fresh(weights.arch, LoraSpec(targets), seed=0, device=device))
 
 
 def packs_of(case: Train) -> list[Pack]:
@@ -147,17 +149,64 @@ def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
     return found
 
 
-def train(case: Train, profile: Path | None) -> dict[str, Any]:
-    """Whole steps: tokens/s, and the reserved peak beside the weights' own bytes."""
+def stepper(case: Train, packs: list[Pack]) -> Callable[[], float]:
+    """What takes an optimizer step and returns its loss."""
     model = build(case.shape, case.placement, EXPERTS if case.experts else ATTENTION)
-    weights_bytes = torch.cuda.memory_allocated()
     optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
+    return lambda: train_step(model, optimizer, packs, lr=1e-4, clip=1.0, recompute=case.recompute).loss
+
+
+def peer_stepper(case: Train, packs: list[Pack]) -> Callable[[], float]:
+    """The same with transformers + peft: the weights in bfloat16, gradient checkpointing, a document at a time."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    device, arch = DEVICE, SHAPES[case.shape]
+    config = GptOssConfig(**arch.to_config("bf16"))
+    with device:
+        torch.set_default_dtype(torch.bfloat16)
+        model = GptOssForCausalLM(config)
+        torch.set_default_dtype(torch.float32)
+    source = RandomCheckpoint(arch, device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("gate_up_proj", "down_proj")):
+                packed = source.tensor(f"{name}_blocks"), source.tensor(f"{name}_scales")
+                parameter.copy_(dequantize_mxfp4(*packed, torch.bfloat16).transpose(1, 2))
+            else:
+                parameter.copy_(source.tensor(name))
+    wanted = LoraConfig(r=16, lora_alpha=32, target_modules=list(ATTENTION), task_type="CAUSAL_LM")
+    model = get_peft_model(model, wanted)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-4, weight_decay=0.0, fused=True)
+
+    def step() -> float:
+        total = 0.0
+        for pack in packs:
+            ids = pack.ids.to(device)[None]
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss / len(packs)
+            loss.backward()
+            total += float(loss.detach())
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return total
+
+    return step
+
+
+def train(case: Train, profile: Path | None) -> dict[str, Any]:
+    """Whole steps: tokens/s, and the reserved peak beside what was there before the first."""
     packs = packs_of(case)
+    take = (peer_stepper if case.peer else stepper)(case, packs)
+    weights_bytes = torch.cuda.memory_allocated()
     losses: list[float] = []
 
     def step() -> None:
-        result = train_step(model, optimizer, packs, lr=1e-4, clip=1.0, recompute=case.recompute)
-        losses.append(result.loss)
+        losses.append(take())
 
     step()
     torch.cuda.reset_peak_memory_stats()
@@ -239,6 +288,7 @@ def main() -> None:
             measured = train(case, profile) if isinstance(case, Train) else decode(case, profile)
         except torch.OutOfMemoryError as error:
             measured = {"failed": str(error).partition("\n")[0]}
+        gc.collect()
         result["cases"][name] = {"config": asdict(case), **measured}
         write_result(options.name, result)
         torch.cuda.empty_cache()
