@@ -78,6 +78,8 @@ CASES: dict[str, Train | Decode] = {
     "train-4k-keep": Train("20b", 4096, 4096, 4, "resident", recompute=False),
     "train-4k-bf16": Train("20b", 4096, 4096, 4, "bf16"),
     "train-4k-experts": Train("20b", 4096, 4096, 4, "resident", experts=True),
+    "train-16k-stream": Train("20b", 16384, 4096, 1, "stream"),
+    "train-2k-stream": Train("20b", 2048, 2048, 1, "stream"),
     "train-2k-alone": Train("20b", 2048, 2048, 1, "resident"),
     "train-16k": Train("20b", 16384, 16384, 1, "resident"),
     "train-64k": Train("20b", 65536, 65536, 1, "resident", steps=2),

@@ -36,6 +36,7 @@ class Weights(StrEnum):
 
     auto = "auto"
     resident = "resident"
+    stream = "stream"
     mmap = "mmap"
     bf16 = "bf16"
 

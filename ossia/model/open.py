@@ -93,21 +93,38 @@ def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
 
     CPU   bf16 where the expanded experts take less than a quarter of the machine's memory, else mmap
     CUDA  bf16 where all weights, experts expanded, fit into half of the device's free memory (activations, gradients
-          and adapters need the rest); resident where the packed ones take less than nine tenths; else mmap
+          and adapters need the rest); resident where the packed ones fit beside an expanded layer and 2 GB; stream
+          where the packed experts take less than nine tenths of the machine's free memory; else mmap
     """
     arch = checkpoint.arch
     experts_bytes = expanded_expert_bytes(arch, dtype)
     if device.type == "cpu":
         return "bf16" if experts_bytes < machine_memory()[0] / 4 else "mmap"
     free, _ = torch.cuda.mem_get_info(device)
-    if experts_bytes + _other_bytes(checkpoint) < free / 2:
+    return _gpu_placement(
+        free,
+        machine_memory()[1],
+        packed=checkpoint.num_bytes,
+        expanded=experts_bytes + _other_bytes(checkpoint),
+        layer=experts_bytes // arch.num_layers,
+    )
+
+
+def _gpu_placement(free: int, machine: int, *, packed: int, expanded: int, layer: int) -> Placement:
+    """Of bytes free on the device and on the machine; bytes of all weights, packed and expanded, and of one layer's."""
+    if expanded < free / 2:
         return "bf16"
-    return "resident" if checkpoint.num_bytes < 0.9 * free else "mmap"
+    if packed + layer + _WORKING_BYTES < free:
+        return "resident"
+    return "stream" if packed < 0.9 * machine else "mmap"
+
+
+_WORKING_BYTES = 2 << 30  # a step of a few thousand tokens, and what a CUDA context takes
 
 
 def weights_bytes(weights: Weights) -> int:
     """Bytes of a model's weights where they are: in memory, or with placement mmap in the file, read as needed."""
-    if weights.placement != "bf16":
+    if weights.placement != "bf16":  # of `stream` most are in the machine's memory
         return weights.checkpoint.num_bytes
     return _other_bytes(weights.checkpoint) + expanded_expert_bytes(weights.arch, weights.dtype)
 

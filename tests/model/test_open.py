@@ -16,7 +16,7 @@ from ossia.errors import AdapterError, CheckpointError, UserError
 from ossia.model import open as opening
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import Lora, LoraSpec
-from ossia.model.open import choose_placement, expanded_expert_bytes, model_folder, open_model
+from ossia.model.open import _gpu_placement, choose_placement, expanded_expert_bytes, model_folder, open_model
 from ossia.model.peft import save_adapter
 from tests.conftest import MakeTiny
 from tests.oracle.model_pairs import CPU
@@ -103,3 +103,19 @@ def test_auto_expands_experts_only_where_memory_is_plenty(tiny: MakeTiny, monkey
     for total, placement in ((4 * needed + 4, "bf16"), (4 * needed, "mmap")):
         monkeypatch.setattr(opening, "machine_memory", lambda total=total: (total, total))
         assert choose_placement(checkpoint, torch.bfloat16, CPU) == placement
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "machine_gb", "placement"),
+    [
+        (80, 64, "resident"),
+        (141, 64, "bf16"),
+        (24, 64, "resident"),
+        (16, 64, "stream"),
+        (8, 64, "stream"),
+        (8, 14, "mmap"),
+    ],
+)
+def test_on_a_gpu_the_20b_goes_where_it_fits(gpu_gb: int, machine_gb: int, placement: str) -> None:
+    sizes = {"packed": 13_760_000_000, "expanded": 41_800_000_000, "layer": 1_592_000_000}
+    assert _gpu_placement(gpu_gb * 10**9, machine_gb * 10**9, **sizes) == placement
