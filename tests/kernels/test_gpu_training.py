@@ -38,7 +38,8 @@ def error(found: Tensor, expected: Tensor) -> float:
 
 
 def bound(dtype: torch.dtype) -> float:
-    return 1e-5 if dtype == torch.float32 else 8e-3
+    """The interpreter cuts float32 off where a GPU rounds it to bfloat16."""
+    return 1e-5 if dtype == torch.float32 else 8e-3 if DEVICE.type == "cuda" else 1.6e-2
 
 
 def random(*shape: int, seed: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:

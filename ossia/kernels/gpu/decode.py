@@ -339,7 +339,7 @@ def mixture(
     from ossia.kernels.gpu.experts import combine
 
     experts, shares, order, row, ends = choose(logits_BE, top_k)
-    (rows, width), choices, num_experts = x_BD.shape, order.numel(), logits_BE.shape[1]
+    width, choices, num_experts = x_BD.shape[1], order.numel(), logits_BE.shape[1]
     size = gate_up[0].shape[1] // 2
     tile = 16 if choices <= 16 * num_experts else 32 if choices <= 32 * num_experts else 64
     tiles = min(choices, num_experts) + choices // tile
