@@ -86,9 +86,10 @@ def packed(experts: int, fan_out: int, fan_in: int, seed: int) -> tuple[Tensor, 
 
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("rank", [0, 1, 8, 20])
+@pytest.mark.parametrize("alone", [True, False])
 @pytest.mark.parametrize("rows", [1, 3, 40])
-def test_experts_from_their_packed_weights(dtype: torch.dtype, rank: int, rows: int) -> None:
-    from ossia.kernels.gpu import decode
+def test_experts_from_their_packed_weights(dtype: torch.dtype, rank: int, alone: bool, rows: int) -> None:
+    from ossia.kernels.gpu import decode_experts
 
     experts, hidden, size, top_k = 6, 96, 64, 2
     x = random(rows, hidden, seed=0, dtype=dtype)
@@ -106,7 +107,7 @@ def test_experts_from_their_packed_weights(dtype: torch.dtype, rank: int, rows: 
         parts = (split_gate_up(weight) if seed == 0 else weight, bias, *lora)
         theirs.append(Expert(*(None if part is None else part.float() for part in parts)))
         mine.append((blocks, scales, bias, *lora))
-    found, chosen = decode.mixture(residual, x, logits.to(dtype), top_k, *mine, 3.0, 1.702)
+    found, chosen = decode_experts.mixture(residual, x, logits.to(dtype), top_k, *mine, 3.0, 1.702, alone=alone)
     routing = route(logits.to(dtype), top_k)
     exact = replace(routing, weights_TK=routing.weights_TK.float())
     expected = mixture(residual.float(), x.float(), exact, *theirs, 3.0, 1.702, lambda *_: None).to(dtype)

@@ -1,0 +1,356 @@
+"""Experts of a decode step, computed from their packed weights, which are read once and as they are.
+
+Weights are read as words of 32 bits: eight codes, whose values shifts bring into a float's place. Word w's n-th code is
+input 8 w + n, so inputs are arranged as (8, W) beforehand: what one code of neighbouring words meets lies together.
+A few tokens: each chosen expert's rows times one vector, in float32. More: rows sorted by expert in tiles, on the
+tensor cores. Nothing waits for the device or has a shape that depends on what is there.
+Reference: `ops.moe`. Letters: B sequences, E experts, k experts a token, N = B * k choices, D hidden, I expert width,
+r rank, W words of a packed row, G = W / 4 groups of 32 weights.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ossia.kernels.gpu.decode import INTERPRETED, _choose, _sort, _tile
+from ossia.kernels.gpu.experts import combine
+
+Projection = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+"""Blocks (E, out, G, 16) and scales (E, out, G), uint8, rows in the checkpoint's order; bias (E, out) and adapter
+(E, r, in), (E, out, r), gate rows before up rows, or None."""
+
+ALONE = 2  # tokens up to which each choice goes by itself
+_ALONE_ROWS, _ALONE_GROUPS = 32, 16  # of a program, and at a time
+_TILE_ROWS, _TILE_WORDS, _TILE_STAGES = 64, 32, 3
+_LIFT = tl.constexpr(2.0**100)  # of inputs, or their products with codes, which are tiny, would lose bits
+_LOWER = tl.constexpr(2.0**26)  # codes are 2^-126 of their values: 2^126 / _LIFT
+
+
+@triton.jit
+def _code(words, n: tl.constexpr):
+    """2^-126 of the value of each word's n-th code: sign, exponent and mantissa where a float32 has them."""
+    # the shift to the right repeats the sign, and the mask keeps one of it
+    return (((words << (28 - 4 * n)) >> 6) & -2118123520).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _power(byte):
+    """2^(byte - 127), from 1 to 254."""
+    return (byte.to(tl.int32) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _route(
+    logits, experts, shares, row, x, arranged, num_experts,
+    K: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
+    FACTOR: tl.constexpr,
+):  # fmt: skip
+    """A token's experts and their shares; its inputs arranged; its choices' rows where they aren't sorted."""
+    _choose(logits, experts, shares, num_experts, K, SLOTS, EXPERTS)
+    choice = tl.program_id(0).to(tl.int64) * K + tl.arange(0, SLOTS)
+    tl.store(row + choice, choice, mask=tl.arange(0, SLOTS) < K)
+    place = tl.arange(0, BLOCK)
+    inside = place < 8 * WORDS
+    at = tl.program_id(0).to(tl.int64) * 8 * WORDS
+    value = tl.load(x + at + place, mask=inside, other=0).to(tl.float32) * FACTOR
+    tl.store(arranged + at + place % 8 * WORDS + place // 8, value.to(arranged.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _shrink(
+    x, lora_a, experts, order, out, top_k, rank, PER_TOKEN: tl.constexpr, SORTED: tl.constexpr, WORDS: tl.constexpr,
+    RANK: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr,
+):  # fmt: skip
+    """A x of one row, whose x is its token's (PER_TOKEN) or its own; rounded as a matrix product would round it."""
+    row = tl.program_id(0).to(tl.int64)
+    choice = tl.load(order + row) if SORTED else row
+    expert = tl.load(experts + choice)
+    x_at = (choice // top_k if PER_TOKEN else row) * 8 * WORDS
+    r = tl.arange(0, RANK)
+    total = tl.zeros((RANK,), tl.float32)
+    for start in range(0, 8 * WORDS, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        inside = column < 8 * WORDS
+        value = tl.load(x + x_at + column % 8 * WORDS + column // 8, mask=inside, other=0).to(tl.float32) * FACTOR
+        a_at = (expert * rank + r[:, None]) * 8 * WORDS + column[None]
+        factor = tl.load(lora_a + a_at, mask=(r[:, None] < rank) & inside[None], other=0).to(tl.float32)
+        total += tl.sum(factor * value[None], 1)
+    tl.store(out + row * rank + r, total.to(out.dtype.element_ty), mask=r < rank)
+
+
+@triton.jit
+def _swiglu(gate, up, limit, alpha):
+    gate = tl.minimum(gate, limit)
+    up = tl.minimum(tl.maximum(up, -limit), limit)
+    return gate * tl.sigmoid(alpha * gate) * (up + 1)
+
+
+@triton.jit
+def _alone(x, blocks, scales, row, WORDS: tl.constexpr, GROUPS: tl.constexpr):
+    """Rows of packed weights times a lifted vector: (rows,) float32. A thread takes whole groups of 32 weights."""
+    first_group, word = tl.arange(0, GROUPS)[None, :, None], tl.arange(0, 4)[None, None]
+    row = row[:, None, None]
+    total = tl.zeros((row.shape[0], GROUPS, 1), tl.float32)
+    inside = first_group < WORDS // 4
+    words = tl.load(blocks + row * WORDS + first_group * 4 + word, mask=inside, other=0)
+    byte = tl.load(scales + row * (WORDS // 4) + first_group, mask=inside, other=0)
+    for start in range(0, WORDS // 4, GROUPS):
+        # the next ones are on their way while these are computed
+        group = start + GROUPS + first_group
+        inside = group < WORDS // 4
+        next_words = tl.load(blocks + row * WORDS + group * 4 + word, mask=inside, other=0)
+        next_byte = tl.load(scales + row * (WORDS // 4) + group, mask=inside, other=0)
+        group -= GROUPS
+        part = tl.zeros(words.shape, tl.float32)
+        for n in tl.static_range(8):
+            value = tl.load(x + n * WORDS + group * 4 + word, mask=group < WORDS // 4, other=0)
+            part += _code(words, n) * value
+        total += tl.sum(part, 2, keep_dims=True) * _LOWER * _power(byte)
+        words, byte = next_words, next_byte
+    return tl.sum(tl.sum(total, 2), 1)
+
+
+@triton.jit
+def _gate_up_alone(
+    x, experts, blocks, scales, bias, a_x, lora_b, out, top_k, rank, limit, alpha,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    choice = tl.program_id(1).to(tl.int64)
+    expert = tl.load(experts + choice)
+    row = tl.minimum(tl.program_id(0) * ROWS + tl.arange(0, ROWS), 2 * SIZE - 1)
+    blocks += expert * 2 * SIZE * WORDS
+    scales += expert * 2 * SIZE * (WORDS // 4)
+    # the checkpoint's rows are g0 u0 g1 u1 ...
+    gate, up = tl.split(
+        tl.reshape(_alone(x + choice // top_k * 8 * WORDS, blocks, scales, row, WORDS, GROUPS), (ROWS // 2, 2))
+    )
+    column = tl.program_id(0) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    inside = column < SIZE
+    at = expert * 2 * SIZE + column
+    if RANK > 0:
+        r = tl.arange(0, RANK)
+        shrunk = tl.load(a_x + choice * rank + r, mask=r < rank, other=0).to(tl.float32)[None]
+        there = inside[:, None] & (r[None] < rank)
+        factor = lora_b + at[:, None] * rank + r[None]
+        gate += tl.sum(tl.load(factor, mask=there, other=0).to(tl.float32) * shrunk, 1)
+        up += tl.sum(tl.load(factor + SIZE * rank, mask=there, other=0).to(tl.float32) * shrunk, 1)
+    gate += tl.load(bias + at, mask=inside, other=0).to(tl.float32)
+    up += tl.load(bias + at + SIZE, mask=inside, other=0).to(tl.float32)
+    hidden = _swiglu(gate, up, limit, alpha).to(bias.dtype.element_ty).to(tl.float32) * _LIFT
+    tl.store(out + choice * SIZE + column % 8 * (SIZE // 8) + column // 8, hidden, mask=inside)
+
+
+@triton.jit
+def _down_alone(
+    x, experts, blocks, scales, a_x, lora_b, out, rank,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr, GROUPS: tl.constexpr, RANK: tl.constexpr,
+):  # fmt: skip
+    choice = tl.program_id(1).to(tl.int64)
+    expert = tl.load(experts + choice)
+    column = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    inside = column < SIZE
+    blocks += expert * SIZE * WORDS
+    scales += expert * SIZE * (WORDS // 4)
+    y = _alone(x + choice * 8 * WORDS, blocks, scales, tl.minimum(column, SIZE - 1), WORDS, GROUPS)
+    if RANK > 0:
+        r = tl.arange(0, RANK)
+        shrunk = tl.load(a_x + choice * rank + r, mask=r < rank, other=0).to(tl.float32)[None]
+        at = (expert * SIZE + column[:, None]) * rank + r[None]
+        factor = tl.load(lora_b + at, mask=inside[:, None] & (r[None] < rank), other=0).to(tl.float32)
+        y += tl.sum(factor * shrunk, 1)
+    tl.store(out + choice * SIZE + column, y.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _together(
+    total, x, x_at, x_inside, blocks, scales, row, word, inside, WORDS: tl.constexpr, AS_FLOAT: tl.constexpr
+):  # fmt: skip
+    """total + W x^T for some words of a tile's rows of W, (rows, tokens)."""
+    words = tl.load(blocks + row[:, None] * WORDS + word[None], mask=inside[None], other=0)
+    byte = tl.load(scales + row[:, None] * (WORDS // 4) + word[None] // 4, mask=inside[None], other=0)
+    power = _power(byte)
+    for n in tl.static_range(8):
+        values = tl.load(
+            x + x_at[None] + n * WORDS + word[:, None], mask=inside[:, None] & x_inside[None], other=0
+        )  # fmt: skip
+        weights = _code(words, n) * 8.507059173023462e37 * power  # 2^126
+        if AS_FLOAT:
+            total = tl.dot(weights, values.to(tl.float32), total, input_precision="ieee")
+        else:
+            total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
+    return total
+
+
+@triton.jit
+def _adapt(
+    total, a_x, lora_b, at, inside, row, row_inside, rank, RANK: tl.constexpr, AS_FLOAT: tl.constexpr
+):  # fmt: skip
+    """total + B (A x)^T, (rows of B, tokens); `at` are the rows of B, over all experts."""
+    r = tl.arange(0, RANK)
+    there = r < rank
+    shrunk = tl.load(a_x + row[None] * rank + r[:, None], mask=row_inside[None] & there[:, None], other=0)
+    factor = tl.load(lora_b + at[:, None] * rank + r[None], mask=inside[:, None] & there[None], other=0)
+    if AS_FLOAT:
+        return tl.dot(factor.to(tl.float32), shrunk.to(tl.float32), total, input_precision="ieee")
+    return tl.dot(factor, shrunk, total, input_precision="ieee")
+
+
+@triton.jit
+def _gate_up_tile(
+    x, order, ends, blocks, scales, bias, a_x, lora_b, out, num_experts, top_k, rank, limit, alpha,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, RANK: tl.constexpr, AS_FLOAT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = _tile(ends, tl.program_id(0), num_experts, EXPERTS, TOKENS)
+    if first < end:
+        row = first + tl.arange(0, TOKENS)
+        row_inside = row < end
+        x_at = (tl.load(order + row, mask=row_inside, other=0) // top_k).to(tl.int32) * (8 * WORDS)
+        column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        inside = column < SIZE
+        expert = expert.to(tl.int64)
+        blocks += expert * 2 * SIZE * WORDS
+        scales += expert * 2 * SIZE * (WORDS // 4)
+        # the checkpoint's rows are g0 u0 g1 u1 ...
+        packed = 2 * tl.minimum(column, SIZE - 1)
+        gate = tl.zeros((ROWS, TOKENS), tl.float32)
+        up = tl.zeros((ROWS, TOKENS), tl.float32)
+        for start in tl.range(0, WORDS, STEP, num_stages=STAGES):
+            word = start + tl.arange(0, STEP)
+            there = word < WORDS
+            gate = _together(gate, x, x_at, row_inside, blocks, scales, packed, word, there, WORDS, AS_FLOAT)
+            up = _together(up, x, x_at, row_inside, blocks, scales, packed + 1, word, there, WORDS, AS_FLOAT)
+        at = expert * 2 * SIZE + column
+        if RANK > 0:
+            gate = _adapt(gate, a_x, lora_b, at, inside, row, row_inside, rank, RANK, AS_FLOAT)
+            up = _adapt(up, a_x, lora_b, at + SIZE, inside, row, row_inside, rank, RANK, AS_FLOAT)
+        gate += tl.load(bias + at, mask=inside, other=0).to(tl.float32)[:, None]
+        up += tl.load(bias + at + SIZE, mask=inside, other=0).to(tl.float32)[:, None]
+        hidden = _swiglu(gate, up, limit, alpha)
+        out_at = row[None] * SIZE + (column % 8 * (SIZE // 8) + column // 8)[:, None]
+        tl.store(out + out_at, hidden.to(out.dtype.element_ty), mask=row_inside[None] & inside[:, None])
+
+
+@triton.jit
+def _down_tile(
+    x, ends, blocks, scales, a_x, lora_b, out, num_experts, rank,
+    SIZE: tl.constexpr, WORDS: tl.constexpr, EXPERTS: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr,
+    STEP: tl.constexpr, RANK: tl.constexpr, AS_FLOAT: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    expert, first, end = _tile(ends, tl.program_id(0), num_experts, EXPERTS, TOKENS)
+    if first < end:
+        row = first + tl.arange(0, TOKENS)
+        row_inside = row < end
+        column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        inside = column < SIZE
+        expert = expert.to(tl.int64)
+        blocks += expert * SIZE * WORDS
+        scales += expert * SIZE * (WORDS // 4)
+        packed = tl.minimum(column, SIZE - 1)
+        y = tl.zeros((ROWS, TOKENS), tl.float32)
+        for start in tl.range(0, WORDS, STEP, num_stages=STAGES):
+            word = start + tl.arange(0, STEP)
+            there = word < WORDS
+            y = _together(y, x, row * (8 * WORDS), row_inside, blocks, scales, packed, word, there, WORDS, AS_FLOAT)
+        if RANK > 0:
+            at = expert * SIZE + column
+            y = _adapt(y, a_x, lora_b, at, inside, row, row_inside, rank, RANK, AS_FLOAT)
+        out_at = row[None] * SIZE + column[:, None]
+        tl.store(out + out_at, y.to(out.dtype.element_ty), mask=row_inside[None] & inside[:, None])
+
+
+def mixture(
+    residual_BD: Tensor, x_BD: Tensor, logits_BE: Tensor, top_k: int, gate_up: Projection, down: Projection,
+    limit: float, alpha: float, *, alone: bool | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Each token through its experts, and their weighted sum on top of the residual.
+
+    alone    each choice by itself instead of in tiles; None: for few tokens
+    Returns  (B, D), and the chosen experts (B, k) int64
+    """
+    (rows, width), num_experts, device = x_BD.shape, logits_BE.shape[1], x_BD.device
+    choices, size = rows * top_k, gate_up[0].shape[1] // 2
+    assert x_BD.is_contiguous()
+    alone = rows <= ALONE if alone is None else alone
+    experts, row = (torch.empty((rows, top_k), dtype=torch.int64, device=device) for _ in range(2))
+    shares = torch.empty((rows, top_k), dtype=logits_BE.dtype, device=device)
+    lifted, factor = (torch.float32, 2.0**100) if alone else (x_BD.dtype, 1.0)
+    arranged = torch.empty((rows, width), dtype=lifted, device=device)
+    padded = triton.next_power_of_2(num_experts)
+    _route[(rows,)](
+        logits_BE, experts, shares, row, x_BD, arranged, num_experts, K=top_k, SLOTS=triton.next_power_of_2(top_k),
+        EXPERTS=padded, WORDS=width // 8, BLOCK=triton.next_power_of_2(width), FACTOR=factor,
+    )  # fmt: skip
+    order = experts  # not read where each choice goes by itself
+    ends = experts
+    if not alone:
+        order = torch.empty(choices, dtype=torch.int64, device=device)
+        ends = torch.empty(num_experts, dtype=torch.int32, device=device)
+        _sort[(triton.cdiv(choices, 32),)](
+            experts, order, row, ends, choices, num_experts, ROWS=64, EXPERTS=padded, MINE=32
+        )
+    shared = _Shared(experts, order, ends, top_k, alone, factor)
+    hidden = torch.empty((choices, size), dtype=lifted, device=device)
+    shared.project(arranged, gate_up, hidden, x_BD.dtype, (limit, alpha))
+    y = torch.empty((choices, width), dtype=x_BD.dtype, device=device)
+    shared.project(hidden, down, y, x_BD.dtype, None)
+    return combine(y, None, down[2], shares, row, experts, residual_BD), experts
+
+
+class _Shared:
+    """What both projections of a step need."""
+
+    def __init__(
+        self, experts: Tensor, order: Tensor, ends: Tensor, top_k: int, alone: bool, factor: float
+    ) -> None:  # fmt: skip
+        self._experts, self._order, self._ends, self._top_k = experts, order, ends, top_k
+        self._alone, self._factor = alone, factor
+
+    def project(
+        self, x: Tensor, projection: Projection, out: Tensor, dtype: torch.dtype, bounds: tuple[float, float] | None
+    ) -> None:
+        """`bounds`: limit and alpha of gate_up, whose x is a token's; None: down, whose x is a choice's."""
+        packed, scales, bias, lora_a, lora_b = projection
+        blocks, words = packed.view(torch.int32), x.shape[1] // 8
+        size, choices, num_experts = out.shape[1], len(out), len(blocks)
+        a_x, rank = x, 0
+        if lora_a is not None:
+            rank = lora_a.shape[1]
+            a_x = torch.empty((choices, rank), dtype=dtype, device=x.device)
+            _shrink[(choices,)](
+                x, lora_a, self._experts, self._order, a_x, self._top_k, rank, PER_TOKEN=bounds is not None,
+                SORTED=not self._alone, WORDS=words, RANK=triton.next_power_of_2(rank), BLOCK=1024,
+                FACTOR=1 / self._factor, num_warps=8,
+            )  # fmt: skip
+        factors = bias if lora_b is None else lora_b
+        if self._alone:
+            sizes = {"SIZE": size, "WORDS": words, "ROWS": _ALONE_ROWS, "GROUPS": _ALONE_GROUPS}
+            sizes["RANK"] = rank and triton.next_power_of_2(rank)
+            if bounds is not None:
+                _gate_up_alone[(triton.cdiv(2 * size, _ALONE_ROWS), choices)](
+                    x, self._experts, blocks, scales, bias, a_x, factors, out, self._top_k, rank, *bounds, **sizes
+                )
+            else:
+                _down_alone[(triton.cdiv(size, _ALONE_ROWS), choices)](
+                    x, self._experts, blocks, scales, a_x, factors, out, rank, **sizes
+                )
+            return
+        tile = min(max(16, triton.next_power_of_2(triton.cdiv(2 * choices, num_experts))), 64)
+        grid = (min(choices, num_experts) + choices // tile, triton.cdiv(size, _TILE_ROWS))
+        sizes = {"SIZE": size, "WORDS": words, "EXPERTS": triton.next_power_of_2(num_experts), "TOKENS": tile}
+        sizes |= {"ROWS": _TILE_ROWS, "STEP": _TILE_WORDS, "STAGES": _TILE_STAGES, "AS_FLOAT": INTERPRETED}
+        sizes["RANK"] = rank and max(16, triton.next_power_of_2(rank))
+        if bounds is not None:
+            _gate_up_tile[grid](
+                x, self._order, self._ends, blocks, scales, bias, a_x, factors, out, num_experts, self._top_k, rank,
+                *bounds, **sizes,
+            )  # fmt: skip
+        else:
+            _down_tile[grid](
+                x, self._ends, blocks, scales, a_x, factors, out, num_experts, rank, **sizes
+            )  # fmt: skip
+
+
