@@ -1,21 +1,24 @@
 """Experts of a decode step, computed from their packed weights, which are read once and as they are.
 
-Weights are read as words of 32 bits: eight codes, whose values shifts bring into a float's place. Word w's n-th code is
-input 8 w + n, so inputs are arranged as (8, W) beforehand: what one code of neighbouring words meets lies together.
-A few tokens: each chosen expert's rows times one vector, in float32. More: rows sorted by expert in tiles, on the
-tensor cores. Nothing waits for the device or has a shape that depends on what is there.
+Weights are read as words of 32 bits: eight codes, whose bits shifts bring to where a float has them.
+A few tokens: each choice by itself, its expert's rows times one vector, in float32. Word w's n-th code is input
+8 w + n, so inputs are arranged as (8, W) beforehand: what the n-th codes of neighbouring words meet lies together.
+More tokens: rows sorted by expert, in tiles on the tensor cores, weights first: an expert's few rows fill no tile.
+Nothing waits for the device or has a shape that depends on what is there.
 Reference: `ops.moe`. Letters: B sequences, E experts, k experts a token, N = B * k choices, D hidden, I expert width,
 r rank, W words of a packed row, G = W / 4 groups of 32 weights.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ossia.kernels.gpu.decode import INTERPRETED, _choose, _sort, _tile
+from ossia.kernels.gpu.decode import INTERPRETED, _choose, _tile, choose
 from ossia.kernels.gpu.experts import combine
 
 Projection = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
@@ -23,8 +26,9 @@ Projection = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 (E, r, in), (E, out, r), gate rows before up rows, or None."""
 
 ALONE = 2  # tokens up to which each choice goes by itself
-_ALONE_ROWS, _ALONE_GROUPS = 32, 16  # of a program, and at a time
-_TILE_ROWS, _TILE_WORDS, _TILE_STAGES = 64, 32, 3
+ALONE_ROWS, ALONE_GROUPS = 32, 16  # of a program, and at a time
+TILES = {16: (64, 16, 4, 4), 32: (128, 16, 4, 8), 64: (128, 16, 3, 8)}
+"""By a tile's tokens: its rows of weights, words at a time, stages, warps."""
 _LIFT = tl.constexpr(2.0**100)  # of inputs, or their products with codes, which are tiny, would lose bits
 _LOWER = tl.constexpr(2.0**26)  # codes are 2^-126 of their values: 2^126 / _LIFT
 
@@ -46,27 +50,26 @@ def _power(byte):
 def _route(
     logits, experts, shares, row, x, arranged, num_experts,
     K: tl.constexpr, SLOTS: tl.constexpr, EXPERTS: tl.constexpr, WORDS: tl.constexpr, BLOCK: tl.constexpr,
-    FACTOR: tl.constexpr,
 ):  # fmt: skip
-    """A token's experts and their shares; its inputs arranged; its choices' rows where they aren't sorted."""
+    """A token's experts and their shares, its choices' rows in their own order, and its inputs arranged and lifted."""
     _choose(logits, experts, shares, num_experts, K, SLOTS, EXPERTS)
     choice = tl.program_id(0).to(tl.int64) * K + tl.arange(0, SLOTS)
     tl.store(row + choice, choice, mask=tl.arange(0, SLOTS) < K)
     place = tl.arange(0, BLOCK)
     inside = place < 8 * WORDS
     at = tl.program_id(0).to(tl.int64) * 8 * WORDS
-    value = tl.load(x + at + place, mask=inside, other=0).to(tl.float32) * FACTOR
-    tl.store(arranged + at + place % 8 * WORDS + place // 8, value.to(arranged.dtype.element_ty), mask=inside)
+    value = tl.load(x + at + place, mask=inside, other=0).to(tl.float32)
+    tl.store(arranged + at + place % 8 * WORDS + place // 8, value * _LIFT, mask=inside)
 
 
 @triton.jit
 def _shrink(
-    x, lora_a, experts, order, out, top_k, rank, PER_TOKEN: tl.constexpr, SORTED: tl.constexpr, WORDS: tl.constexpr,
-    RANK: tl.constexpr, BLOCK: tl.constexpr, FACTOR: tl.constexpr,
+    x, lora_a, experts, order, out, top_k, rank, PER_TOKEN: tl.constexpr, ALONE: tl.constexpr, WORDS: tl.constexpr,
+    RANK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A x of one row, whose x is its token's (PER_TOKEN) or its own; rounded as a matrix product would round it."""
     row = tl.program_id(0).to(tl.int64)
-    choice = tl.load(order + row) if SORTED else row
+    choice = row if ALONE else tl.load(order + row)
     expert = tl.load(experts + choice)
     x_at = (choice // top_k if PER_TOKEN else row) * 8 * WORDS
     r = tl.arange(0, RANK)
@@ -74,7 +77,10 @@ def _shrink(
     for start in range(0, 8 * WORDS, BLOCK):
         column = start + tl.arange(0, BLOCK)
         inside = column < 8 * WORDS
-        value = tl.load(x + x_at + column % 8 * WORDS + column // 8, mask=inside, other=0).to(tl.float32) * FACTOR
+        if ALONE:
+            value = tl.load(x + x_at + column % 8 * WORDS + column // 8, mask=inside, other=0) / _LIFT
+        else:
+            value = tl.load(x + x_at + column, mask=inside, other=0).to(tl.float32)
         a_at = (expert * rank + r[:, None]) * 8 * WORDS + column[None]
         factor = tl.load(lora_a + a_at, mask=(r[:, None] < rank) & inside[None], other=0).to(tl.float32)
         total += tl.sum(factor * value[None], 1)
@@ -165,22 +171,45 @@ def _down_alone(
 
 
 @triton.jit
+def _weights(words, power, dtype: tl.constexpr):
+    """The values of words' codes, (rows, 8 words); a thread keeps what its words give, whose joins cost nothing."""
+    c0, c4 = _value(words, power, 0, dtype), _value(words, power, 4, dtype)
+    c2, c6 = _value(words, power, 2, dtype), _value(words, power, 6, dtype)
+    c1, c5 = _value(words, power, 1, dtype), _value(words, power, 5, dtype)
+    c3, c7 = _value(words, power, 3, dtype), _value(words, power, 7, dtype)
+    even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
+    odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
+    return tl.reshape(tl.join(even, odd), (words.shape[0], 8 * words.shape[1]))
+
+
+@triton.jit
+def _value(words, power, n: tl.constexpr, dtype: tl.constexpr):
+    return (_code(words, n) * 8.507059173023462e37 * power).to(dtype)  # 2^126
+
+
+@triton.jit
 def _together(
-    total, x, x_at, x_inside, blocks, scales, row, word, inside, WORDS: tl.constexpr, AS_FLOAT: tl.constexpr
+    x, x_at, x_inside, blocks, scales, row,
+    WORDS: tl.constexpr, ROWS: tl.constexpr, TOKENS: tl.constexpr, STEP: tl.constexpr, STAGES: tl.constexpr,
+    AS_FLOAT: tl.constexpr,
 ):  # fmt: skip
-    """total + W x^T for some words of a tile's rows of W, (rows, tokens)."""
-    words = tl.load(blocks + row[:, None] * WORDS + word[None], mask=inside[None], other=0)
-    byte = tl.load(scales + row[:, None] * (WORDS // 4) + word[None] // 4, mask=inside[None], other=0)
-    power = _power(byte)
-    for n in tl.static_range(8):
-        values = tl.load(
-            x + x_at[None] + n * WORDS + word[:, None], mask=inside[:, None] & x_inside[None], other=0
-        )  # fmt: skip
-        weights = _code(words, n) * 8.507059173023462e37 * power  # 2^126
+    """Rows of packed weights times a tile of inputs: (rows, tokens) float32."""
+    total = tl.zeros((ROWS, TOKENS), tl.float32)
+    first_word = tl.arange(0, STEP)[None]
+    scale_at = scales + row[:, None] * (WORDS // 4)
+    byte = tl.load(scale_at + first_word // 4, mask=first_word < WORDS, other=0)
+    for start in tl.range(0, WORDS, STEP, num_stages=STAGES):
+        word, column = start + first_word, 8 * start + tl.arange(0, 8 * STEP)
+        words = tl.load(blocks + row[:, None] * WORDS + word, mask=word < WORDS, other=0)
+        # single bytes can't be fetched ahead by the compiler, so the next step's are here
+        next_word = word + STEP
+        next_byte = tl.load(scale_at + next_word // 4, mask=next_word < WORDS, other=0)
+        there = (column[:, None] < 8 * WORDS) & x_inside[None]
+        values = tl.load(x + x_at[None] + column[:, None], mask=there, other=0)
         if AS_FLOAT:
-            total = tl.dot(weights, values.to(tl.float32), total, input_precision="ieee")
-        else:
-            total = tl.dot(weights.to(values.dtype), values, total, input_precision="ieee")
+            values = values.to(tl.float32)
+        total = tl.dot(_weights(words, _power(byte), values.dtype), values, total, input_precision="ieee")
+        byte = next_byte
     return total
 
 
@@ -209,29 +238,25 @@ def _gate_up_tile(
         row = first + tl.arange(0, TOKENS)
         row_inside = row < end
         x_at = (tl.load(order + row, mask=row_inside, other=0) // top_k).to(tl.int32) * (8 * WORDS)
-        column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+        first_row = expert.to(tl.int64) * 2 * SIZE
+        # the tile's rows are those of gates, then those of ups; the checkpoint's are g0 u0 g1 u1 ...
+        place = tl.arange(0, ROWS)
+        column = tl.program_id(1) * (ROWS // 2) + place % (ROWS // 2)
         inside = column < SIZE
-        expert = expert.to(tl.int64)
-        blocks += expert * 2 * SIZE * WORDS
-        scales += expert * 2 * SIZE * (WORDS // 4)
-        # the checkpoint's rows are g0 u0 g1 u1 ...
-        packed = 2 * tl.minimum(column, SIZE - 1)
-        gate = tl.zeros((ROWS, TOKENS), tl.float32)
-        up = tl.zeros((ROWS, TOKENS), tl.float32)
-        for start in tl.range(0, WORDS, STEP, num_stages=STAGES):
-            word = start + tl.arange(0, STEP)
-            there = word < WORDS
-            gate = _together(gate, x, x_at, row_inside, blocks, scales, packed, word, there, WORDS, AS_FLOAT)
-            up = _together(up, x, x_at, row_inside, blocks, scales, packed + 1, word, there, WORDS, AS_FLOAT)
-        at = expert * 2 * SIZE + column
+        packed = 2 * tl.minimum(column, SIZE - 1) + place // (ROWS // 2)
+        total = _together(
+            x, x_at, row_inside, blocks + first_row * WORDS, scales + first_row * (WORDS // 4), packed,
+            WORDS, ROWS, TOKENS, STEP, STAGES, AS_FLOAT,
+        )  # fmt: skip
+        at = first_row + place // (ROWS // 2) * SIZE + column
         if RANK > 0:
-            gate = _adapt(gate, a_x, lora_b, at, inside, row, row_inside, rank, RANK, AS_FLOAT)
-            up = _adapt(up, a_x, lora_b, at + SIZE, inside, row, row_inside, rank, RANK, AS_FLOAT)
-        gate += tl.load(bias + at, mask=inside, other=0).to(tl.float32)[:, None]
-        up += tl.load(bias + at + SIZE, mask=inside, other=0).to(tl.float32)[:, None]
+            total = _adapt(total, a_x, lora_b, at, inside, row, row_inside, rank, RANK, AS_FLOAT)
+        total += tl.load(bias + at, mask=inside, other=0).to(tl.float32)[:, None]
+        gate, up = tl.split(tl.permute(tl.reshape(total, (2, ROWS // 2, TOKENS)), (1, 2, 0)))
         hidden = _swiglu(gate, up, limit, alpha)
-        out_at = row[None] * SIZE + (column % 8 * (SIZE // 8) + column // 8)[:, None]
-        tl.store(out + out_at, hidden.to(out.dtype.element_ty), mask=row_inside[None] & inside[:, None])
+        column = tl.program_id(1) * (ROWS // 2) + tl.arange(0, ROWS // 2)
+        there = row_inside[None] & (column < SIZE)[:, None]
+        tl.store(out + row[None] * SIZE + column[:, None], hidden.to(out.dtype.element_ty), mask=there)
 
 
 @triton.jit
@@ -246,20 +271,15 @@ def _down_tile(
         row_inside = row < end
         column = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
         inside = column < SIZE
-        expert = expert.to(tl.int64)
-        blocks += expert * SIZE * WORDS
-        scales += expert * SIZE * (WORDS // 4)
-        packed = tl.minimum(column, SIZE - 1)
-        y = tl.zeros((ROWS, TOKENS), tl.float32)
-        for start in tl.range(0, WORDS, STEP, num_stages=STAGES):
-            word = start + tl.arange(0, STEP)
-            there = word < WORDS
-            y = _together(y, x, row * (8 * WORDS), row_inside, blocks, scales, packed, word, there, WORDS, AS_FLOAT)
+        first_row = expert.to(tl.int64) * SIZE
+        y = _together(
+            x, row * (8 * WORDS), row_inside, blocks + first_row * WORDS, scales + first_row * (WORDS // 4),
+            tl.minimum(column, SIZE - 1), WORDS, ROWS, TOKENS, STEP, STAGES, AS_FLOAT,
+        )  # fmt: skip
         if RANK > 0:
-            at = expert * SIZE + column
-            y = _adapt(y, a_x, lora_b, at, inside, row, row_inside, rank, RANK, AS_FLOAT)
-        out_at = row[None] * SIZE + column[:, None]
-        tl.store(out + out_at, y.to(out.dtype.element_ty), mask=row_inside[None] & inside[:, None])
+            y = _adapt(y, a_x, lora_b, first_row + column, inside, row, row_inside, rank, RANK, AS_FLOAT)
+        there = row_inside[None] & inside[:, None]
+        tl.store(out + row[None] * SIZE + column[:, None], y.to(out.dtype.element_ty), mask=there)
 
 
 def mixture(
@@ -276,81 +296,68 @@ def mixture(
     assert x_BD.is_contiguous()
     alone = rows <= ALONE if alone is None else alone
     experts, row = (torch.empty((rows, top_k), dtype=torch.int64, device=device) for _ in range(2))
-    shares = torch.empty((rows, top_k), dtype=logits_BE.dtype, device=device)
-    lifted, factor = (torch.float32, 2.0**100) if alone else (x_BD.dtype, 1.0)
-    arranged = torch.empty((rows, width), dtype=lifted, device=device)
-    padded = triton.next_power_of_2(num_experts)
-    _route[(rows,)](
-        logits_BE, experts, shares, row, x_BD, arranged, num_experts, K=top_k, SLOTS=triton.next_power_of_2(top_k),
-        EXPERTS=padded, WORDS=width // 8, BLOCK=triton.next_power_of_2(width), FACTOR=factor,
-    )  # fmt: skip
-    order = experts  # not read where each choice goes by itself
-    ends = experts
-    if not alone:
-        order = torch.empty(choices, dtype=torch.int64, device=device)
-        ends = torch.empty(num_experts, dtype=torch.int32, device=device)
-        _sort[(triton.cdiv(choices, 32),)](
-            experts, order, row, ends, choices, num_experts, ROWS=64, EXPERTS=padded, MINE=32
-        )
-    shared = _Shared(experts, order, ends, top_k, alone, factor)
-    hidden = torch.empty((choices, size), dtype=lifted, device=device)
-    shared.project(arranged, gate_up, hidden, x_BD.dtype, (limit, alpha))
+    order, ends = experts, experts  # not read where each choice goes by itself
+    if alone:
+        shares = torch.empty((rows, top_k), dtype=logits_BE.dtype, device=device)
+        x = torch.empty((rows, width), dtype=torch.float32, device=device)
+        _route[(rows,)](
+            logits_BE, experts, shares, row, x_BD, x, num_experts, K=top_k, SLOTS=triton.next_power_of_2(top_k),
+            EXPERTS=triton.next_power_of_2(num_experts), WORDS=width // 8, BLOCK=triton.next_power_of_2(width),
+        )  # fmt: skip
+    else:
+        x = x_BD
+        experts, shares, order, row, ends = choose(logits_BE, top_k)
+    routed = _Routed(experts, order, ends, x_BD.dtype, alone)
+    hidden = torch.empty((choices, size), dtype=x.dtype, device=device)
+    routed.project(x, gate_up, hidden, (limit, alpha))
     y = torch.empty((choices, width), dtype=x_BD.dtype, device=device)
-    shared.project(hidden, down, y, x_BD.dtype, None)
+    routed.project(hidden, down, y, None)
     return combine(y, None, down[2], shares, row, experts, residual_BD), experts
 
 
-class _Shared:
-    """What both projections of a step need."""
+@dataclass(frozen=True, slots=True)
+class _Routed:
+    """A step's choices; see `choose`. `alone`: they aren't sorted, and inputs are arranged and lifted."""
 
-    def __init__(
-        self, experts: Tensor, order: Tensor, ends: Tensor, top_k: int, alone: bool, factor: float
-    ) -> None:  # fmt: skip
-        self._experts, self._order, self._ends, self._top_k = experts, order, ends, top_k
-        self._alone, self._factor = alone, factor
+    experts_Bk: Tensor
+    order_N: Tensor
+    ends_E: Tensor
+    dtype: torch.dtype
+    alone: bool
 
-    def project(
-        self, x: Tensor, projection: Projection, out: Tensor, dtype: torch.dtype, bounds: tuple[float, float] | None
-    ) -> None:
+    def project(self, x: Tensor, projection: Projection, out: Tensor, bounds: tuple[float, float] | None) -> None:
         """`bounds`: limit and alpha of gate_up, whose x is a token's; None: down, whose x is a choice's."""
         packed, scales, bias, lora_a, lora_b = projection
-        blocks, words = packed.view(torch.int32), x.shape[1] // 8
-        size, choices, num_experts = out.shape[1], len(out), len(blocks)
-        a_x, rank = x, 0
+        top_k, (choices, size), num_experts = self.experts_Bk.shape[1], out.shape, len(packed)
+        blocks, a_x, rank, sizes = packed.view(torch.int32), x, 0, {"SIZE": out.shape[1], "WORDS": x.shape[1] // 8}
         if lora_a is not None:
             rank = lora_a.shape[1]
-            a_x = torch.empty((choices, rank), dtype=dtype, device=x.device)
+            a_x = torch.empty((choices, rank), dtype=self.dtype, device=x.device)
             _shrink[(choices,)](
-                x, lora_a, self._experts, self._order, a_x, self._top_k, rank, PER_TOKEN=bounds is not None,
-                SORTED=not self._alone, WORDS=words, RANK=triton.next_power_of_2(rank), BLOCK=1024,
-                FACTOR=1 / self._factor, num_warps=8,
+                x, lora_a, self.experts_Bk, self.order_N, a_x, top_k, rank, PER_TOKEN=bounds is not None,
+                ALONE=self.alone, WORDS=sizes["WORDS"], RANK=triton.next_power_of_2(rank), BLOCK=1024, num_warps=8,
             )  # fmt: skip
         factors = bias if lora_b is None else lora_b
-        if self._alone:
-            sizes = {"SIZE": size, "WORDS": words, "ROWS": _ALONE_ROWS, "GROUPS": _ALONE_GROUPS}
-            sizes["RANK"] = rank and triton.next_power_of_2(rank)
+        if self.alone:
+            sizes |= {"ROWS": ALONE_ROWS, "GROUPS": ALONE_GROUPS, "RANK": rank and triton.next_power_of_2(rank)}
+            grid = (triton.cdiv(size if bounds is None else 2 * size, ALONE_ROWS), choices)
+            inputs = x, self.experts_Bk, blocks, scales
             if bounds is not None:
-                _gate_up_alone[(triton.cdiv(2 * size, _ALONE_ROWS), choices)](
-                    x, self._experts, blocks, scales, bias, a_x, factors, out, self._top_k, rank, *bounds, **sizes
-                )
+                _gate_up_alone[grid](*inputs, bias, a_x, factors, out, top_k, rank, *bounds, **sizes)
             else:
-                _down_alone[(triton.cdiv(size, _ALONE_ROWS), choices)](
-                    x, self._experts, blocks, scales, a_x, factors, out, rank, **sizes
-                )
+                _down_alone[grid](*inputs, a_x, factors, out, rank, **sizes)
             return
-        tile = min(max(16, triton.next_power_of_2(triton.cdiv(2 * choices, num_experts))), 64)
-        grid = (min(choices, num_experts) + choices // tile, triton.cdiv(size, _TILE_ROWS))
-        sizes = {"SIZE": size, "WORDS": words, "EXPERTS": triton.next_power_of_2(num_experts), "TOKENS": tile}
-        sizes |= {"ROWS": _TILE_ROWS, "STEP": _TILE_WORDS, "STAGES": _TILE_STAGES, "AS_FLOAT": INTERPRETED}
-        sizes["RANK"] = rank and max(16, triton.next_power_of_2(rank))
+        tokens = min(max(16, triton.next_power_of_2(triton.cdiv(2 * choices, num_experts))), 64)
+        rows, step, stages, warps = TILES[tokens]
+        sizes |= {"EXPERTS": triton.next_power_of_2(num_experts), "TOKENS": tokens, "ROWS": rows, "STEP": step}
+        sizes |= {"RANK": rank and max(16, triton.next_power_of_2(rank)), "STAGES": stages, "AS_FLOAT": INTERPRETED}
+        most = min(choices, num_experts) + choices // tokens  # tiles
         if bounds is not None:
-            _gate_up_tile[grid](
-                x, self._order, self._ends, blocks, scales, bias, a_x, factors, out, num_experts, self._top_k, rank,
-                *bounds, **sizes,
+            _gate_up_tile[(most, triton.cdiv(2 * size, rows))](
+                x, self.order_N, self.ends_E, blocks, scales, bias, a_x, factors, out, num_experts, top_k, rank,
+                *bounds, **sizes, num_warps=warps,
             )  # fmt: skip
         else:
-            _down_tile[grid](
-                x, self._ends, blocks, scales, a_x, factors, out, num_experts, rank, **sizes
-            )  # fmt: skip
-
-
+            _down_tile[(most, triton.cdiv(size, rows))](
+                x, self.ends_E, blocks, scales, a_x, factors, out, num_experts, rank, **sizes, num_warps=warps
+            )
