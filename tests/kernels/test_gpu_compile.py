@@ -30,7 +30,7 @@ kernels = [
     (experts._sum_rows, (floats, ids, floats, size), {"K": 4, "BLOCK": 1024}, 4),
     (rows._norm, (floats, floats, floats, numbers, size, real), {"BLOCK": 4096}, 4),
     (rows._norm_back, (floats, floats, floats, numbers, floats, size), {"BLOCK": 4096}, 4),
-    (rows._rotate, (*[floats] * 4, size, real), {"HALF": 32, "HEADS": 16}, 4),
+    (rows._rotate, (*[floats] * 4, size, size, size, real), {"HALF": 32, "HEADS": 16}, 4),
     (rows._sink, (floats, numbers, floats, size, size), {"HEADS": 16, "SIZE": 64}, 4),
     (rows._exponentials, (floats, ids, *[numbers] * 3, size, size), {"BLOCK": 8192}, 8),
 ]
