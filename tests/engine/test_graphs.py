@@ -113,6 +113,6 @@ def test_a_captured_step_says_what_the_plain_one_says(tiny: MakeTiny, placement:
     assert isinstance(engine.session()._decoder, GraphDecoder if captures else TorchDecoder)
     found, expected = engine.generate(requests), Engine(plain, decoder="torch").generate(requests)
     for mine, theirs in zip(found, expected, strict=True):
+        # up to and with the first choice that differs, which then is between tokens as likely as each other
         first = next((i for i in range(40) if mine.ids[i] != theirs.ids[i]), 40)
-        assert first >= 2
-        assert mine.logprobs[:first] == pytest.approx(theirs.logprobs[:first], abs=0.1)
+        assert mine.logprobs[: first + 1] == pytest.approx(theirs.logprobs[: first + 1], abs=0.1)
