@@ -131,7 +131,7 @@ class Weights:
             weight_EOD = self.raw(prefix)[experts].to(device=self.device, dtype=self.dtype).transpose(1, 2)
             return split_gate_up(weight_EOD) if projection == "gate_up_proj" else weight_EOD.contiguous()
         blocks, scales = (self.raw(prefix + part)[experts].to(self.device) for part in ("_blocks", "_scales"))
-        if pick_kernels(self.device) == "triton":
+        if pick_kernels(self.device, self.dtype) == "triton":
             from ossia.kernels.gpu.dequant import dequantize
 
             return dequantize(blocks, scales, self.dtype, split=projection == "gate_up_proj")

@@ -110,7 +110,9 @@ def _sum_rows(x, row_TK, out, width, K: tl.constexpr, BLOCK: tl.constexpr):
     tl.store(out + token * width + column, total.to(out.dtype.element_ty), mask=inside)
 
 
-def swiglu(h_NJ: Tensor, extra_NJ: Tensor | None, bias_EJ: Tensor, expert_N: Tensor, limit: float, alpha: float):
+def swiglu(
+    h_NJ: Tensor, extra_NJ: Tensor | None, bias_EJ: Tensor, expert_N: Tensor, limit: float, alpha: float
+) -> Tensor:
     """Clamped SwiGLU of h + extra + bias, J = 2 I: the gate half, then the up half. Returns (N, I)."""
     rows, width = len(h_NJ), h_NJ.shape[1] // 2
     out = h_NJ.new_empty(rows, width)

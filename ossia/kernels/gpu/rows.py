@@ -101,7 +101,8 @@ def rms_norm_backward(grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, inverse_T
 
 
 def rotate(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, back: bool) -> Tensor:
-    """Each head turned by its position's angle, or turned back, which is the gradient. Contiguous; (T, H, d)."""
+    """Each head turned by its position's angle, or turned back, which is the gradient. (T, H, d)."""
+    x_THd = x_THd.contiguous()
     tokens, heads, size = x_THd.shape
     out, block = torch.empty_like(x_THd), min(16, triton.next_power_of_2(heads))
     _rotate[(tokens, triton.cdiv(heads, block))](
