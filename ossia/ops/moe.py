@@ -1,7 +1,8 @@
 """Mixture of experts: route each token to its top k experts, sort by expert, one grouped matmul per projection.
 
 Only routed tokens are computed; nothing loops over experts. Own code because the router's softmax over the chosen, the
-clamped SwiGLU with (up + 1) and the per-expert adapters are gpt-oss's own. The grouped matmul is `F.grouped_mm`.
+clamped SwiGLU with (up + 1) and the per-expert adapters are gpt-oss's own. The grouped matmul is `F.grouped_mm`,
+and for bfloat16 on a CPU one in fewer sizes.
 Letters: T tokens, E experts, K experts per token, N = T * K routed rows sorted by expert, D hidden, I width, r rank.
 """
 
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ossia.kernels.cpu.grouped import grouped_mm
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,7 @@ def project(x_ND: Tensor, expert: Expert, ends_E: Tensor, lora_x_ND: Tensor | No
     lora_x_ND  the adapter's input where it differs from x (dropout)
     Returns    (N, out)
     """
-    y = F.grouped_mm(x_ND, expert.weight.transpose(1, 2), offs=ends_E)
+    y = grouped_mm(x_ND, expert.weight.transpose(1, 2), ends_E)
     if (extra := adapter_part(x_ND, expert, ends_E, lora_x_ND)) is not None:
         y = y + extra
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)
@@ -88,8 +91,8 @@ def adapter_part(x_ND: Tensor, expert: Expert, ends_E: Tensor, lora_x_ND: Tensor
     if expert.lora_a is None or expert.lora_b is None:
         return None
     a_ErD, b_EOr = _align_rank(expert.lora_a, expert.lora_b)
-    a_x = F.grouped_mm(x_ND if lora_x_ND is None else lora_x_ND, a_ErD.transpose(1, 2), offs=ends_E)
-    return F.grouped_mm(a_x, b_EOr.transpose(1, 2), offs=ends_E)
+    a_x = grouped_mm(x_ND if lora_x_ND is None else lora_x_ND, a_ErD.transpose(1, 2), ends_E)
+    return grouped_mm(a_x, b_EOr.transpose(1, 2), ends_E)
 
 
 def _align_rank(a_ErD: Tensor, b_EOr: Tensor) -> tuple[Tensor, Tensor]:
