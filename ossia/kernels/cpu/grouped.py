@@ -8,18 +8,26 @@ Letters: N rows sorted by expert, E experts, D in, O out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Product = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(x_ND, weight_EDO, ends_E) -> (N, O)."""
+
+
+def plain_grouped_mm(x_ND: Tensor, weight_EDO: Tensor, ends_E: Tensor) -> Tensor:
+    """torch's own, which asks for no number on the host. Returns (N, O)."""
+    return F.grouped_mm(x_ND, weight_EDO, offs=ends_E)
+
 
 def grouped_mm(x_ND: Tensor, weight_EDO: Tensor, ends_E: Tensor) -> Tensor:
-    """As `F.grouped_mm` with `offs`, which it is but for bfloat16 on a CPU. Returns (N, O)."""
+    """For many rows: the plain one, but for bfloat16 on a CPU. Returns (N, O)."""
     if x_ND.device.type == "cpu" and x_ND.dtype == torch.bfloat16:
         return _GroupedMm.apply(x_ND, weight_EDO, ends_E)
-    return F.grouped_mm(x_ND, weight_EDO, offs=ends_E)
+    return plain_grouped_mm(x_ND, weight_EDO, ends_E)
 
 
 def _pieces(ends: list[int]) -> Iterator[tuple[int, int, int]]:
