@@ -104,12 +104,13 @@ def rms_norm_backward(grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, inverse_T
 def rotate(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, back: bool, out: Tensor | None = None) -> Tensor:
     """Each head turned by its position's angle, or turned back, which is the gradient.
 
-    x_THd    tokens may lie apart, heads next to each other
+    x_THd    tokens may lie apart; heads that do are copied first
     out      where to write, x itself for example; None: a new tensor
     Returns  (T, H, d)
     """
     tokens, heads, size = x_THd.shape
-    assert x_THd.stride()[1:] == (size, 1)
+    if x_THd.stride()[1:] != (size, 1):
+        x_THd = x_THd.contiguous()
     out = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device) if out is None else out
     block = min(16, triton.next_power_of_2(heads))
     _rotate[(tokens, triton.cdiv(heads, block))](
