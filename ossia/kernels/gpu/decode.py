@@ -16,7 +16,8 @@ from torch import Tensor
 INTERPRETED = triton.knobs.runtime.interpret  # there tl.dot of bfloat16 is wrong: operands go in as float32
 _SLOTS = 64  # of the cache that a program looks at together
 _PROGRAMS = 512  # that keep a GPU busy
-_BYTES = 64  # of a packed row at a time: 128 weights
+# For tiles of so many rows: warps, and bytes of a packed row at a time. With fewer or more, registers spill.
+_SHAPES = {16: (4, 64), 32: (4, 32), 64: (8, 32)}
 
 
 @triton.jit
@@ -180,7 +181,7 @@ def choose(logits_BE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     slots = triton.next_power_of_2(top_k)
     _choose[(rows,)](logits_BE, experts, shares, num_experts, K=top_k, SLOTS=slots, EXPERTS=padded, num_warps=1)
     _sort[(triton.cdiv(choices, 32),)](
-        experts, order, row, ends, choices, num_experts, ROWS=64, EXPERTS=padded, MINE=32
+        experts, order, row, ends, choices, num_experts, ROWS=32, EXPERTS=padded, MINE=32
     )
     return experts, shares, order, row, ends
 
@@ -343,6 +344,7 @@ def mixture(
     size = gate_up[0].shape[1] // 2
     tile = 16 if choices <= 16 * num_experts else 32 if choices <= 32 * num_experts else 64
     tiles = min(choices, num_experts) + choices // tile
+    warps, step = _SHAPES[tile]
     padded = triton.next_power_of_2(num_experts)
 
     def adapter(lora_a: Tensor | None, x: Tensor, per_token: bool) -> tuple[Tensor, int]:
@@ -352,7 +354,7 @@ def mixture(
         out = torch.empty((choices, rank), dtype=torch.float32, device=x.device)
         _shrink[(choices,)](
             x, lora_a, experts, order, out, top_k, x.shape[1], rank, PER_TOKEN=per_token,
-            RANK=triton.next_power_of_2(rank), BLOCK=512,
+            RANK=triton.next_power_of_2(rank), BLOCK=256,
         )  # fmt: skip
         return out, rank
 
@@ -361,15 +363,16 @@ def mixture(
     hidden = torch.empty((choices, size), dtype=x_BD.dtype, device=x_BD.device)
     _gate_up[(tiles, triton.cdiv(size, 32))](
         x_BD, order, ends, blocks, scales, bias, a_x, bias if lora_b is None else lora_b, hidden, num_experts, top_k,
-        width, size, rank, limit, alpha, EXPERTS=padded, ROWS=tile, COLUMNS=32, BYTES=_BYTES,
-        RANK=_padded_rank(rank), AS_FLOAT=INTERPRETED,
+        width, size, rank, limit, alpha, EXPERTS=padded, ROWS=tile, COLUMNS=32, BYTES=step,
+        RANK=_padded_rank(rank), AS_FLOAT=INTERPRETED, num_warps=warps,
     )  # fmt: skip
     blocks, scales, bias, lora_a, lora_b = down
     a_x, rank = adapter(lora_a, hidden, False)
     y = torch.empty((choices, width), dtype=x_BD.dtype, device=x_BD.device)
     _down[(tiles, triton.cdiv(width, 32))](
         hidden, ends, blocks, scales, a_x, bias if lora_b is None else lora_b, y, num_experts, size, width, rank,
-        EXPERTS=padded, ROWS=tile, COLUMNS=32, BYTES=_BYTES, RANK=_padded_rank(rank), AS_FLOAT=INTERPRETED,
+        EXPERTS=padded, ROWS=tile, COLUMNS=32, BYTES=step, RANK=_padded_rank(rank), AS_FLOAT=INTERPRETED,
+        num_warps=warps,
     )  # fmt: skip
     return combine(y, None, bias, shares, row, experts, residual_BD), experts
 
