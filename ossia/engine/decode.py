@@ -288,10 +288,10 @@ class FusedLayer:
     """`DecodeLayer` by Triton's kernels: the cache is read where it is, packed experts are computed as they are."""
 
     def __init__(self, model: Transformer, layer: Layer, lane: Lane) -> None:
-        from ossia.kernels.gpu import decode, rows
+        from ossia.kernels.gpu import decode, decode_experts, rows
 
         self.index, self.lane, self._model, self._layer = layer.index, lane, model, layer
-        self._decode, self._rows = decode, rows
+        self._decode, self._experts, self._rows = decode, decode_experts, rows
         prefix = f"model.layers.{layer.index}.mlp.experts"
         self._packed = None
         if not keeps_experts(model):
@@ -318,7 +318,7 @@ class FusedLayer:
         normed, _ = self._rows.rms_norm(x_BD, layer.post_norm_D, a.rms_eps)
         logits_BE = linear(normed, layer.router)
         if self._packed is not None:
-            return self._decode.mixture(
+            return self._experts.mixture(
                 x_BD, normed, logits_BE, a.experts_per_token, *self._packed, a.swiglu_limit, a.swiglu_alpha
             )
         experts_Bk, shares_Bk, order_N, row_Bk, ends_E = self._decode.choose(logits_BE, a.experts_per_token)
