@@ -27,7 +27,8 @@ Projection = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
 
 ALONE = 2  # tokens up to which each choice goes by itself
 ALONE_ROWS, ALONE_GROUPS = 32, 16  # of a program, and at a time
-TILES = {16: (64, 16, 4, 4), 32: (128, 16, 4, 8), 64: (128, 16, 3, 8)}
+FIRST_TILE = 16  # tokens, at least
+TILES = {16: (64, 16, 4, 4), 32: (128, 16, 4, 8), 64: (64, 16, 3, 4)}
 """By a tile's tokens: its rows of weights, words at a time, stages, warps."""
 _LIFT = tl.constexpr(2.0**100)  # of inputs, or their products with codes, which are tiny, would lose bits
 _LOWER = tl.constexpr(2.0**26)  # codes are 2^-126 of their values: 2^126 / _LIFT
@@ -347,7 +348,7 @@ class _Routed:
             else:
                 _down_alone[grid](*inputs, a_x, factors, out, rank, **sizes)
             return
-        tokens = min(max(16, triton.next_power_of_2(triton.cdiv(2 * choices, num_experts))), 64)
+        tokens = min(max(FIRST_TILE, triton.next_power_of_2(triton.cdiv(2 * choices, num_experts))), 64)
         rows, step, stages, warps = TILES[tokens]
         sizes |= {"EXPERTS": triton.next_power_of_2(num_experts), "TOKENS": tokens, "ROWS": rows, "STEP": step}
         sizes |= {"RANK": rank and max(16, triton.next_power_of_2(rank)), "STAGES": stages, "AS_FLOAT": INTERPRETED}
