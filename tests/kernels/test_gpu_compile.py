@@ -42,7 +42,7 @@ kernels = [
     (decode._choose, (floats, ids, floats, size), {"K": 4, "SLOTS": 4, "EXPERTS": 128}, 1),
     (decode._sort, (ids, ids, ids, whole, size, size), {"ROWS": 32, "EXPERTS": 128, "MINE": 32}, 4),
     (decode_experts._shrink, (floats, floats, ids, ids, floats, size, size),
-     {"PER_TOKEN": True, "ALONE": False, "WORDS": 360, "RANK": 16, "BLOCK": 1024}, 8),
+     {"PER_TOKEN": True, "ALONE": False, "WORDS": 360, "BLOCK": 4096}, 4),
     (decode_experts._route, (floats, ids, floats, ids, floats, numbers, size),
      {"K": 4, "SLOTS": 4, "EXPERTS": 128, "WORDS": 360, "BLOCK": 4096}, 4),
     (decode_experts._gate_up_alone, (numbers, ids, whole, "*u8", *[floats] * 3, numbers, size, size, real, real),

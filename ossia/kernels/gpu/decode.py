@@ -1,9 +1,9 @@
-"""Decoding: attention of one token a sequence over the paged cache, and experts computed from their packed weights.
+"""Decoding: attention of one token a sequence over the paged cache, and which experts it goes to.
 
 Nothing here waits for the device or has a shape that depends on what is there, so a CUDA graph can hold a step.
-Reference: `engine.cache.attend_cached`, `ops.moe`. Letters: B sequences, H query heads, K key-value heads, G = H / K, d
-head size, R rows of the block table, M blocks of a row, E experts, k experts a token, N = B * k rows sorted by expert,
-I expert width, D hidden, r rank.
+Reference: `engine.cache.attend_cached`, `ops.moe.route`. Letters: B sequences, H query heads, K key-value heads,
+G = H / K, d head size, R rows of the block table, M blocks of a row, E experts, k experts a token, N = B * k rows
+sorted by expert.
 """
 
 from __future__ import annotations

@@ -66,26 +66,21 @@ def _route(
 @triton.jit
 def _shrink(
     x, lora_a, experts, order, out, top_k, rank, PER_TOKEN: tl.constexpr, ALONE: tl.constexpr, WORDS: tl.constexpr,
-    RANK: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A x of one row, whose x is its token's (PER_TOKEN) or its own; rounded as a matrix product would round it."""
-    row = tl.program_id(0).to(tl.int64)
+    """One number of A x of one row, whose x is its token's (PER_TOKEN) or its own; rounded as a product would be."""
+    row, r = tl.program_id(0).to(tl.int64), tl.program_id(1)
     choice = row if ALONE else tl.load(order + row)
     expert = tl.load(experts + choice)
     x_at = (choice // top_k if PER_TOKEN else row) * 8 * WORDS
-    r = tl.arange(0, RANK)
-    total = tl.zeros((RANK,), tl.float32)
-    for start in range(0, 8 * WORDS, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        inside = column < 8 * WORDS
-        if ALONE:
-            value = tl.load(x + x_at + column % 8 * WORDS + column // 8, mask=inside, other=0) / _LIFT
-        else:
-            value = tl.load(x + x_at + column, mask=inside, other=0).to(tl.float32)
-        a_at = (expert * rank + r[:, None]) * 8 * WORDS + column[None]
-        factor = tl.load(lora_a + a_at, mask=(r[:, None] < rank) & inside[None], other=0).to(tl.float32)
-        total += tl.sum(factor * value[None], 1)
-    tl.store(out + row * rank + r, total.to(out.dtype.element_ty), mask=r < rank)
+    column = tl.arange(0, BLOCK)
+    inside = column < 8 * WORDS
+    if ALONE:
+        value = tl.load(x + x_at + column % 8 * WORDS + column // 8, mask=inside, other=0) / _LIFT
+    else:
+        value = tl.load(x + x_at + column, mask=inside, other=0).to(tl.float32)
+    factor = tl.load(lora_a + (expert * rank + r) * 8 * WORDS + column, mask=inside, other=0).to(tl.float32)
+    tl.store(out + row * rank + r, tl.sum(factor * value, 0).to(out.dtype.element_ty))
 
 
 @triton.jit
@@ -334,9 +329,9 @@ class _Routed:
         if lora_a is not None:
             rank = lora_a.shape[1]
             a_x = torch.empty((choices, rank), dtype=self.dtype, device=x.device)
-            _shrink[(choices,)](
+            _shrink[(choices, rank)](
                 x, lora_a, self.experts_Bk, self.order_N, a_x, top_k, rank, PER_TOKEN=bounds is not None,
-                ALONE=self.alone, WORDS=sizes["WORDS"], RANK=triton.next_power_of_2(rank), BLOCK=1024, num_warps=8,
+                ALONE=self.alone, WORDS=sizes["WORDS"], BLOCK=triton.next_power_of_2(x.shape[1]),
             )  # fmt: skip
         factors = bias if lora_b is None else lora_b
         if self.alone:
