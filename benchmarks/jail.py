@@ -1,12 +1,12 @@
 """Question: how many fresh jails a second do two cores give, and what does a flood of hanging programs cost a run?
 
-Run: python -m benchmarks.jail      Needs: 2 cores, 3 minutes      Answer quoted in: docs/rl.md
+Run: python -m benchmarks.jail      Needs: 2 quiet cores, 3 minutes      Answer quoted in: docs/rl.md
 
 A jail is counted whole: the code goes in, is loaded, called once, its answer judged, its process ended. The flood is in
 a step of a run: the demo shape with random weights samples 64 answers, each of which is judged by a program of its own,
 on as many threads as the recipe's default, while others are still being sampled. Of these programs so many hang, and
 each may take its time limit: its share. What the step takes longer than one whose programs are all short, over that
-share, has to be at most 1.
+share, has to be at most 1, but for a fiftieth that a clock may be off.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from ossia.rl.rollout import Rollout
 from ossia.rl.sampler import EngineSampler
 from ossia.rl.tasks import NamedEnv, TaskStream
 
-GOAL_PER_S, GOAL_COST = 400, 1.0
+GOAL_PER_S, GOAL_COST = 400, 1.02
 PACKAGES = ("torch", "numpy")
 SHORT = "def solve(xs):\n    return sum(x * x for x in xs)\n"
 HANGING = {
@@ -165,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each count of jails")
     parser.add_argument("--repeats", type=int, default=7, help="counts of jails")
-    parser.add_argument("--every", type=int, default=5, help="one of so many programs hangs")
+    parser.add_argument("--every", type=int, default=4, help="one of so many programs hangs")
     parser.add_argument("--floods", type=int, default=3, help="steps of each kind")
     options = parser.parse_args()
     torch.set_num_threads(1)
