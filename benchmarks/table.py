@@ -122,7 +122,8 @@ def jail_lines() -> Iterator[str]:
         "one that is there."
     )
     yield ""
-    yield f"| a step in which {flood['hanging']} of {flood['programs']} programs hang | takes longer by | their limits |"
+    hanging = f"{flood['hanging']} of {flood['programs']} programs hang"
+    yield f"| a step in which {hanging} | takes longer by | their limits |"
     yield "|---|---|---|"
     for kind, share_s in flood["share_s"].items():
         yield f"| {kind} | {flood['cost'][kind] * share_s:.2f} s | {share_s:.0f} s |"
