@@ -82,6 +82,7 @@ class Outside:
         self._held = ExitStack()
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._held.callback(self._libc.prctl, _PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)  # who else would bury orphans then?
         self._folder = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="ossia-attack-")))
         self._mark = self._folder.name.rpartition("-")[2]
         self._memory = ctypes.create_string_buffer(_UNTOUCHED, len(_UNTOUCHED))
@@ -97,6 +98,8 @@ class Outside:
         self._places = {}
         for place in (self._folder, self._folder / "lib"):
             self._places[self._libc.inotify_add_watch(self._notes, os.fsencode(place), sum(_WATCHED))] = place
+        self._near, self._far = (self._held.enter_context(end) for end in socket.socketpair())
+        self._pings = 0
         self._victim = self._bring_victim()
         self._held.callback(self._end_victim)
         self._before: dict[str, Any] = {}
@@ -158,9 +161,22 @@ class Outside:
             file.chmod(0o666)
 
     def _bring_victim(self) -> subprocess.Popen[bytes]:
-        """A process of the user that jails run as."""
+        """A process of the user that jails run as; it sends back what it is sent."""
         who: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-        return subprocess.Popen(["sleep", "3600"], cwd="/", env={}, **who)
+        return subprocess.Popen(["cat"], stdin=self._far, stdout=self._far, cwd="/", env={}, **who)
+
+    def _victim_lives(self) -> bool:
+        """Whether it still answers: one that was sent a signal never does, also before that has reached it."""
+        self._pings = (self._pings + 1) % 256
+        self._near.send(bytes([self._pings]))
+        deadline = time.monotonic() + _END_S
+        while time.monotonic() < deadline and self._victim.poll() is None:
+            state = _state_of(self._victim.pid)
+            if state not in ("R", "S", "D"):
+                return False
+            if select.select([self._near], [], [], 0.005)[0] and self._near.recv(4096)[-1] == self._pings:
+                return True
+        return False
 
     def _end_victim(self) -> None:
         self._victim.kill()
@@ -200,8 +216,8 @@ class Outside:
 
     def _processes(self) -> list[str]:
         found = []
-        ended, state = self._victim.poll() is not None, _state_of(self._victim.pid)
-        if ended or state not in ("R", "S", "D"):
+        if not self._victim_lives():
+            ended = self._victim.poll() is not None
             found.append("ended another process" if ended else "stopped or traced another process")
             self._end_victim()
             self._around -= {self._victim.pid}

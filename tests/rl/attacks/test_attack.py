@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import socket
@@ -147,6 +148,18 @@ def test_a_text_attack_speaks_of_the_question_or_is_left_out() -> None:
         target = find_target(task(question), final("1"), "x")
         turns = target.turns(restated, task(question), {})
         assert (None if turns is None else turns[0].answer()) == said
+
+
+def test_its_traps_leave_the_process_as_it_was() -> None:
+    def kin() -> int:
+        word = ctypes.c_int()
+        ctypes.CDLL(None).prctl(37, ctypes.byref(word), 0, 0, 0)  # PR_GET_CHILD_SUBREAPER
+        return word.value
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    with Outside():
+        assert kin() == 1
+    assert (kin(), sorted(os.listdir("/proc/self/fd"))) == (0, before)
 
 
 @pytest.fixture(scope="module")
