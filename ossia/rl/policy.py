@@ -124,7 +124,7 @@ class Policy:
             )
         rewards = [[one.reward for one in group.samples if one.reward is not None] for group in sampled.groups]
         if warning := self.alarm.see(rewards, metrics["answer_tokens"]):
-            metrics["alarm"] = warning
+            metrics |= {"alarm": warning.words, "alarm_kind": warning.kind}
         return metrics
 
     def _sample(self, asked: list[Asked], step: int) -> Sampled:

@@ -14,6 +14,7 @@ import json
 import math
 import operator
 import os
+import platform
 import random
 import resource
 import select
@@ -57,6 +58,7 @@ _CHANGES = (
 _LIMITS = tuple(number for name, number in vars(resource).items() if name.startswith("RLIMIT_"))
 _STATUS = ("Umask", "Uid", "Gid", "SigBlk", "SigIgn", "SigCgt", "NoNewPrivs", "Seccomp:")
 _PR_SET_CHILD_SUBREAPER = 36
+_KEYCTL, _KEYCTL_REVOKE = {"x86_64": 250, "aarch64": 219}, 3
 _EVENT = struct.Struct("iIII")
 _WATCHED = {
     0x2: "changed",
@@ -123,7 +125,7 @@ class Outside:
 
     def touched(self) -> list[str]:
         """What isn't as it was, in words; what can be is put back."""
-        found = [*self._files(), *self._callers(), *self._processes()]
+        found = [*self._files(), *self._keys(), *self._callers(), *self._processes()]
         state = self._state()
         found += [f"changed {name} of the judge" for name, value in self._before.items() if state.get(name) != value]
         if self._memory.raw != _UNTOUCHED:
@@ -203,6 +205,16 @@ class Outside:
             self.remember()
         return list(found)
 
+    def _keys(self) -> list[str]:
+        """A key that was left with the kernel; it is revoked."""
+        with contextlib.suppress(FileNotFoundError):  # a kernel without them
+            lines = Path("/proc/keys").read_text(encoding="utf-8", errors="replace").splitlines()
+            mine = [line.split()[0] for line in lines if self._mark in line and not line.split()[1].startswith("IR")]
+            for number in mine:
+                self._libc.syscall(_KEYCTL[platform.machine()], _KEYCTL_REVOKE, ctypes.c_int(int(number, 16)))
+            return ["left a key with the kernel"] if mine else []
+        return []
+
     def _callers(self) -> list[str]:
         found = []
         for name, listening in (("TCP", self._tcp), ("a Unix socket", self._unix)):
@@ -254,6 +266,7 @@ class Outside:
             "the processors": os.sched_getaffinity(0),
             "the descriptors": sorted(os.listdir("/proc/self/fd")),
             "the signals or rights": [line for line in status.splitlines() if line.startswith(_STATUS)],
+            "the namespaces": _namespaces(),
             "the timers": [(left > 0, every) for left, every in map(signal.getitimer, (0, 1, 2))],
             "tracing": (sys.gettrace(), sys.getprofile(), sys.getrecursionlimit(), gc.isenabled(), gc.get_threshold()),
             "gc's callbacks": len(gc.callbacks),
@@ -287,6 +300,16 @@ def _state_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
     return ""
+
+
+def _namespaces() -> list[str]:
+    """Those that any thread of this process is in."""
+    found: set[str] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(FileNotFoundError):  # it has ended
+            folder = f"/proc/self/task/{thread}/ns"
+            found |= {os.readlink(f"{folder}/{name}") for name in os.listdir(folder)}
+    return sorted(found)
 
 
 def _command(pid: int) -> str:
