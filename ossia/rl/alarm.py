@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 WINDOW = 8
 LOST = 0.5  # of what the best mean was above the lowest reward
-ERRORS = 2.0  # standard errors that a loss has to have, so that few samples a step don't make one by chance
+ERRORS = 1.5  # standard errors that a loss has to have, so that few samples a step don't make one by chance
 STUCK = 0.75  # of the groups
 JUMP, SHORTER = 0.3, 0.6
 

@@ -43,7 +43,7 @@ def test_a_collapse_to_nothing_is_called_one_although_nothing_is_left_to_learn_f
 
 
 def test_a_mean_that_falls_by_chance_is_no_collapse() -> None:
-    lucky = [step(0.1)] * 2 + [step(0.0)] * 14 + [step(0.1)] * 3
+    lucky = [step(0.1)] + [step(0.0)] * 14 + [step(0.1)] * 2
     assert "collapsing" not in told(lucky)
 
 
