@@ -94,7 +94,7 @@ def test_a_server_that_dies_ends_the_run_with_what_to_do_and_the_run_goes_on_wit
     assert told.startswith(f"rl.rollout: {made.url}: can't be reached: ")
     assert f"vllm serve {Path(recipe.model).resolve()} --enable-lora --max-loras 1 --max-lora-rank 8" in told
     assert f"then go on: {recipe.resume_command}" in told
-    assert "Traceback" not in told
+    assert told.count("next:") == 1
     before = lines(recipe.output / "samples.jsonl")
     made.state.dies_after = None  # it is started again, and still has what the run had left there
     steps, samples = train(recipe, resume=True)

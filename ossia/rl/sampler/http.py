@@ -92,7 +92,9 @@ class HttpSampler:
             for _ in mine:
                 number, answer = done.get()
                 if isinstance(answer, ServerError):
-                    raise self.served.error(str(answer)) from answer
+                    # one that isn't there any more had the right address
+                    told = str(answer) if answer.status is not None else str(answer).partition("\n")[0]
+                    raise self.served.error(told) from answer
                 yield number, answer
         finally:
             over.set()
