@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,10 +13,12 @@ import pytest
 import torch
 
 from ossia import grpo
-from ossia.config import Recipe
+from ossia.config import Recipe, load_recipe
 from ossia.errors import RunError
 from ossia.model.lora import Lora
+from ossia.train.step import train_step
 from tests.conftest import MakeTiny
+from tests.rl.conftest import RecipeFor
 from tests.rl.test_grpo import Quiet, lines, steps_of
 from tests.rl.vllm_like import MODEL, VllmLike, serving
 from tests.shapes import LEAST
@@ -29,8 +32,11 @@ class Rig:
     def __init__(self, state: VllmLike, url: str, recipe_of: RecipeOf) -> None:
         self.state, self.url, self._recipe_of = state, url, recipe_of
 
-    def recipe(self, **changes: Any) -> Recipe:
-        return self._recipe_of(more=f'rollout: "{self.url}"', **changes)
+    def more(self, *, asynchronous: bool = False) -> str:
+        return f'rollout: "{self.url}"' + (", async: 1" if asynchronous else "")
+
+    def recipe(self, *, asynchronous: bool = False, **changes: Any) -> Recipe:
+        return self._recipe_of(more=self.more(asynchronous=asynchronous), **changes)
 
 
 @pytest.fixture
@@ -102,6 +108,51 @@ def test_a_server_that_dies_ends_the_run_with_what_to_do_and_the_run_goes_on_wit
     saved = [sample for sample in before if sample["step"] <= 2]
     assert samples[: len(saved)] == saved
     assert short(sorted(made.state.loaded)) == ["v4"]
+
+
+def bits(recipe: Recipe) -> tuple[bytes, bytes]:
+    run = recipe.output
+    return (run / "adapter" / "adapter_model.safetensors").read_bytes(), (run / "samples.jsonl").read_bytes()
+
+
+def test_the_next_batch_is_sampled_while_one_is_trained_with_the_adapter_before_that_update(
+    rig: Callable[..., Rig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, together = rig(), []
+
+    def train_beside(*args: Any, **options: Any) -> Any:
+        """Trains once the server is asked for more, or after some seconds."""
+        before, waiting = len(made.state.asked), time.monotonic() + 1.5
+        while len(made.state.asked) == before and time.monotonic() < waiting:
+            time.sleep(0.005)
+        together.append(len(made.state.asked) > before)
+        return train_step(*args, **options)
+
+    monkeypatch.setattr("ossia.rl.policy.train_step", train_beside)
+    recipe = made.recipe(steps=5, asynchronous=True)  # a checkpoint after every second step, none of them looks ahead
+    steps, samples = train(recipe)
+    versions = {sample["step"]: sample["version"] for sample in samples if sample["split"] == "train"}
+    assert versions == {1: 0, 2: 0, 3: 2, 4: 2, 5: 4}
+    assert together == [True, False, True, False, False]
+    assert [event["mismatch"] < 1e-6 for event in steps] == [True, False, True, False, True]  # by one update
+    assert all(event["mismatch"] < 0.02 and event["waited_s"] >= 0 for event in steps)
+
+
+def test_a_run_that_samples_ahead_goes_on_in_the_same_bits(
+    rig: Callable[..., Rig], rewarded: RecipeFor, tmp_path: Path
+) -> None:
+    made = rig()
+    whole, broken = (
+        load_recipe(rewarded(tmp_path / name, more=made.more(asynchronous=True), steps=5))
+        for name in ("whole", "broken")
+    )
+    train(whole)
+    made.state.dies_after = len(made.state.asked) + 3 + 3 + 2 + 3 * 12 + 2 + 5
+    with pytest.raises(RunError, match="can't be reached"):
+        train(broken)
+    made.state.dies_after = None
+    train(broken, resume=True)
+    assert bits(broken) == bits(whole)
 
 
 def test_a_server_that_is_not_there_is_told_before_a_weight_is_read(
