@@ -1,11 +1,10 @@
-"""Question: does a run learn from samples of a vLLM server, how far apart are the two, and what does sampling ahead save?
+"""Question: does a run learn from samples of a vLLM server, how far apart are the two, what does sampling ahead save?
 
 Run: python -m benchmarks.rollout_vllm MODEL URL      Needs: 2 cores, a server      Quoted in: docs/rl.md
 
-MODEL is one that sorts six digits now and then, as `first` in recipes/grpo-sort.yaml makes it, and the server has it with
-adapters on attention, which is all that vLLM's CPU build takes (docs/rl.md has the command). Three runs, each by `ossia
-train` as a person would type it: one batch after the other in float32; the same with `rl.async: 1`; and, with --dtype
-for a server of that type, the first one alone.
+MODEL is one that sorts six digits now and then, as `first` in recipes/grpo-sort.yaml makes it; the server has it with
+adapters on attention, which is all that vLLM's CPU build takes (docs/rl.md has the command). Runs are by `ossia train`,
+as a person would type it: one batch after the other, and in float32 another one with `rl.async: 1`.
 """
 
 from __future__ import annotations
