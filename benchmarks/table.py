@@ -149,6 +149,27 @@ def gpu_lines() -> Iterator[str]:
         yield ""
 
 
+def jail_lines() -> Iterator[str]:
+    """What the benchmark of the jail found."""
+    if (found := load("jail")) is None:
+        return
+    rates, ms, flood = found["jails_per_s"], found["median_ms"], found["flood"]
+    yield "## The jail (`benchmarks/jail.py`)"
+    yield ""
+    yield (
+        f"Fresh jails for short programs on {found['cores']} cores: {rates['2']:.0f} a second from two threads, "
+        f"{rates['1']:.0f} from one; {ms['jail']:.1f} ms for one alone, and {ms['call'] * 1e3:.0f} µs for a call into "
+        "one that is there."
+    )
+    yield ""
+    hanging = f"{flood['hanging']} of {flood['programs']} programs hang"
+    yield f"| a step in which {hanging} | takes longer by | their limits |"
+    yield "|---|---|---|"
+    for kind, share_s in flood["share_s"].items():
+        yield f"| {kind} | {flood['cost'][kind] * share_s:.2f} s | {share_s:.0f} s |"
+    yield ""
+
+
 def page() -> str:
     """docs/benchmarks.md."""
     lines = [
@@ -168,7 +189,7 @@ def page() -> str:
     lines += [*gpu_lines()]
     lines += ["## Generation, side by side in one run (`benchmarks/decode_cpu.py`)", "", *decode_rows(), ""]
     lines += ["## Generation beside llama.cpp (`benchmarks/decode_llamacpp.py`)", "", *llamacpp_rows(), ""]
-    lines += [*serving_lines()]
+    lines += [*serving_lines(), *jail_lines()]
     if demo := load("demo"):
         lines += [
             "## The demo (`benchmarks/demo.py`)",

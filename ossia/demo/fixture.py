@@ -26,7 +26,7 @@ FIXTURE_PLAN = Plan(
     tokens_per_step=1024,
     evaluations=1,
 )
-KEPT = 3  # contents in a cache folder
+KEPT = 6  # contents in a cache folder
 _DECIDES = (
     "config",
     "data",
