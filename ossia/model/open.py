@@ -20,7 +20,7 @@ from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
 from ossia.ops.memory import machine_memory
 
-WeightsChoice = Literal["auto", "resident", "mmap", "bf16"]
+WeightsChoice = Literal["auto", "resident", "stream", "mmap", "bf16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
