@@ -68,6 +68,7 @@ class ExportFormat(StrEnum):
     """What `ossia export` writes."""
 
     hf_bf16 = "hf-bf16"
+    peft = "peft"
     gguf = "gguf"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import socket
 from collections.abc import Iterable, Sequence
@@ -27,7 +28,7 @@ def listen(host: str, port: int) -> socket.socket:
         return listener
     except OSError as error:
         raise UserError(
-            f"can't listen on {host} port {port}: {error.strerror or error}\n"
+            f"can't listen on {host} port {port}: {os.strerror(error.errno) if error.errno else error}\n"
             "  next: choose another --port (0 takes any that is free) or --host"
         ) from None
 

@@ -327,7 +327,7 @@ def _not_meant(header: str, said: str, hosts: frozenset[str]) -> ApiError:
     return ApiError(words, status=403, code="host_not_allowed")
 
 
-_QUIET = ("/health", "/metrics", "/v1/ossia/info")  # asked for again and again by programs
+_QUIET = ("/health", "/metrics", "/v1/ossia/info", "/page")  # asked for again and again by programs
 _ROUTES = ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/models", *_QUIET, "/")
 
 

@@ -70,8 +70,11 @@ def test_what_cannot_be_opened_is_told_in_words(
 
 
 def test_a_run_folder_is_not_a_model_and_the_message_says_what_is(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: x")
-    with pytest.raises(CheckpointError, match=f"run folder(.|\n)*--adapter {tmp_path}"):
+    (tmp_path / "recipe.yaml").write_text("model: some/model\ndata: y\n")
+    with pytest.raises(CheckpointError, match=r"run folder(.|\n)*it trains all weights(.|\n)*ossia export"):
+        model_folder(str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("model: some/model\ndata: y\nadapter: {}\n")
+    with pytest.raises(CheckpointError, match=f"run folder(.|\n)*some/model --adapter {tmp_path}"):
         model_folder(str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
