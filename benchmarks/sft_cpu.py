@@ -101,7 +101,7 @@ def ossia_worker(case: Case, folder: Path, threads: int) -> None:
     targets = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (RANK, ALPHA))
     model.use_adapter(Lora.fresh(model.arch, LoraSpec(targets), seed=0, device=model.device))
     optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    recompute = not keeps_activations(model, "auto", pack.num_tokens)
+    recompute = not keeps_activations(model, "auto", pack.num_tokens, pack.num_tokens)
 
     def step() -> dict[str, float]:
         start = time.perf_counter()

@@ -108,7 +108,7 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
     """The loop's job: AdamW over what is trainable, `train_step` on each step's packs."""
     train = recipe.train
     optimizer = adamw_of(recipe, model)
-    keep = keeps_activations(model, train.recompute, train.tokens_per_step)
+    keep = keeps_activations(model, train.recompute, train.tokens_per_step, train.tokens_per_pack)
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
 
     def step(packs: list[Pack], lr: float) -> Mapping[str, float]:

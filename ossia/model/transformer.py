@@ -75,7 +75,7 @@ class Transformer:
     trainable  what an optimizer may change: the adapter's tensors, or every weight of the model; empty where the model
                is only used
     backend    of attention; None: the fastest that is exact here
-    kernels    of what stands between the matrix products; None: Triton's on a GPU
+    kernels    of what stands between the matrix products; None: the fastest that is there
     """
 
     def __init__(
@@ -89,7 +89,7 @@ class Transformer:
         self.weights, self.lora = weights, lora
         self.trainable = lora.trainable if lora is not None else Trainable()
         self.backend: Backend = backend or pick_backend(weights.device, weights.dtype)
-        self.kernels: Kernels = kernels or pick_kernels(weights.device)
+        self.kernels: Kernels = kernels or pick_kernels(weights.device, weights.dtype)
         self._parts = parts_for(self.kernels)
 
     @property

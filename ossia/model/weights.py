@@ -158,7 +158,7 @@ class Weights:
             weight_EOD = self._packed(layer, prefix, experts).to(self.dtype).transpose(1, 2)
             return split_gate_up(weight_EOD) if projection == "gate_up_proj" else weight_EOD.contiguous()
         blocks, scales = (self._packed(layer, prefix + part, experts) for part in ("_blocks", "_scales"))
-        if pick_kernels(self.device) == "triton":
+        if pick_kernels(self.device, self.dtype) == "triton":
             from ossia.kernels.gpu.dequant import dequantize
 
             return dequantize(blocks, scales, self.dtype, split=projection == "gate_up_proj")

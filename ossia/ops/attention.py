@@ -375,7 +375,7 @@ def _include_sink(out: Tensor, lse: Tensor, sinks: Tensor) -> tuple[Tensor, Tens
 
 def _include_sink_in(out_THd: Tensor, lse_HT: Tensor, sinks_H: Tensor) -> tuple[Tensor, Tensor]:
     """`_include_sink` on a GPU: in one pass and in place where there is Triton. Returns (T, H, d), (H, T)."""
-    if pick_kernels(out_THd.device) == "triton":
+    if pick_kernels(out_THd.device, out_THd.dtype) == "triton":
         from ossia.kernels.gpu.rows import include_sink_
 
         include_sink_(out_THd, lse_HT, sinks_H)

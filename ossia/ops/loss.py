@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ossia.kernels import pick_kernels
+from ossia.kernels import passes_for, pick_kernels
 
 VOCAB_BLOCK = 4096
 ROW_BLOCK = 1024
@@ -76,7 +76,8 @@ def _scan_others(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, want_expected
     """Over all tokens but each row's target: log-sum-exp of the logits (N,), expected head row (N, D); both float32."""
     num_rows, num_vocab = len(h_ND), len(head_VD)
     h_ND = h_ND if h_ND.dtype != torch.float16 else h_ND.float()
-    take = _take_in_torch if pick_kernels(h_ND.device) == "torch" else _take_in_triton
+    kernels = pick_kernels(h_ND.device, h_ND.dtype)
+    take = _take_in_torch if kernels == "torch" else passes_for(kernels).exponentials_
     _, vocab_block = _blocks(h_ND.device)
     top_N = torch.full((num_rows,), -torch.inf, dtype=torch.float32, device=h_ND.device)
     total_N = torch.zeros(num_rows, dtype=torch.float32, device=h_ND.device)
@@ -107,12 +108,6 @@ def _take_in_torch(logits_NB: Tensor, column_N: Tensor, top_N: Tensor, total_N: 
     logits_NB.sub_(largest_N1).exp_()
     total_N.mul_(shrink_N).add_(logits_NB.sum(1, dtype=torch.float32))
     return shrink_N
-
-
-def _take_in_triton(logits_NB: Tensor, column_N: Tensor, top_N: Tensor, total_N: Tensor) -> Tensor:
-    from ossia.kernels.gpu.rows import exponentials_
-
-    return exponentials_(logits_NB, column_N, top_N, total_N)
 
 
 def _put_at_targets(block_NB: Tensor, column_N: Tensor, values_N: Tensor) -> None:

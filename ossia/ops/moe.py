@@ -1,7 +1,8 @@
 """Mixture of experts: route each token to its top k experts, sort by expert, one grouped matmul per projection.
 
 Only routed tokens are computed; nothing loops over experts. Own code because the router's softmax over the chosen, the
-clamped SwiGLU with (up + 1) and the per-expert adapters are gpt-oss's own. The grouped matmul is `F.grouped_mm`.
+clamped SwiGLU with (up + 1) and the per-expert adapters are gpt-oss's own. The grouped matmul is `F.grouped_mm`,
+and for bfloat16 on a CPU one in fewer sizes.
 Letters: T tokens, E experts, K experts per token, N = T * K routed rows sorted by expert, D hidden, I width, r rank.
 """
 
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ossia.kernels.cpu.grouped import Product, grouped_mm, plain_grouped_mm
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,27 +72,35 @@ class Expert:
     lora_b: Tensor | None = None
 
 
-def project(x_ND: Tensor, expert: Expert, ends_E: Tensor, lora_x_ND: Tensor | None = None) -> Tensor:
+def project(
+    x_ND: Tensor,
+    expert: Expert,
+    ends_E: Tensor,
+    lora_x_ND: Tensor | None = None,
+    product: Product = plain_grouped_mm,
+) -> Tensor:
     """Each row through its expert's projection, bias and adapter.
 
     x_ND       (N, in) rows sorted by expert
     lora_x_ND  the adapter's input where it differs from x (dropout)
     Returns    (N, out)
     """
-    y = F.grouped_mm(x_ND, expert.weight.transpose(1, 2), offs=ends_E)
-    if (extra := adapter_part(x_ND, expert, ends_E, lora_x_ND)) is not None:
+    y = product(x_ND, expert.weight.transpose(1, 2), ends_E)
+    if (extra := adapter_part(x_ND, expert, ends_E, lora_x_ND, product)) is not None:
         y = y + extra
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)
     return y + expert.bias.repeat_interleave(counts_E, dim=0, output_size=len(x_ND))
 
 
-def adapter_part(x_ND: Tensor, expert: Expert, ends_E: Tensor, lora_x_ND: Tensor | None) -> Tensor | None:
+def adapter_part(
+    x_ND: Tensor, expert: Expert, ends_E: Tensor, lora_x_ND: Tensor | None, product: Product = grouped_mm
+) -> Tensor | None:
     """What the adapter adds to each row, (N, out); None where there is none. Arguments as of `project`."""
     if expert.lora_a is None or expert.lora_b is None:
         return None
     a_ErD, b_EOr = _align_rank(expert.lora_a, expert.lora_b)
-    a_x = F.grouped_mm(x_ND if lora_x_ND is None else lora_x_ND, a_ErD.transpose(1, 2), offs=ends_E)
-    return F.grouped_mm(a_x, b_EOr.transpose(1, 2), offs=ends_E)
+    a_x = product(x_ND if lora_x_ND is None else lora_x_ND, a_ErD.transpose(1, 2), ends_E)
+    return product(a_x, b_EOr.transpose(1, 2), ends_E)
 
 
 def _align_rank(a_ErD: Tensor, b_EOr: Tensor) -> tuple[Tensor, Tensor]:
@@ -161,6 +172,7 @@ def mixture(
     adapt  what an adapter gets instead of its input (dropout), or None; called with the input and 5 or 6
     """
     gathered_ND = x_TD[routing.token_N]
-    hidden_NI = project(gathered_ND, gate_up, routing.ends_E, adapt(gathered_ND, 5))
+    hidden_NI = project(gathered_ND, gate_up, routing.ends_E, adapt(gathered_ND, 5), grouped_mm)
     hidden_NI = clamped_swiglu(hidden_NI, limit, alpha)
-    return residual_TD + combine(project(hidden_NI, down, routing.ends_E, adapt(hidden_NI, 6)), routing)
+    y_ND = project(hidden_NI, down, routing.ends_E, adapt(hidden_NI, 6), grouped_mm)
+    return residual_TD + combine(y_ND, routing)

@@ -76,7 +76,7 @@ class Policy:
         self.alarm, self.number = Alarm(), 0  # steps taken
         self.tokens_per_pack = train.tokens_per_pack
         tokens = rl.prompts * rl.group * recipe.max_length
-        self.recompute = not keeps_activations(model, train.recompute, tokens)
+        self.recompute = not keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
         self.counts = {"rollouts": 0, "reward_failures": 0, "truncated": 0, "equal_groups": 0, "skipped_updates": 0}
 
     # --- the loop's data: tasks

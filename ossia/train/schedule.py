@@ -1,9 +1,11 @@
 """Forward and backward of a whole step, layer by layer: every micro-batch through layer l before any through l + 1.
 
 A layer's weights are fetched (expanded from MXFP4, cast, later streamed or gathered) once a direction and step, however
-many micro-batches there are, and only one layer is ready at a time. Autograd works inside a layer; between layers go
-plain tensors. Kept are each layer's inputs (`recompute`) or its graph, from which expanded experts are left out: they
-are expanded again for the layer's backward. The gradient equals that of plain autograd.
+many micro-batches there are, and only one layer is ready at a time. Where there is nothing to make ready, one
+micro-batch goes through all layers and back before the next, so that only its activations are kept. Autograd works
+inside a layer; between layers go plain tensors. Kept are each layer's inputs (`recompute`) or its graph, from which
+expanded experts are left out: they are expanded again for the layer's backward. The gradient equals that of plain
+autograd.
 Letters: T tokens of a pack, D hidden, R rows whose prediction counts, M micro-batches.
 """
 
@@ -72,8 +74,29 @@ def forward_backward(
     recompute  keep only each layer's input and compute the layer again in backward
     dropout_seed  of this step, where the adapter has dropout
     """
-    micros = [Micro.of(model, pack) for pack in packs]
-    drops = [_dropout(model, dropout_seed, m) for m in range(len(micros))]
+    drops = [_dropout(model, dropout_seed, m) for m in range(len(packs))]
+    numbered = list(enumerate(packs))
+    together = [numbered] if prepares_layers(model) else [[one] for one in numbered]
+    return sum(_layer_major(model, some, loss_of, recompute, drops) for some in together)
+
+
+def prepares_layers(model: Transformer) -> bool:
+    """Whether a layer's weights take work to be ready: experts to be expanded, or trained float32 to be rounded."""
+    trains_all = bool(model.trainable.tensors) and model.lora is None
+    return model.dtype != torch.float32 if trains_all else model.weights.placement != "bf16"
+
+
+def _layer_major(
+    model: Transformer,
+    packs: Sequence[tuple[int, Pack]],
+    loss_of: LossOfLogprobs,
+    recompute: bool,
+    drops_of: Sequence[Dropout | None],
+) -> float:
+    """`forward_backward` of some of the micro-batches, each with its number."""
+    numbers = [number for number, _ in packs]
+    micros = [Micro.of(model, pack) for _, pack in packs]
+    drops = [drops_of[number] for number in numbers]
     last = model.arch.num_layers - 1
     embedded = _Embedding(model, micros)
     xs, kept = embedded.outputs, []
@@ -92,8 +115,9 @@ def forward_backward(
             ]
         kept.append((inputs, outputs if graph else None))
         xs = outputs
-    return_freed_memory(model.device)  # what the layers needed on the way; their kept activations stand between
-    loss, grads = _head_backward(model, micros, xs, loss_of, drops)
+    if prepares_layers(model):
+        return_freed_memory(model.device)  # what the layers needed on the way; their kept activations stand between
+    loss, grads = _head_backward(model, micros, xs, lambda logp, m, rows: loss_of(logp, numbers[m], rows), drops)
     del xs, outputs, layer
     for index in range(last, -1, -1):
         inputs, outputs = kept.pop()

@@ -17,7 +17,7 @@ from ossia.model.transformer import Transformer
 from ossia.ops.loss import weighted_nll
 from ossia.ops.memory import machine_memory, return_freed_memory
 from ossia.train.optim import AdamW
-from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs
+from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs, prepares_layers
 
 Recompute = Literal["auto", "always", "never"]
 
@@ -91,7 +91,7 @@ def evaluate_loss(model: Transformer, packs: Sequence[Pack]) -> EvalLoss:
     return EvalLoss(total / weight, weight, tokens, trained)
 
 
-def keeps_activations(model: Transformer, recompute: Recompute, tokens: int) -> bool:
+def keeps_activations(model: Transformer, recompute: Recompute, tokens: int, tokens_per_pack: int) -> bool:
     """Whether a step of `tokens` tokens keeps every layer's graph instead of computing each layer twice.
 
     `auto` keeps them where the estimate below stays under half of the GPU's free memory; on a CPU under a fifth of the
@@ -99,7 +99,8 @@ def keeps_activations(model: Transformer, recompute: Recompute, tokens: int) -> 
     """
     if recompute != "auto":
         return recompute == "never"
-    needed = tokens * graph_bytes_per_token(model)
+    kept_at_once = tokens if prepares_layers(model) else min(tokens, tokens_per_pack)
+    needed = kept_at_once * graph_bytes_per_token(model)
     if model.device.type == "cuda":
         return needed < torch.cuda.mem_get_info(model.device)[0] // 2
     return model.weights.placement == "bf16" and needed < machine_memory()[0] // 5

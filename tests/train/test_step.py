@@ -171,6 +171,24 @@ def test_a_streamed_step_sends_each_layer_twice_but_those_where_it_turns_round(t
         assert model.weights._stream.sent - before == 2 * (num_layers - 2) + (2 if step == 0 else 0)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_streamed_step_on_a_gpu_has_the_bits_of_a_resident_one(tiny: MakeTiny, recompute: bool) -> None:
+    packs, device = pack_samples(samples((60, 61, 20)), 70), torch.device("cuda")
+    results = []
+    for placement in ("resident", "stream", "stream"):
+        base = model_of(tiny)
+        weights = Weights(base.weights.checkpoint, placement, torch.bfloat16, device)
+        model = Transformer(weights, lora=base.lora.to(device))
+        on_device = [pack.to(device) for pack in packs]
+        results.append([gradients(model, on_device, recompute=recompute) for _ in range(3)])
+    for streamed in results[1:]:
+        for mine, theirs in zip(streamed, results[0], strict=True):
+            assert mine[0] == theirs[0]
+            assert all(torch.equal(mine[1][name], grad) for name, grad in theirs[1].items())
+
+
 def test_layers_asked_for_in_any_order_are_the_right_ones() -> None:
     host = [{"w": torch.full((3,), float(layer))} for layer in range(5)]
     stream = Stream(host, torch.device("cpu"))
