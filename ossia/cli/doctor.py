@@ -32,8 +32,8 @@ def examine() -> dict[str, Any]:
 
     Returns  what env.json of a run holds (versions, cpu, cores, ...); memory_bytes, memory_free_bytes, disk_free_bytes:
              int, the disk being the current folder's; devices: name, memory_bytes and free_bytes of each GPU; packages:
-             version or None by distribution; extras: True where all of an extra's packages are there; kernels: "triton",
-             "c" or "torch" by device, what training computes with between matrix products; jail: by level, "" where the
+             version or None by distribution; extras: True where all of an extra's packages are there; kernels: what
+             training computes with between matrix products, triton, c or torch by device; jail: by level, "" where the
              machine gives it, else why not
     """
     import torch
