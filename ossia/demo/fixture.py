@@ -26,13 +26,14 @@ FIXTURE_PLAN = Plan(
     tokens_per_step=1024,
     evaluations=1,
 )
-KEPT = 6  # contents in a cache folder
+KEPT = 3  # contents in a cache folder
 _DECIDES = (
     "config",
     "data",
     "demo",
     "export/merge.py",
     "harmony",
+    "kernels",
     "model",
     "ops",
     "run",
@@ -74,7 +75,8 @@ def content_hash(plan: Plan, seed: int) -> str:
 def _sources(package: Path) -> Iterator[Path]:
     for name in _DECIDES:
         path = package / name
-        yield from sorted(path.rglob("*.py")) if path.is_dir() else (path,)
+        found = sorted(path.rglob("*")) if path.is_dir() else (path,)
+        yield from (file for file in found if file.suffix in (".py", ".c", ".h"))
 
 
 def _forget_longest_unused(cache_dir: Path) -> None:
