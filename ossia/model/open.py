@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ossia.config import is_hub_name
+from ossia.config import is_hub_name, load_recipe
 from ossia.errors import CheckpointError, MissingExtraError, UserError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.arch import Arch
@@ -20,11 +20,12 @@ from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
 from ossia.ops.memory import machine_memory
 
-WeightsChoice = Literal["auto", "resident", "mmap", "bf16"]
+WeightsChoice = Literal["auto", "resident", "stream", "mmap", "bf16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 RECIPE_IN_RUN = "recipe.yaml"
+MODEL_IN_RUN = "model"  # where a run that trained all weights leaves them
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 _HUB_FOLDERS = ("original/*", "metal/*")  # the same weights once more, in other formats
 
@@ -79,12 +80,16 @@ def model_folder(model: str) -> Path:
             "  allowed: a checkpoint's folder, or owner/name on the Hugging Face hub, like openai/gpt-oss-20b"
         )
     if (folder / RECIPE_IN_RUN).is_file() and not (folder / CONFIG).is_file():
-        merged = folder / "model"
-        todo = f"its trained model is {merged}" if (merged / CONFIG).is_file() else "name the model that was trained"
-        raise CheckpointError(
-            f"{model}: this is a run folder, not a model\n"
-            f"  next: {todo}; an adapter goes on top with --adapter {model}, or into one folder with `ossia export`"
-        )
+        merged, recipe = folder / MODEL_IN_RUN, load_recipe(folder / RECIPE_IN_RUN)
+        if (merged / CONFIG).is_file():
+            todo = f"its trained model is {merged}"
+        elif recipe.adapter is None:
+            todo = "it trains all weights; make a model of its newest checkpoint with `ossia export`"
+        else:
+            todo = (
+                f"its adapter goes on what it trains: {recipe.model} --adapter {model}; into one folder: `ossia export`"
+            )
+        raise CheckpointError(f"{model}: this is a run folder, not a model\n  next: {todo}")
     return folder
 
 
