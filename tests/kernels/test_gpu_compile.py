@@ -17,7 +17,7 @@ import json, re, subprocess, sys, tempfile
 from triton import compile, knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ossia.kernels.gpu import decode, decode_experts, dequant, experts, rows
+from ossia.kernels.gpu import decode, decode_dense, decode_experts, dequant, experts, rows
 
 ids, numbers, floats, size, real = "*i64", "*fp32", "*bf16", "i32", "fp32"
 whole = "*i32"
@@ -54,6 +54,13 @@ kernels = [
     *((decode_experts._down_tile, (floats, whole, whole, "*u8", *[floats] * 3, size, size),
        {**tile, "TOKENS": tokens, "ROWS": of_w, "STEP": step, "STAGES": stages}, warps)
       for tokens, (of_w, step, stages, warps) in decode_experts.TILES.items()),
+    (decode_dense._shrink, (*[floats] * 4, size, real), {"WIDTH": 2880, "ALL": 4096}, 4),
+    (decode_dense._qkv, (*[floats] * 12, ids, floats, floats, size, real),
+     {"WIDTH": 2880, "ALL": 4096, "BLOCK": decode_dense._BLOCK, "HEADS": 64, "KV": 8, "HALF": 32,
+      "SHARE": decode_dense.PAIRS, "RANK": 64}, 4),
+    (decode_dense._shrink_plain, (*[floats] * 3, size), {"WIDTH": 4096, "ALL": 4096}, 4),
+    (decode_dense._add_product, (*[floats] * 7, size),
+     {"SIZE": 2880, "WIDTH": 4096, "BLOCK": decode_dense._BLOCK, "ROWS": decode_dense.PAIRS, "RANK": 16}, 4),
     (rows._exponentials, (floats, ids, *[numbers] * 3, size, size), {"BLOCK": 8192}, 8),
 ]
 for generation in map(int, sys.argv[1:]):
@@ -83,5 +90,5 @@ def test_every_kernel_compiles_for_every_generation_within_its_shared_memory_and
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 25 * len(SHARED_BYTES)
+    assert len(found) == 29 * len(SHARED_BYTES)
     assert [line for line in found if line[2] > SHARED_BYTES[line[0]] or line[3]] == []
