@@ -168,14 +168,14 @@ def _down_alone(
 
 @triton.jit
 def _weights(words, power, dtype: tl.constexpr):
-    """The values of words' codes, (rows, 8 words); a thread keeps what its words give, whose joins cost nothing."""
+    """Codes' values, (rows, groups, 4) words to (rows, 32 groups); a thread keeps its own, whose joins cost nothing."""
     c0, c4 = _value(words, power, 0, dtype), _value(words, power, 4, dtype)
     c2, c6 = _value(words, power, 2, dtype), _value(words, power, 6, dtype)
     c1, c5 = _value(words, power, 1, dtype), _value(words, power, 5, dtype)
     c3, c7 = _value(words, power, 3, dtype), _value(words, power, 7, dtype)
     even = tl.join(tl.join(c0, c4), tl.join(c2, c6))
     odd = tl.join(tl.join(c1, c5), tl.join(c3, c7))
-    return tl.reshape(tl.join(even, odd), (words.shape[0], 8 * words.shape[1]))
+    return tl.reshape(tl.join(even, odd), (words.shape[0], 32 * words.shape[1]))
 
 
 @triton.jit
@@ -191,15 +191,15 @@ def _together(
 ):  # fmt: skip
     """Rows of packed weights times a tile of inputs: (rows, tokens) float32."""
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    first_word = tl.arange(0, STEP)[None]
-    scale_at = scales + row[:, None] * (WORDS // 4)
-    byte = tl.load(scale_at + first_word // 4, mask=first_word < WORDS, other=0)
+    word, first_group = tl.arange(0, 4)[None, None], tl.arange(0, STEP // 4)[None, :, None]
+    row = row[:, None, None]
+    byte = tl.load(scales + row * (WORDS // 4) + first_group, mask=first_group < WORDS // 4, other=0)
     for start in tl.range(0, WORDS, STEP, num_stages=STAGES):
-        word, column = start + first_word, 8 * start + tl.arange(0, 8 * STEP)
-        words = tl.load(blocks + row[:, None] * WORDS + word, mask=word < WORDS, other=0)
+        column, group = 8 * start + tl.arange(0, 8 * STEP), start // 4 + first_group
+        words = tl.load(blocks + row * WORDS + group * 4 + word, mask=group < WORDS // 4, other=0)
         # single bytes can't be fetched ahead by the compiler, so the next step's are here
-        next_word = word + STEP
-        next_byte = tl.load(scale_at + next_word // 4, mask=next_word < WORDS, other=0)
+        next_group = group + STEP // 4
+        next_byte = tl.load(scales + row * (WORDS // 4) + next_group, mask=next_group < WORDS // 4, other=0)
         there = (column[:, None] < 8 * WORDS) & x_inside[None]
         values = tl.load(x + x_at[None] + column[:, None], mask=there, other=0)
         if AS_FLOAT:
