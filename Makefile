@@ -41,7 +41,7 @@ $(VENV)/.demo-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@touch $@
 
 $(VENV)/.dev-installed: pyproject.toml constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	$(PIP) install --quiet -c constraints.txt -e '.[dev,dev-gpu]'
 	@touch $@ $(VENV)/.demo-installed
 
 clean:

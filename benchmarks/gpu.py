@@ -15,26 +15,36 @@ import json
 import math
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.common import where, write_result
+from benchmarks.common import ROOT, where, write_result
+from ossia.config import load_recipe
 from ossia.data.pack import Pack
 from ossia.data.sample import Sample
 from ossia.engine import Engine
 from ossia.engine.cache import Cache
+from ossia.harmony.o200k import write_o200k_harmony
+from ossia.harmony.vocab import Vocabulary
 from ossia.model.arch import SHAPES, Arch
 from ossia.model.lora import Lora, LoraSpec
 from ossia.model.tiny import _distribution  # the same spread of values as `ossia tiny` draws
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
 from ossia.ops.mxfp4 import dequantize_mxfp4
+from ossia.rl.env import OneStep, Split, Task
+from ossia.rl.policy import Policy
+from ossia.rl.tasks import NamedEnv
+from ossia.run.start import adamw_of
+from ossia.run.trained import make_trainable
 from ossia.train.optim import AdamW
 from ossia.train.step import train_step
 
@@ -71,21 +81,38 @@ class Decode:
     steps: int = 32
 
 
+@dataclass(frozen=True)
+class Grpo:
+    """Whole steps of a policy as `ossia train` makes it: samples of a full length, a reward that means nothing."""
+
+    shape: str
+    prompts: int
+    group: int
+    new: int
+    placement: Placement
+    steps: int = 2
+
+
 # a case of the peer has the weights, ids and settings of the one before it
-CASES: dict[str, Train | Decode] = {
-    "train-4k": Train("20b", 4096, 4096, 4, "resident"),
-    "train-4k-transformers": Train("20b", 4096, 4096, 4, "bf16", peer=True),
-    "train-4k-keep": Train("20b", 4096, 4096, 4, "resident", recompute=False),
-    "train-4k-bf16": Train("20b", 4096, 4096, 4, "bf16"),
-    "train-4k-experts": Train("20b", 4096, 4096, 4, "resident", experts=True),
-    "train-2k-alone": Train("20b", 2048, 2048, 1, "resident"),
-    "train-16k": Train("20b", 16384, 16384, 1, "resident"),
-    "train-64k": Train("20b", 65536, 65536, 1, "resident", steps=2),
+CASES: dict[str, Train | Decode | Grpo] = {
     "decode-1": Decode("20b", 1, 4096, "resident"),
     "decode-64": Decode("20b", 64, 4096, "resident"),
     "decode-256": Decode("20b", 256, 4096, "resident"),
+    "decode-1-adapter": Decode("20b", 1, 4096, "resident", adapter=True),
     "decode-1-bf16": Decode("20b", 1, 4096, "bf16"),
     "decode-64-bf16": Decode("20b", 64, 4096, "bf16"),
+    "train-4k-keep": Train("20b", 16384, 4096, 1, "resident", recompute=False),
+    "train-4k": Train("20b", 16384, 4096, 1, "resident"),
+    "train-4k-packs": Train("20b", 4096, 4096, 4, "resident"),
+    "train-4k-packs-keep": Train("20b", 4096, 4096, 4, "resident", recompute=False),
+    "train-4k-transformers": Train("20b", 4096, 4096, 4, "bf16", peer=True),
+    "train-4k-experts": Train("20b", 16384, 4096, 1, "resident", experts=True),
+    "train-16k-stream": Train("20b", 16384, 4096, 1, "stream"),
+    "train-2k-stream": Train("20b", 2048, 2048, 1, "stream"),
+    "train-2k": Train("20b", 2048, 2048, 1, "resident"),
+    "train-64k": Train("20b", 65536, 65536, 1, "resident", steps=1),
+    "train-120b": Train("120b", 4096, 4096, 1, "resident", steps=2),
+    "grpo": Grpo("20b", 8, 8, 1024, "resident"),
 }
 
 
@@ -259,6 +286,48 @@ def decode(case: Decode, profile: Path | None) -> dict[str, Any]:
     }
 
 
+class Noise:
+    """Prompts of a sentence; a reward that two samples rarely share."""
+
+    def tasks(self, split: Split, seed: int) -> Iterator[Task]:
+        """See `rl.env.Env`."""
+        for number in count(seed):
+            text = f"Write down what comes to your mind when you hear the number {number}, and why."
+            yield Task({"messages": [{"role": "user", "content": text}]}, {}, str(number))
+
+    def open(self, task: Task, seed: int) -> OneStep:
+        """See `rl.env.Env`."""
+        return OneStep(lambda turn: (zlib.crc32(repr(turn.messages).encode()) / 2**32, {}))
+
+    def examples(self, task: Task) -> None:
+        """See `rl.env.Env`."""
+
+
+def grpo(case: Grpo, profile: Path | None) -> dict[str, Any]:
+    """Steps from prompts to the update; seconds of sampling, the reward beside it, and of training."""
+    model = build(case.shape, case.placement, None)
+    with TemporaryDirectory() as scratch:
+        vocab = Vocabulary.from_file(write_o200k_harmony(Path(scratch)))
+        changes = (
+            "model=openai/gpt-oss-20b", "dtype=bfloat16", "weights=resident", f"rl.prompts={case.prompts}",
+            f"rl.group={case.group}", f"rl.max_new={case.new}", "rl.mask_truncated=false", "rl.max_mismatch=1",
+            "rl.eval_tasks=0", "eval.every=0", f"max_length={case.new + 256}", f"adapter.targets={[*ATTENTION]}",
+            "adapter.rank=16", f"output={scratch}/run", "train.tokens_per_pack=16384", "train.tokens_per_step=16384",
+        )  # fmt: skip
+        recipe = load_recipe(ROOT / "recipes" / "grpo-sort.yaml", changes)
+        recipe.output.mkdir()
+        make_trainable(model, recipe)
+        policy = Policy(recipe, model, vocab, adamw_of(recipe, model), [NamedEnv("noise", Noise(), 1.0)])  # type: ignore[arg-type]
+        steps = []
+        for _ in range(case.steps):
+            torch.cuda.reset_peak_memory_stats()
+            found = policy.step(policy.next_step(), 1e-5)
+            names = ("sample_s", "train_s", "sampled_per_s", "answer_tokens", "mismatch", "tokens")
+            steps.append({name: found[name] for name in names})
+            steps[-1]["peak_reserved_bytes"] = torch.cuda.max_memory_reserved()
+    return {"seconds": [one["sample_s"] + one["train_s"] for one in steps], "steps": steps}
+
+
 def write_profile(step: Callable[[], None], file: Path) -> None:
     """Which kernels a step spends its time in."""
     with torch.profiler.profile(activities=list(torch.profiler.supported_activities())) as profiler:
@@ -285,7 +354,8 @@ def main() -> None:
         profile = None if options.profiles is None else options.profiles / f"{name}.txt"
         torch.cuda.reset_peak_memory_stats()
         try:
-            measured = train(case, profile) if isinstance(case, Train) else decode(case, profile)
+            run = {Train: train, Decode: decode, Grpo: grpo}[type(case)]
+            measured = run(case, profile)
         except torch.OutOfMemoryError as error:
             measured = {"failed": str(error).partition("\n")[0]}
         gc.collect()

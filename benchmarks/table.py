@@ -109,6 +109,67 @@ def serving_lines() -> Iterator[str]:
     yield ""
 
 
+GPU_WORDS = {
+    "train-4k-keep": "4 documents of 4,096 in a pack, activations kept",
+    "train-4k": "the same, activations computed again",
+    "train-4k-experts": "the same, and adapters of rank 8 on the experts",
+    "train-2k-stream": "2,048 tokens, experts streamed from the machine's memory",
+    "train-4k-packs-keep": "4 packs of 4,096, activations kept",
+    "train-4k-packs": "4 packs of 4,096, activations computed again",
+    "train-4k-transformers": "the same with transformers + peft, gradient checkpointing, bf16 weights",
+    "decode-1": "1 request",
+    "decode-1-adapter": "1 request, adapters on attention and experts",
+    "decode-64": "64 requests",
+    "decode-256": "256 requests",
+}
+
+
+def gpu_lines() -> Iterator[str]:
+    """What was measured on a GPU."""
+    results = [found for name in ("train", "stream", "peer", "decode") if (found := load(f"gpu-{name}")) is not None]
+    if not results:
+        return
+    where = results[0]["where"]
+    yield f"## On a GPU (`benchmarks/gpu.py`): {where['gpu']}, torch {where['versions']['torch']}"
+    yield ""
+    yield "gpt-oss-20b's shape with random weights in MXFP4, LoRA of rank 16 on attention, every token trained;"
+    yield "decoding steps alone, with 4,096 tokens of context a request."
+    yield ""
+    yield "| case | tok/s | peak GPU memory |"
+    yield "|---|---|---|"
+    for found in results:
+        for name, case in found["cases"].items():
+            rate, peak = case["tokens_per_second"], case["peak_reserved_bytes"] / 1e9
+            kind = "train" if name.startswith("train") else "decode"
+            yield f"| {kind}: {GPU_WORDS[name]} | {rate:,.0f} | {peak:.1f} GB |"
+    yield ""
+    if (peer := load("gpu-peer")) is not None:
+        losses = ", ".join(f"{case['losses'][0]:.3f}" for case in peer["cases"].values())
+        yield f"The sides had the same weights and ids; the losses of their first steps: {losses}."
+        yield ""
+
+
+def jail_lines() -> Iterator[str]:
+    """What the benchmark of the jail found."""
+    if (found := load("jail")) is None:
+        return
+    rates, ms, flood = found["jails_per_s"], found["median_ms"], found["flood"]
+    yield "## The jail (`benchmarks/jail.py`)"
+    yield ""
+    yield (
+        f"Fresh jails for short programs on {found['cores']} cores: {rates['2']:.0f} a second from two threads, "
+        f"{rates['1']:.0f} from one; {ms['jail']:.1f} ms for one alone, and {ms['call'] * 1e3:.0f} µs for a call into "
+        "one that is there."
+    )
+    yield ""
+    hanging = f"{flood['hanging']} of {flood['programs']} programs hang"
+    yield f"| a step in which {hanging} | takes longer by | their limits |"
+    yield "|---|---|---|"
+    for kind, share_s in flood["share_s"].items():
+        yield f"| {kind} | {flood['cost'][kind] * share_s:.2f} s | {share_s:.0f} s |"
+    yield ""
+
+
 def page() -> str:
     """docs/benchmarks.md."""
     lines = [
@@ -116,7 +177,7 @@ def page() -> str:
         "",
         "Made by `python -m benchmarks.table` from `benchmarks/results/`, where versions, device, commit, config",
         "and all repeats are. Ratios are what counts: absolute times are of one small machine without a GPU.",
-        "No GPU figure has been measured yet.",
+        "GPU figures are of one rented machine, and absolute.",
         "",
         "## Training, side by side in one run (`benchmarks/sft_cpu.py`)",
         "",
@@ -125,9 +186,10 @@ def page() -> str:
         "tok/s are trained tokens; memory is each process's own peak resident set. Both sides' first losses agree.",
         "",
     ]
+    lines += [*gpu_lines()]
     lines += ["## Generation, side by side in one run (`benchmarks/decode_cpu.py`)", "", *decode_rows(), ""]
     lines += ["## Generation beside llama.cpp (`benchmarks/decode_llamacpp.py`)", "", *llamacpp_rows(), ""]
-    lines += [*serving_lines()]
+    lines += [*serving_lines(), *jail_lines()]
     if demo := load("demo"):
         lines += [
             "## The demo (`benchmarks/demo.py`)",

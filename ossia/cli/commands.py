@@ -36,6 +36,7 @@ class Weights(StrEnum):
 
     auto = "auto"
     resident = "resident"
+    stream = "stream"
     mmap = "mmap"
     bf16 = "bf16"
 
@@ -67,6 +68,7 @@ class ExportFormat(StrEnum):
     """What `ossia export` writes."""
 
     hf_bf16 = "hf-bf16"
+    peft = "peft"
     gguf = "gguf"
 
 
@@ -316,6 +318,10 @@ def serve(
     ),
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0 takes any that is free.")] = 8000,
     api_key: Annotated[str | None, typer.Option("--api-key", metavar="KEY", help="What clients have to send.")] = None,
+    allow_hosts: Annotated[
+        list[str] | None,
+        typer.Option("--allow-host", metavar="NAME", help="Its name, beside localhost; several may be, * is any."),
+    ] = None,
     max_batch: Annotated[int, typer.Option("--max-batch", min=1, help="Answers generated at once.")] = 64,
     max_queue: Annotated[int, typer.Option("--max-queue", min=0, help="Answers that may wait; more get a 429.")] = 256,
     max_length: Annotated[
@@ -333,7 +339,7 @@ def serve(
     placed = (dtype, weights, device) != (Dtype.bfloat16, Weights.auto, Device.auto)
     batched = (max_batch, max_queue, max_length, int8_cache, drain) != (64, 256, None, False, 30.0)
     not_for_gguf = {
-        "--adapter": bool(adapters),
+        "--adapter or --allow-host": bool(adapters or allow_hosts),
         "--dtype, --weights or --device": placed,
         "--max-batch, --max-queue, --max-length, --int8-cache or --drain": batched,
     }
@@ -356,6 +362,7 @@ def serve(
         host=host,
         port=port,
         api_key=api_key,
+        allow_hosts=allow_hosts or (),
         max_batch=max_batch,
         max_queue=max_queue,
         max_length=max_length,

@@ -19,7 +19,7 @@ from ossia.errors import RecipeError
 
 # pydantic's own codes that need words of ours; every other code says "found this, expected that type".
 _CONSEQUENCE = "default_factory_not_called"  # another key of the section is wrong, and that is told already
-_LATER = {("method", "dpo"), ("weights", "stream")}  # planned; saying so is kinder than a guess
+_LATER = {("method", "dpo")}  # planned; saying so is kinder than a guess
 _TAGS = ("list", "mapping", "[key]")
 
 

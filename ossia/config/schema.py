@@ -292,9 +292,10 @@ class Recipe(Section):
     """Folder of a gpt-oss checkpoint, or a Hugging Face model (owner/name; extra `hub`)."""
     dtype: Literal["bfloat16", "float32", "float16"] = "bfloat16"
     """Type of activations and adapters."""
-    weights: Literal["auto", "resident", "mmap", "bf16"] = "auto"
-    """Where the model's weights are while training: `resident` in memory as they are in the checkpoint, `mmap` read
-    from the checkpoint's files as needed, `bf16` expanded to bfloat16; `auto` takes what fits."""
+    weights: Literal["auto", "resident", "stream", "mmap", "bf16"] = "auto"
+    """Where the weights are while training: `resident` on the device, packed, `stream` experts in the machine's memory,
+    sent to the GPU layer by layer, `mmap` in the checkpoint's files, `bf16` expanded to bfloat16; `auto` takes what
+    fits."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU where there is one."""
     adapter: AdapterConfig | None = Field(None, json_schema_extra=words("left out: all weights are trained"))
@@ -417,10 +418,10 @@ class Recipe(Section):
         return Clash(("train.tokens_per_pack", other), f"`train.tokens_per_pack` is {pack}; it has to be {allowed}")
 
     def _weights_clash(self) -> Clash | None:
-        if self.adapter is not None or self.weights != "mmap":
+        if self.adapter is not None or self.weights not in ("mmap", "stream"):
             return None
         why = (
-            "`weights` is mmap, which only reads the checkpoint's files, but without `adapter` all weights are trained"
+            f"`weights` is {self.weights}, which only reads the experts, but without `adapter` all weights are trained"
         )
         return Clash(("weights", "adapter"), f"{why}; add an `adapter` or write `weights: bf16`")
 

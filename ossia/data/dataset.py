@@ -288,7 +288,7 @@ def open_datasets(recipe: Recipe, vocab: Vocabulary, *, check: bool = True) -> D
     elif recipe.eval.split:
         train, held_out = split(train, recipe.eval.split, recipe.train.seed)
         sizes = [sum(map(len, part)) for part in (train, held_out)]
-        notes.append(f"eval.split {recipe.eval.split:g}: {sizes[0]:,} rows to train on, {sizes[1]:,} held out")
+        notes.append(_split_note(recipe.eval.split, *sizes))
     if check:
         for dataset in (*train, *held_out):
             require_trained(dataset)
@@ -340,6 +340,14 @@ def split(datasets: Sequence[Dataset], share: float, seed: int) -> tuple[tuple[D
         if mask.any():
             held_out.append(replace(dataset, chosen=np.flatnonzero(mask)))
     return tuple(train), tuple(held_out)
+
+
+def _split_note(share: float, num_train: int, num_held_out: int) -> str:
+    said = f"eval.split {share:g}: {num_train:,} rows to train on, {num_held_out:,} held out"
+    expected = share * (num_train + num_held_out)
+    if abs(num_held_out - expected) < 0.5 * expected + 1:
+        return said
+    return f"{said}; each row is drawn by itself, which for few rows may be far off: name rows in eval.data then"
 
 
 def in_order(datasets: Iterable[Dataset], statistics: Statistics | None = None) -> Iterator[Sample]:

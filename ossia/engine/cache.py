@@ -28,6 +28,7 @@ class Lane:
     """The caches of all layers of one kind.
 
     index     its place among the lanes, and so among a sequence's lists of blocks
+    int8      whether slots are of 8 bits
     window    tokens that these layers see, which is also the size of their one block; None: all of them
     block     slots of a block
     table_RM  int32: the blocks of each row. Position p of a row is in slot
@@ -45,7 +46,7 @@ class Lane:
         device: torch.device,
         int8: bool,
     ) -> None:
-        self.index, self.window, self.layers = index, window, tuple(layers)
+        self.index, self.window, self.layers, self.int8 = index, window, tuple(layers), int8
         self.block = window or FULL_BLOCK
         self._dtype, self._slot_shape = dtype, (2 * arch.num_kv_heads, arch.head_dim)
         stored = torch.int8 if int8 else dtype

@@ -23,8 +23,9 @@ from ossia.engine.head import Draw, Drawn, draw_plainly, step_norm
 from ossia.model.lora import Lora
 from ossia.model.transformer import Layer, Transformer
 from ossia.model.weights import Weights
+from ossia.ops.fused import parts_for
 from ossia.ops.linear import linear
-from ossia.ops.moe import Expert, clamped_swiglu_only, combine, project, route
+from ossia.ops.moe import Expert, Route, clamped_swiglu_only, combine, project, route
 from ossia.ops.rope import rope_tables
 
 if TYPE_CHECKING:
@@ -79,7 +80,8 @@ class StepContext:
     longest           of each lane: tokens of the longest row, as far as its slots are read
     cos_B1d, sin_B1d  rotary tables of each sequence's position; sin's first half negated, see `_rotate`
     slots             each lane's slots for this step's keys and values
-    masks             each lane's additive mask, or None
+    masks             each lane's additive mask; fused layers need none
+    position_B, cos_BF, sin_BF  for fused layers: positions, and the rotary tables as `ops.rope` makes them
     """
 
     row_B: Tensor
@@ -88,10 +90,15 @@ class StepContext:
     longest: dict[Lane, int]
     slots: dict[Lane, Tensor]
     masks: dict[Lane, Tensor]
+    position_B: Tensor
+    cos_BF: Tensor
+    sin_BF: Tensor
 
 
 class TorchDecoder:
-    """Any device and dtype. Rows of one adapter go together; several adapters are several turns through the layers.
+    """Any device and dtype, and on a GPU with Triton's kernels where they can (`fuses`).
+
+    Rows of one adapter go together; several adapters are several turns through the layers.
 
     lanes     each layer's lane
     adapters  the first is the model's own; None: the model without one
@@ -109,16 +116,19 @@ class TorchDecoder:
         *,
         grouped: bool | None = None,
     ) -> None:
+        self._fused = fuses(model, lanes)
         self._grouped = keeps_experts(model) and (model.device.type == "cuda" if grouped is None else grouped)
         self._models, self._lanes = [model], list(lanes)
-        self._layers: list[list[DecodeLayer]] = []
+        self._layers: list[list[DecodeLayer | FusedLayer]] = []
         self._tables = (torch.empty(0), torch.empty(0))
         self.use(adapters)
 
     def use(self, adapters: Sequence[Lora | None]) -> None:
         """See `Decoder.use`."""
         model = self._models[0]
-        others = [Transformer(model.weights, lora=lora, backend=model.backend) for lora in adapters[1:]]
+        others = [
+            Transformer(model.weights, lora=lora, backend=model.backend, kernels=model.kernels) for lora in adapters[1:]
+        ]
         self._models = [model, *others]
         self.refresh()
 
@@ -170,20 +180,27 @@ class TorchDecoder:
         longest = dict.fromkeys(lanes, 0 if static else int(length_B.max()))
         if static:
             longest = {lane: lane.reach for lane in lanes}
-        cos_T1d, sin_T1d = self._rotary(max(longest.values()))
+        cos_B1d, sin_B1d = (table.index_select(0, position_B) for table in self._rotary(max(longest.values())))
+        half = model.arch.head_dim // 2
         step = StepContext(
             row_B,
-            cos_T1d.index_select(0, position_B),
-            sin_T1d.index_select(0, position_B),
+            cos_B1d,
+            sin_B1d,
             longest,
             {lane: lane.row_slots(row_B, position_B) for lane in lanes},
-            {lane: lane.mask(length_B, longest[lane], model.dtype) for lane in lanes},
+            {} if self._fused else {lane: lane.mask(length_B, longest[lane], model.dtype) for lane in lanes},
+            position_B,
+            cos_B1d[:, 0, :half].contiguous(),
+            sin_B1d[:, 0, half:].contiguous(),
         )
         layers = self._layers[adapter]
         for index, lane in enumerate(self._lanes):
             if index == len(layers):
                 layer = model.fetch(index, expand=keeps_experts(model))
-                layers.append(DecodeLayer(model, layer, lane, one_by_one=not self._grouped))
+                if self._fused:
+                    layers.append(FusedLayer(model, layer, lane))
+                else:
+                    layers.append(DecodeLayer(model, layer, lane, one_by_one=not self._grouped))
             x_BD, experts_Bk = layers[index].forward(x_BD, step)
             if routes_LBk is not None:
                 routes_LBk[index] = experts_Bk
@@ -259,6 +276,57 @@ class DecodeLayer:
             return shares_Bk @ y_ND, experts_Bk
         y_BkD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(*experts_Bk.shape, -1)
         return torch.bmm(shares_Bk.unsqueeze(1), y_BkD).squeeze(1), experts_Bk
+
+
+def fuses(model: Transformer, lanes: Sequence[Lane]) -> bool:
+    """Whether layers can be `FusedLayer`: experts on the device, a cache that isn't of 8 bits."""
+    there = model.weights.placement == "resident" and model.weights.checkpoint.layout == "mxfp4"
+    return model.kernels == "triton" and (there or keeps_experts(model)) and not any(lane.int8 for lane in lanes)
+
+
+class FusedLayer:
+    """`DecodeLayer` by Triton's kernels: the cache is read where it is, packed experts are computed as they are."""
+
+    def __init__(self, model: Transformer, layer: Layer, lane: Lane) -> None:
+        from ossia.kernels.gpu import decode, rows
+
+        self.index, self.lane, self._model, self._layer = layer.index, lane, model, layer
+        self._decode, self._rows = decode, rows
+        prefix = f"model.layers.{layer.index}.mlp.experts"
+        self._packed = None
+        if not keeps_experts(model):
+            self._packed = tuple(
+                (*(model.weights.raw(f"{prefix}.{name}_{part}") for part in ("blocks", "scales")), *adapted)
+                for name, expert in (("gate_up_proj", layer.gate_up), ("down_proj", layer.down))
+                for adapted in [(expert.bias, expert.lora_a, expert.lora_b)]
+            )
+
+    def forward(self, x_BD: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
+        """As `DecodeLayer.forward`."""
+        a, lane, layer, num_rows = self._model.arch, self.lane, self._layer, x_BD.shape[0]
+        normed, _ = self._rows.rms_norm(x_BD, layer.input_norm_D, a.rms_eps)
+        qkv = torch.cat([linear(normed, part) for part in (layer.q, layer.k, layer.v)], dim=-1)
+        qkv = qkv.view(num_rows, -1, a.head_dim)
+        turned = qkv[:, : a.num_heads + a.num_kv_heads]
+        self._rows.rotate(turned, step.cos_BF, step.sin_BF, back=False, out=turned)
+        lane.write(self.index, step.slots[lane], qkv[:, a.num_heads :])
+        attended = self._decode.attend(
+            qkv[:, : a.num_heads], lane.pool(self.index), lane.table_RM, step.row_B, step.position_B, layer.sinks_H,
+            block=lane.block, window=lane.window, scale=a.head_dim**-0.5,
+        )  # fmt: skip
+        x_BD = x_BD + linear(attended.view(num_rows, -1), layer.o)
+        normed, _ = self._rows.rms_norm(x_BD, layer.post_norm_D, a.rms_eps)
+        logits_BE = linear(normed, layer.router)
+        if self._packed is not None:
+            return self._decode.mixture(
+                x_BD, normed, logits_BE, a.experts_per_token, *self._packed, a.swiglu_limit, a.swiglu_alpha
+            )
+        experts_Bk, shares_Bk, order_N, row_Bk, ends_E = self._decode.choose(logits_BE, a.experts_per_token)
+        routing = Route(shares_Bk, experts_Bk, order_N, order_N // a.experts_per_token, row_Bk, ends_E)
+        whole = parts_for("triton").mixture(
+            x_BD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, lambda *_: None
+        )
+        return whole, experts_Bk
 
 
 def keeps_experts(model: Transformer) -> bool:

@@ -2,8 +2,9 @@
 run; a graph launches them at once.
 
 One graph for each batch size, rounded up to a power of two; the rows that fill it up hold nobody's block. A graph keeps
-addresses, so it is captured anew when weights, tables or pools are others. Batches of several adapters, and experts
-that are packed, go without. Reference: `TorchDecoder.forward`; a test on any machine holds the shapes static.
+addresses, so it is captured anew when weights, tables or pools are others. Batches of several adapters go without, and
+so do packed experts that Triton's kernels can't take. Reference: `TorchDecoder.forward`; a test on any machine holds
+the shapes static.
 Letters: B sequences, D hidden, L layers, k experts a token.
 """
 
@@ -38,7 +39,7 @@ class _Captured:
 
 
 class GraphDecoder:
-    """`TorchDecoder` on a CUDA device, captured. The model's experts are expanded (see `keeps_experts`)."""
+    """`TorchDecoder` on a CUDA device, captured. The model's experts are expanded, or its layers are fused."""
 
     reads_prompts = False
 

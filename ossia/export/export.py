@@ -1,6 +1,7 @@
 """Export, top to bottom: open the source, write it, read it back, compare it, and only then give it its name.
 
-One entry of `_FORMATS` a folder that `Checkpoint.open` makes a model of again; beside them GGUF, a file.
+One entry of `_FORMATS` a folder that `Checkpoint.open` makes a model of again; beside them GGUF, a file, and PEFT's
+folder of the adapter alone.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -23,6 +25,7 @@ from ossia.export.verify import Agreement, changed_model, compare, fixed_texts, 
 from ossia.harmony import Vocabulary
 from ossia.model.arch import Layout
 from ossia.model.checkpoint import Checkpoint
+from ossia.model.peft import load_adapter, save_adapter
 from ossia.model.transformer import Transformer
 
 _FORMATS: dict[str, Layout] = {"hf-bf16": "bf16"}
@@ -40,7 +43,8 @@ def export_model(
 
     source     a run folder, or a model (a checkpoint's folder, or owner/name on the hub)
     to         hf-bf16: a Hugging Face folder with everything merged, in bfloat16; gguf: a file for llama.cpp, MXFP4
-               experts that weren't trained as they are, the rest merged
+               experts that weren't trained as they are, the rest merged; peft: the adapter alone, as `peft` and vLLM
+               load it
     output     a folder, for gguf a file, that isn't there yet
     adapter    of a model: a run folder or an adapter's folder
     gguf_type  of gguf: what matrices are written as, "bf16" (None), "f16", "q8_0" or "f32"
@@ -49,8 +53,8 @@ def export_model(
                was trained, see `verify_export`, or can't be written; MissingExtraError for gguf without its package.
                Nothing is left behind then.
     """
-    if to not in (*_FORMATS, "gguf"):
-        raise UserError(f"--to {to}: no such format; allowed: {', '.join((*_FORMATS, 'gguf'))}")
+    if to not in (*_FORMATS, "gguf", "peft"):
+        raise UserError(f"--to {to}: no such format; allowed: {', '.join((*_FORMATS, 'gguf', 'peft'))}")
     if to != "gguf" and gguf_type is not None:
         raise UserError(f"--gguf-type {gguf_type} is for --to gguf; leave it out")
     if to == "gguf" and find_spec("gguf") is None:
@@ -63,7 +67,9 @@ def export_model(
     unverified = output.absolute().with_name(f".{output.name}.unverified")
     _remove(unverified)  # what a killed export left
     try:
-        if to == "gguf":
+        if to == "peft":
+            _export_adapter(unverified, opened, source)
+        elif to == "gguf":
             _export_gguf(unverified, opened, output.stem, gguf_type or "bf16")
         else:
             with _bar() as report:
@@ -89,6 +95,18 @@ def _export_gguf(path: Path, source: Source, name: str, kind: str) -> None:
             "mind: llama.cpp rounds YaRN's range outwards, which no key of a GGUF file turns off; "
             "its logits differ a little from these, more at later positions"
         )
+
+
+def _export_adapter(path: Path, source: Source, given: str) -> None:
+    lora, base = source.changes.lora, source.base
+    if lora is None:
+        raise UserError(f"{given} brings no adapter: what is there is a model of its own, for --to hf-bf16 or gguf")
+    save_adapter(path, lora, base_model=given if source.recipe is None else source.recipe.model)
+    read = load_adapter(path, base.arch, torch.device("cpu"), base=base)
+    written, found = lora.trainable.tensors, read.trainable.tensors
+    if read.spec != lora.spec or not all(torch.equal(found[name], tensor) for name, tensor in written.items()):
+        raise CheckpointError(f"{path}: the adapter read back isn't the one that was written; is the disk failing?")
+    _say(f"read back and compared with what was trained: {len(written)} tensors, the same bit for bit")
 
 
 @contextmanager

@@ -18,12 +18,10 @@ from ossia.errors import CheckpointError, RunError, UserError
 from ossia.export.merge import Changes
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import CONFIG, Checkpoint
-from ossia.model.open import RECIPE_IN_RUN, model_folder
+from ossia.model.open import MODEL_IN_RUN, RECIPE_IN_RUN, model_folder
 from ossia.model.peft import ADAPTER_IN_RUN, find_adapter, load_adapter
 from ossia.model.weights import EXPERT_WEIGHTS
 from ossia.train.state import TRAINABLE, checkpoint_paths, verify
-
-MODEL_IN_RUN = "model"  # where a run that trained all weights leaves them
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ossia.config import is_hub_name
+from ossia.config import is_hub_name, load_recipe
 from ossia.errors import CheckpointError, MissingExtraError, UserError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.arch import Arch
@@ -20,11 +20,12 @@ from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
 from ossia.ops.memory import machine_memory
 
-WeightsChoice = Literal["auto", "resident", "mmap", "bf16"]
+WeightsChoice = Literal["auto", "resident", "stream", "mmap", "bf16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 RECIPE_IN_RUN = "recipe.yaml"
+MODEL_IN_RUN = "model"  # where a run that trained all weights leaves them
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 _HUB_FOLDERS = ("original/*", "metal/*")  # the same weights once more, in other formats
 
@@ -79,12 +80,16 @@ def model_folder(model: str) -> Path:
             "  allowed: a checkpoint's folder, or owner/name on the Hugging Face hub, like openai/gpt-oss-20b"
         )
     if (folder / RECIPE_IN_RUN).is_file() and not (folder / CONFIG).is_file():
-        merged = folder / "model"
-        todo = f"its trained model is {merged}" if (merged / CONFIG).is_file() else "name the model that was trained"
-        raise CheckpointError(
-            f"{model}: this is a run folder, not a model\n"
-            f"  next: {todo}; an adapter goes on top with --adapter {model}, or into one folder with `ossia export`"
-        )
+        merged, recipe = folder / MODEL_IN_RUN, load_recipe(folder / RECIPE_IN_RUN)
+        if (merged / CONFIG).is_file():
+            todo = f"its trained model is {merged}"
+        elif recipe.adapter is None:
+            todo = "it trains all weights; make a model of its newest checkpoint with `ossia export`"
+        else:
+            todo = (
+                f"its adapter goes on what it trains: {recipe.model} --adapter {model}; into one folder: `ossia export`"
+            )
+        raise CheckpointError(f"{model}: this is a run folder, not a model\n  next: {todo}")
     return folder
 
 
@@ -93,21 +98,38 @@ def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
 
     CPU   bf16 where the expanded experts take less than a quarter of the machine's memory, else mmap
     CUDA  bf16 where all weights, experts expanded, fit into half of the device's free memory (activations, gradients
-          and adapters need the rest); resident where the packed ones take less than nine tenths; else mmap
+          and adapters need the rest); resident where the packed ones fit beside an expanded layer and 2 GB; stream
+          where the packed experts take less than nine tenths of the machine's free memory; else mmap
     """
     arch = checkpoint.arch
     experts_bytes = expanded_expert_bytes(arch, dtype)
     if device.type == "cpu":
         return "bf16" if experts_bytes < machine_memory()[0] / 4 else "mmap"
     free, _ = torch.cuda.mem_get_info(device)
-    if experts_bytes + _other_bytes(checkpoint) < free / 2:
+    return _gpu_placement(
+        free,
+        machine_memory()[1],
+        packed=checkpoint.num_bytes,
+        expanded=experts_bytes + _other_bytes(checkpoint),
+        layer=experts_bytes // arch.num_layers,
+    )
+
+
+def _gpu_placement(free: int, machine: int, *, packed: int, expanded: int, layer: int) -> Placement:
+    """Of bytes free on the device and on the machine; bytes of all weights, packed and expanded, and of one layer's."""
+    if expanded < free / 2:
         return "bf16"
-    return "resident" if checkpoint.num_bytes < 0.9 * free else "mmap"
+    if packed + layer + _WORKING_BYTES < free:
+        return "resident"
+    return "stream" if packed < 0.9 * machine else "mmap"
+
+
+_WORKING_BYTES = 2 << 30  # a step of a few thousand tokens, and what a CUDA context takes
 
 
 def weights_bytes(weights: Weights) -> int:
     """Bytes of a model's weights where they are: in memory, or with placement mmap in the file, read as needed."""
-    if weights.placement != "bf16":
+    if weights.placement != "bf16":  # of `stream` most are in the machine's memory
         return weights.checkpoint.num_bytes
     return _other_bytes(weights.checkpoint) + expanded_expert_bytes(weights.arch, weights.dtype)
 

@@ -1,14 +1,16 @@
 """Where a model's weights are, and in which form the computation gets them.
 
-`mmap`: in the checkpoint's file, experts as packed bytes. `resident`: the same bytes copied to the device. `bf16`:
-experts expanded once, to the activations' dtype. All three give the same numbers: MXFP4 expands without rounding.
+`mmap`: in the checkpoint's file, experts as packed bytes. `resident`: the same bytes copied to the device. `stream`:
+experts in the machine's memory, two layers of them at a time on the device (`Stream`), and the embedding's rows sent as
+they are looked up. `bf16`: experts expanded once, to the activations' dtype. All give the same numbers: MXFP4 expands
+without rounding.
 Experts are computed as (experts, out, in), gate_up's gate rows before its up rows; the checkpoint interleaves the two.
 Letters: E experts, I expert width, O out, D in, G groups of 32.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,8 +22,9 @@ from ossia.model.arch import Arch
 from ossia.model.checkpoint import Checkpoint
 from ossia.ops.mxfp4 import dequantize_mxfp4
 
-Placement = Literal["mmap", "resident", "bf16"]
+Placement = Literal["mmap", "resident", "stream", "bf16"]
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
+EMBEDDING = "model.embed_tokens.weight"
 
 
 def split_gate_up(x: Tensor) -> Tensor:
@@ -82,10 +85,20 @@ class Weights:
         self.checkpoint, self.placement, self.dtype, self.device = checkpoint, placement, dtype, device
         self._held: dict[str, Tensor] = {}
         self._expanded: dict[tuple[int, str], Tensor] = {}
+        self._stream: Stream | None = None
         if placement == "mmap":
             return
+        if placement == "stream":
+            layers = [
+                [name for name in checkpoint.specs if _streams(name, layer)] for layer in range(self.arch.num_layers)
+            ]
+            host = [{name: _host_copy(checkpoint.tensor(name), device) for name in names} for names in layers]
+            self._stream = Stream(host, device)
+            self._held[EMBEDDING] = checkpoint.tensor(EMBEDDING).cpu()
         for name in checkpoint.specs:
-            if placement == "resident" or not _is_expert_weight(name):
+            if placement == "stream" and (_is_expert_weight(name) or name == EMBEDDING):
+                continue
+            if placement in ("resident", "stream") or not _is_expert_weight(name):
                 self._held[name] = self._placed(name)
         if placement == "bf16":
             for layer in range(self.arch.num_layers):
@@ -93,7 +106,7 @@ class Weights:
                     self._expanded[layer, projection] = self._expand(layer, projection, slice(None))
 
     def _placed(self, name: str) -> Tensor:
-        """A tensor where `resident` or `bf16` wants it: the first copies it as it is, the second casts it once."""
+        """A tensor where the placement wants it: `bf16` casts it once, the others copy it as it is."""
         tensor = self.checkpoint.tensor(name)
         if self.placement == "bf16":  # on the CPU and in bf16 these are the file's own pages, not a second copy
             return tensor.to(device=self.device, dtype=self.dtype)
@@ -125,12 +138,26 @@ class Weights:
         one = slice(expert, expert + 1)
         return self._expand(layer, projection, one)[0] if expanded is None else expanded[expert]
 
+    def _packed(self, layer: int, name: str, experts: slice) -> Tensor:
+        """Some experts' part of a tensor of theirs, as the checkpoint holds it, on the device."""
+        if self._stream is None:
+            return self.raw(name)[experts].to(self.device)
+        if experts == slice(None):
+            return self._stream.layer(layer)[name]
+        return self._stream.host[layer][name][experts].to(self.device)
+
     def _expand(self, layer: int, projection: str, experts: slice) -> Tensor:
+        weight_EOD = self._expand_packed(layer, projection, experts)
+        if self._stream is not None and experts == slice(None):
+            self._stream.note_read(layer)
+        return weight_EOD
+
+    def _expand_packed(self, layer: int, projection: str, experts: slice) -> Tensor:
         prefix = f"model.layers.{layer}.mlp.experts.{projection}"
         if self.checkpoint.layout == "bf16":
-            weight_EOD = self.raw(prefix)[experts].to(device=self.device, dtype=self.dtype).transpose(1, 2)
+            weight_EOD = self._packed(layer, prefix, experts).to(self.dtype).transpose(1, 2)
             return split_gate_up(weight_EOD) if projection == "gate_up_proj" else weight_EOD.contiguous()
-        blocks, scales = (self.raw(prefix + part)[experts].to(self.device) for part in ("_blocks", "_scales"))
+        blocks, scales = (self._packed(layer, prefix + part, experts) for part in ("_blocks", "_scales"))
         if pick_kernels(self.device, self.dtype) == "triton":
             from ossia.kernels.gpu.dequant import dequantize
 
@@ -141,6 +168,71 @@ class Weights:
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.checkpoint.specs)
+
+
+class Stream:
+    """Layers' tensors in the machine's memory, two of them at a time on a device, in two slots.
+
+    Whoever goes through the layers up or down finds the next one there or on its way: asking for a layer sends for the
+    one after it, in the direction of travel, while the device computes. Turning round costs nothing, since the layer
+    before is still there. Copies go on a stream of their own and wait until what read the slot's old content is done.
+
+    host   of each layer, its tensors by name; pinned where the device is a GPU. All layers have the same shapes
+    sent   copies so far
+    """
+
+    def __init__(self, host: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
+        self.host, self._device, self.sent = host, device, 0
+        self._slots = [[torch.empty_like(tensor, device=device) for tensor in host[0].values()] for _ in range(2)]
+        self._holds: list[int | None] = [None, None]
+        self._at: int | None = None
+        gpu = device.type == "cuda"
+        self._copies = torch.cuda.Stream(device) if gpu else None
+        self._arrived, self._read = ([torch.cuda.Event() for _ in range(2)] if gpu else [] for _ in range(2))
+
+    def layer(self, index: int) -> dict[str, Tensor]:
+        """The tensors of a layer on the device, ready for what is launched next; until two others are asked for."""
+        if index not in self._holds:
+            self._send(index, 0 if self._at is None else self._holds.index(self._at) ^ 1)
+        slot = self._holds.index(index)
+        if self._arrived:
+            torch.cuda.current_stream(self._device).wait_event(self._arrived[slot])
+        if index != self._at:
+            down = self._at is not None and index < self._at
+            self._at = index
+            following = index - 1 if down or index == len(self.host) - 1 else index + 1
+            following = following if following >= 0 else 1
+            if following not in self._holds and following < len(self.host):
+                self._send(following, slot ^ 1)
+        return dict(zip(self.host[index], self._slots[slot], strict=True))
+
+    def note_read(self, index: int) -> None:
+        """What reads this layer's tensors has been launched: its slot may be filled anew once that is done."""
+        if self._read:
+            self._read[self._holds.index(index)].record()
+
+    def _send(self, index: int, slot: int) -> None:
+        self.sent += 1
+        self._holds[slot] = index
+        pairs = list(zip(self._slots[slot], self.host[index].values(), strict=True))
+        if self._copies is None:
+            for there, here in pairs:
+                there.copy_(here)
+            return
+        self._copies.wait_event(self._read[slot])
+        with torch.cuda.stream(self._copies):
+            for there, here in pairs:
+                there.copy_(here, non_blocking=True)
+            self._arrived[slot].record()
+
+
+def _host_copy(tensor: Tensor, device: torch.device) -> Tensor:
+    """Where a GPU can fetch it by itself while it computes; elsewhere the checkpoint's own pages."""
+    return tensor.cpu().pin_memory() if device.type == "cuda" else tensor
+
+
+def _streams(name: str, layer: int) -> bool:
+    return name.startswith(f"model.layers.{layer}.") and _is_expert_weight(name)
 
 
 def _is_expert_weight(name: str) -> bool:

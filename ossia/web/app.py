@@ -7,7 +7,7 @@
 | GET /v1/ossia/info                             | what the chat page needs to know                               |
 | GET /health, /metrics                          | whether it serves; Prometheus                                  |
 | GET /, /page/...                               | the chat page                                                  |
-With a key everything under /v1 and /metrics asks for it.
+With a key everything under /v1 and /metrics asks for it. What names another server is refused, see web/address.py.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 import ossia
 from ossia.harmony import Vocabulary
+from ossia.web.address import foreign_name
 from ossia.web.answering import Answer, Generation, Json, answer_stream, answer_whole
 from ossia.web.follow import RunAdapter
 from ossia.web.hosting import Hosted
@@ -59,6 +60,7 @@ class Server:
     """What the routes share.
 
     models    each with names of its own
+    hosts     that requests may name as the server, and as the site they come from; None: any
     draining  no new answers are begun
     render    one thread on which prompts are rendered, so that a long one holds nobody up
     """
@@ -66,6 +68,7 @@ class Server:
     models: tuple[Hosted, ...]
     metrics: Metrics
     api_key: str | None = None
+    hosts: frozenset[str] | None = None
     max_body_bytes: int = MAX_BODY_BYTES
     draining: bool = False
     render: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "ossia-render"))
@@ -302,6 +305,8 @@ class Gate:
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         server, path = self._server, scope["path"]
+        if server.hosts is not None and (found := foreign_name(scope["headers"], server.hosts)):
+            return _not_meant(*found, server.hosts)
         if server.api_key is not None and path.startswith(_LOCKED):
             scheme, _, key = dict(scope["headers"]).get(b"authorization", b"").partition(b" ")
             is_right = hmac.compare_digest(key.strip(), server.api_key.encode())
@@ -314,7 +319,15 @@ class Gate:
         return None
 
 
-_QUIET = ("/health", "/metrics", "/v1/ossia/info")  # asked for again and again by programs
+def _not_meant(header: str, said: str, hosts: frozenset[str]) -> ApiError:
+    words = (
+        f"{header} is {said[:200]!r}, and this server answers to {', '.join(sorted(hosts))} alone, so that no page of "
+        "another site can use it; if it is meant, start the server with that name: ossia serve ... --allow-host NAME"
+    )
+    return ApiError(words, status=403, code="host_not_allowed")
+
+
+_QUIET = ("/health", "/metrics", "/v1/ossia/info", "/page")  # asked for again and again by programs
 _ROUTES = ("/v1/chat/completions", "/v1/responses", "/v1/completions", "/v1/models", *_QUIET, "/")
 
 

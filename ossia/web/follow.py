@@ -27,6 +27,7 @@ from ossia.web.worker import Worker
 
 log = logging.getLogger("ossia.web")
 EVERY_S = 2.0
+_NONE_YET = "the run has saved no checkpoint yet; until the first one the model answers without an adapter"
 
 
 class _Stamp(NamedTuple):
@@ -41,7 +42,7 @@ class RunAdapter:
 
     load     reads an adapter from a folder that `find_adapter` gives, into the CPU's memory; raises AdapterError
     step     of the checkpoint that was read last; None: none yet, or the final adapter of a run without checkpoints
-    problem  why the newest checkpoint is not the one that was read; None: it is
+    problem  why the newest checkpoint is not the one that was read, or that there is none; None: all is well
     """
 
     def __init__(self, name: str, run: Path, load: Callable[[Path], Lora]) -> None:
@@ -50,26 +51,42 @@ class RunAdapter:
         self.problem: str | None = None
         self._read_stamp: _Stamp | None = None
         self._bad: dict[_Stamp, str] = {}
+        self._has_none = False
 
     @property
     def num_bad(self) -> int:
         """Checkpoints that could not be used, so far."""
         return len(self._bad)
 
-    def first(self) -> Lora:
-        """The newest checkpoint's that can be used, or else the run's final adapter. Raises AdapterError."""
+    def first(self) -> Lora | None:
+        """The newest checkpoint's that can be used, or else the run's final adapter; None: the run has neither yet.
+
+        Raises  AdapterError if there are checkpoints and none of them can be used
+        """
         lora = self.newer()
         if lora is not None:
             return lora
-        if self.problem is not None and not (self.run / ADAPTER_IN_RUN).is_dir():
+        if (self.run / ADAPTER_IN_RUN).is_dir():
+            return self._load(find_adapter(self.run))
+        if self.num_bad:
             raise AdapterError(f"{self.problem}\n  next: mend or remove it; there is no other checkpoint in {self.run}")
-        return self._load(find_adapter(self.run))
+        self._has_none = True
+        self.problem = _NONE_YET
+        log.info("adapter %s: %s: %s", self.name, self.run, self.problem)
+        return None
 
     def newer(self) -> Lora | None:
         """A newer one than was read last, or None. A checkpoint that can't be used is told once."""
+        lora, problem = self._newer()
+        self._has_none = self._has_none and lora is None
+        self.problem = _NONE_YET if self._has_none and problem is None else problem
+        return lora
+
+    def _newer(self) -> tuple[Lora | None, str | None]:
+        """The newer one, if there is any, and why it isn't the newest of all."""
         found = checkpoint_paths(self.run)
         newest = max(map(step_of, found), default=0)
-        self.problem = None
+        why: str | None = None
         for path in reversed(found):
             stamp = _stamp_of(path)
             is_older = self.step is not None and step_of(path) < self.step <= newest
@@ -79,14 +96,14 @@ class RunAdapter:
                 lora, problem = self._try(path)
                 if lora is not None:
                     self.step, self._read_stamp = stamp.step, stamp
-                    return lora
+                    return lora, why
                 if not path.is_dir():
-                    return None  # the run has removed it meanwhile: there is a newer one
+                    return None, why  # the run has removed it meanwhile: there is a newer one
                 self._bad[stamp] = f"{path}: {problem}"
                 stays = "" if self.step is None else f"; step {self.step} stays"
                 log.warning("adapter %s: %s%s", self.name, self._bad[stamp], stays)
-            self.problem = self.problem or self._bad[stamp]
-        return None
+            why = why or self._bad[stamp]
+        return None, why
 
     def _try(self, path: Path) -> tuple[Lora | None, str | None]:
         """The adapter of a checkpoint, or what is wrong with it."""

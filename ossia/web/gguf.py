@@ -118,6 +118,7 @@ def start_llama(
     params.model_alias = {path.stem}
     params.hostnames, params.port = [host], port
     params.api_keys = [] if api_key is None else [api_key]
+    params.cors_origins = "localhost"  # its default lets the page of any site read what it answers
     params.verbosity = _ERRORS_ONLY
     params.n_parallel = -1 if options.parallel is None else options.parallel  # -1: llama.cpp decides
     if options.override_tensor:

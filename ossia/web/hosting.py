@@ -2,6 +2,7 @@
 
 ```text
 MODEL ... or NAME=MODEL ...           each a name, a transformer, an engine and its thread
+RUN ... or NAME=RUN ...               a run folder: the model that it trains, and its adapter under the run's name
 --adapter NAME=DIR or MODEL:NAME=DIR  an adapter of one of them: of the model that it was trained on, if none is named
 ```
 """
@@ -20,13 +21,14 @@ from typing import Any
 
 import torch
 
-from ossia.config import is_hub_name
+from ossia.config import is_hub_name, load_recipe
 from ossia.engine import Engine, default_cache_bytes
 from ossia.engine.grammar import GrammarCompiler
 from ossia.errors import UserError
 from ossia.harmony import Renderer, Vocabulary
+from ossia.model.checkpoint import CONFIG
 from ossia.model.lora import Lora
-from ossia.model.open import RECIPE_IN_RUN, open_model, weights_bytes
+from ossia.model.open import MODEL_IN_RUN, RECIPE_IN_RUN, open_model, weights_bytes
 from ossia.model.peft import find_adapter, load_adapter, recorded_base
 from ossia.model.transformer import Transformer
 from ossia.train.state import human_bytes
@@ -75,25 +77,69 @@ def read_wanted(models: Sequence[str], adapters: Sequence[str]) -> list[Wanted]:
     or an adapter whose model isn't clear; no weight is read."""
     assert models
     found: dict[str, Wanted] = {}
+    runs: list[tuple[str, str, Path, Wanted]] = []
     for given in models:
         name, model = _named(given)
-        if name in found:
-            raise UserError(
-                f"{given}: {found[name].model} has the name {name} already\n"
-                f"  next: give one of them another name, like {name}-2={model}"
-            )
-        found[name] = Wanted(name, model)
+        folder = Path(model).expanduser()
+        if not _is_run(folder) or (folder / CONFIG).is_file():
+            _add_model(found, given, name, model)
+            continue
+        recipe = load_recipe(folder / RECIPE_IN_RUN)
+        if recipe.adapter is None:
+            _add_model(found, given, name, str(_whole_model(given, folder)))
+            continue
+        known = [one for one in found.values() if _same(recipe.model, one.model)]
+        wanted = known[0] if known else _add_model(found, recipe.model, _named(recipe.model)[0], recipe.model)
+        runs.append((given, name, folder, wanted))
     taken = set(found)
+    for given, name, folder, wanted in runs:
+        _take_name(taken, given, name)
+        wanted.adapters[name] = folder
     for given in adapters:
-        name, folder, of = _adapter(given, found)
-        if name in taken:
-            raise UserError(f"--adapter {given}: there is something with the name {name} already; choose another")
-        taken.add(name)
-        path = find_adapter(folder)
-        run = Path(folder).expanduser()
+        name, place, of = _adapter(given, found)
+        _take_name(taken, f"--adapter {given}", name)
+        path = Path(place).expanduser()
+        if not _is_run(path):
+            path = find_adapter(place)
+        elif load_recipe(path / RECIPE_IN_RUN).adapter is None:
+            raise UserError(
+                f"--adapter {given}: this run trains all weights, so it has no adapter\n"
+                f"  next: serve it as a model of its own: ossia serve {name}={place}"
+            )
         wanted = of or _model_of(given, name, path, list(found.values()))
-        wanted.adapters[name] = run if (run / RECIPE_IN_RUN).is_file() else path
+        wanted.adapters[name] = path
     return list(found.values())
+
+
+def _add_model(found: dict[str, Wanted], given: str, name: str, model: str) -> Wanted:
+    if name in found:
+        raise UserError(
+            f"{given}: {found[name].model} has the name {name} already\n"
+            f"  next: give one of them another name, like {name}-2={model}"
+        )
+    found[name] = Wanted(name, model)
+    return found[name]
+
+
+def _take_name(taken: set[str], given: str, name: str) -> None:
+    if name in taken:
+        raise UserError(f"{given}: there is something with the name {name} already; choose another")
+    taken.add(name)
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RECIPE_IN_RUN).is_file()
+
+
+def _whole_model(given: str, run: Path) -> Path:
+    """What a run that trains all weights leaves at its end. Raises UserError before that."""
+    model = run / MODEL_IN_RUN
+    if not (model / CONFIG).is_file():
+        raise UserError(
+            f"{given}: this run trains all weights, and they are a model only at its end\n"
+            "  next: wait for it, or make one of its newest checkpoint with `ossia export`, and serve that"
+        )
+    return model
 
 
 def _named(given: str) -> tuple[str, str]:
@@ -121,7 +167,7 @@ def _model_of(given: str, name: str, path: Path, models: Sequence[Wanted]) -> Wa
     """The model that an adapter belongs to: the only one, or the only one that it says it was trained on."""
     if len(models) == 1:
         return models[0]
-    base = recorded_base(path)
+    base = load_recipe(path / RECIPE_IN_RUN).model if _is_run(path) else recorded_base(path)
     fitting = [one for one in models if base is not None and _same(base, one.model)]
     if len(fitting) == 1:
         return fitting[0]
@@ -172,15 +218,9 @@ def _host(
 ) -> Hosted:
     arch, base = model.arch, model.weights.checkpoint
     load: Callable[[Path], Lora] = partial(load_adapter, arch=arch, device=torch.device("cpu"), base=base)
-    runs = {
-        name: RunAdapter(name, path, load)
-        for name, path in wanted.adapters.items()
-        if (path / RECIPE_IN_RUN).is_file()
-    }  # fmt: skip
-    loras: dict[str, Lora | None] = {
-        name: (runs[name].first() if name in runs else load(path)).to(model.device)
-        for name, path in wanted.adapters.items()
-    }
+    runs = {name: RunAdapter(name, path, load) for name, path in wanted.adapters.items() if _is_run(path)}
+    read = {name: runs[name].first() if name in runs else load(path) for name, path in wanted.adapters.items()}
+    loras = {name: None if lora is None else lora.to(model.device) for name, lora in read.items()}
     grammar = GrammarCompiler(vocab, arch.vocab_size) if find_spec("llguidance") else None
     served = Served(
         wanted.name,

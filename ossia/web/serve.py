@@ -19,7 +19,7 @@ import uvicorn
 
 from ossia.errors import Interrupted
 from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice
-from ossia.web.address import check_key, listen, open_to_all
+from ossia.web.address import check_key, listen, open_to_all, own_names
 from ossia.web.app import Server, create_app
 from ossia.web.follow import Follower
 from ossia.web.hosting import Limits, open_hosted, read_wanted
@@ -37,6 +37,7 @@ def run_server(
     host: str = "127.0.0.1",
     port: int = 8000,
     api_key: str | None = None,
+    allow_hosts: Sequence[str] = (),
     max_batch: int = 64,
     max_queue: int = 256,
     max_length: int | None = None,
@@ -51,6 +52,7 @@ def run_server(
     models      MODEL or NAME=MODEL each, with an engine each; requests choose one by its name
     adapters    NAME=DIR or MODEL:NAME=DIR each: a run folder, which is followed, or a folder in PEFT's format
     port        0: any that is free; the line that says the server is ready names it
+    allow_hosts names of the server beside those of this machine, see `own_names`
     max_batch   sequences that run at once, max_queue: that may wait beside them; of each model
     max_length  tokens of a prompt and its answer; None: the model's positions
     int8_cache  keys and values in 8 bits
@@ -62,12 +64,13 @@ def run_server(
     wanted = read_wanted(models, adapters)
     _log_to_stderr()
     with listen(host, port) as listener:
+        names = own_names(listener.getsockname()[0], allow_hosts)
         metrics = Metrics()
         limits = Limits(max_batch, max_queue, max_length, int8_cache)
         hosted = open_hosted(wanted, metrics, limits, dtype=dtype, weights=weights, device=device)
         if warning := open_to_all(host, api_key):
             log.warning(warning)
-        serve(Server(tuple(hosted), metrics, api_key=api_key), listener, drain_s=drain_s)
+        serve(Server(tuple(hosted), metrics, api_key=api_key, hosts=names), listener, drain_s=drain_s)
 
 
 def serve(server: Server, listener: socket.socket, *, drain_s: float) -> None:

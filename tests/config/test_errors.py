@@ -102,11 +102,6 @@ def with_train(text: str) -> str:
         ("model: m\ndata: []\n", 2, "`data` is an empty list"),
         ("model: m\ndata: [3]\n", 2, "`data.0` is 3 / expected: a section with path, format"),
         ("model: m\ndata: {path: a}\nweights: mmap\n", 3, "`weights` is mmap, which only reads"),
-        (
-            "model: m\ndata: {path: a}\nweights: stream\n",
-            3,
-            "`weights` is the text 'stream', which Ossia cannot do yet",
-        ),
         ("method: dpo\nmodel: m\ndata: {path: a}\n", 1, "`method` is the text 'dpo', which Ossia cannot do yet"),
         ("model: m\ndata: {path: a}\neval:\n  every: 5\n", 4, "`eval.every` needs held-out rows"),
         ("model: m\ndata: {path: a}\nadapter: {rslora: yes}\n", 3, "`adapter.rslora` is the text 'yes'; write true"),

@@ -174,9 +174,20 @@ def test_equal_rows_are_on_the_same_side_across_sources(
     assert len(found.held_out) == 2
 
 
+def test_few_rows_split_far_from_the_share_are_told_with_the_way_to_name_them(open_rows_as: Open) -> None:
+    for seed in range(20):
+        found = open_rows_as(texts(4), f"{seed}.jsonl", eval={"split": 0.25}, train={"seed": seed})
+        is_far = len(found.held_out[0]) == 3
+        assert found.notes[-1].endswith("name rows in eval.data then") == is_far
+        if is_far:
+            return
+    raise AssertionError("no seed holds out three of four rows")
+
+
 def test_a_split_that_would_come_to_nothing_holds_one_row_out(open_rows_as: Open) -> None:
     found = open_rows_as(texts(5), eval={"split": 0.0001})
     assert (len(found.train[0]), len(found.held_out[0])) == (4, 1)
+    assert found.notes[-1].endswith("1 held out")
     with pytest.raises(DataError, match=r"eval.split 0.5 leaves no row of its 1 to train on"):
         open_rows_as(texts(1), eval={"split": 0.5})
 

@@ -79,6 +79,22 @@ def test_every_merged_weight_is_the_base_plus_the_delta_rounded_once(
         assert not torch.equal(found, in_float32(base, name)), name
 
 
+def test_the_adapter_alone_is_written_for_peft_and_a_model_without_one_is_refused(
+    tiny: MakeTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny(SHALLOW)
+    lora = random_lora(arch_of(model))
+    save_adapter(tmp_path / "adapter", lora, base_model="elsewhere")
+    export_model(str(model), to="peft", output=tmp_path / "out", adapter=str(tmp_path / "adapter"))
+    assert "the same bit for bit" in capsys.readouterr().err
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        wanted = (tmp_path / "adapter" / name).read_bytes().replace(b"elsewhere", str(model).encode())
+        assert (tmp_path / "out" / name).read_bytes() == wanted
+    with pytest.raises(UserError, match=r"brings no adapter(.|\n)*--to hf-bf16"):
+        export_model(str(model), to="peft", output=tmp_path / "none")
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith((".", "none"))]
+
+
 @pytest.mark.parametrize("layout", ["mxfp4", "bf16"])
 def test_untouched_tensors_and_text_files_are_those_of_the_base(tiny: MakeTiny, tmp_path: Path, layout: str) -> None:
     path = tiny(SHALLOW, layout)
@@ -175,6 +191,10 @@ def test_a_run_with_an_adapter_is_exported_from_its_result_and_before_that_from_
     said = capsys.readouterr().err
     assert same_files(tmp_path / "newest", tmp_path / "wanted-12")
     assert "step-00000012" in said
+    export_model(str(run), to="peft", output=tmp_path / "newest-adapter")
+    for file in (tmp_path / "adapter-12").iterdir():
+        assert (tmp_path / "newest-adapter" / file.name).read_bytes() == file.read_bytes()
+    capsys.readouterr()
     assert "4 held-out texts" in said or "3 held-out texts" in said or "2 held-out texts" in said
 
     broken = run / "checkpoints" / "step-00000012" / TRAINABLE

@@ -5,19 +5,28 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import huggingface_hub
 import pytest
 import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from ossia.config import Recipe
 from ossia.errors import AdapterError, CheckpointError, UserError
 from ossia.model import open as opening
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import Lora, LoraSpec
-from ossia.model.open import choose_placement, expanded_expert_bytes, model_folder, open_model
+from ossia.model.open import (
+    WeightsChoice,
+    _gpu_placement,
+    choose_placement,
+    expanded_expert_bytes,
+    model_folder,
+    open_model,
+)
 from ossia.model.peft import save_adapter
+from ossia.model.weights import Placement
 from tests.conftest import MakeTiny
 from tests.oracle.model_pairs import CPU
 from tests.shapes import SMALL
@@ -34,12 +43,21 @@ def test_a_folder_opens_with_its_tokenizer_and_the_adapter_named(tiny: MakeTiny,
     assert (plain.lora, plain.dtype, plain.weights.placement) == (None, torch.bfloat16, "mmap")
 
 
+def test_what_a_recipe_may_say_of_weights_opens_a_model(tiny: MakeTiny) -> None:
+    choices = get_args(Recipe.model_fields["weights"].annotation)
+    assert choices == get_args(WeightsChoice)
+    assert set(choices) == {"auto", *get_args(Placement)}
+    for choice in choices:
+        model, _ = open_model(str(tiny(SMALL)), weights=choice, device="cpu")
+        assert choice in ("auto", model.weights.placement)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [
         ({"model": "nowhere"}, CheckpointError, "nowhere: no such folder"),
         ({"adapter": "nowhere"}, AdapterError, "nowhere"),
-        ({"weights": "disk"}, UserError, "weights: 'disk'; allowed: auto, resident, mmap, bf16"),
+        ({"weights": "disk"}, UserError, "weights: 'disk'; allowed: auto, resident, stream, mmap, bf16"),
         ({"dtype": "int8"}, UserError, "dtype: 'int8'; allowed: bfloat16"),
         ({"device": "tpu"}, UserError, "device: 'tpu'; allowed: auto, cpu, cuda"),
     ],
@@ -52,8 +70,11 @@ def test_what_cannot_be_opened_is_told_in_words(
 
 
 def test_a_run_folder_is_not_a_model_and_the_message_says_what_is(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("model: x")
-    with pytest.raises(CheckpointError, match=f"run folder(.|\n)*--adapter {tmp_path}"):
+    (tmp_path / "recipe.yaml").write_text("model: some/model\ndata: y\n")
+    with pytest.raises(CheckpointError, match=r"run folder(.|\n)*it trains all weights(.|\n)*ossia export"):
+        model_folder(str(tmp_path))
+    (tmp_path / "recipe.yaml").write_text("model: some/model\ndata: y\nadapter: {}\n")
+    with pytest.raises(CheckpointError, match=f"run folder(.|\n)*some/model --adapter {tmp_path}"):
         model_folder(str(tmp_path))
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")
@@ -103,3 +124,19 @@ def test_auto_expands_experts_only_where_memory_is_plenty(tiny: MakeTiny, monkey
     for total, placement in ((4 * needed + 4, "bf16"), (4 * needed, "mmap")):
         monkeypatch.setattr(opening, "machine_memory", lambda total=total: (total, total))
         assert choose_placement(checkpoint, torch.bfloat16, CPU) == placement
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "machine_gb", "placement"),
+    [
+        (80, 64, "resident"),
+        (141, 64, "bf16"),
+        (24, 64, "resident"),
+        (16, 64, "stream"),
+        (8, 64, "stream"),
+        (8, 14, "mmap"),
+    ],
+)
+def test_on_a_gpu_the_20b_goes_where_it_fits(gpu_gb: int, machine_gb: int, placement: str) -> None:
+    sizes = {"packed": 13_760_000_000, "expanded": 41_800_000_000, "layer": 1_592_000_000}
+    assert _gpu_placement(gpu_gb * 10**9, machine_gb * 10**9, **sizes) == placement

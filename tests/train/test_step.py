@@ -17,7 +17,7 @@ from ossia.model.arch import SHAPES
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec
 from ossia.model.transformer import Transformer
-from ossia.model.weights import Placement, Weights
+from ossia.model.weights import Placement, Stream, Weights
 from ossia.ops.loss import weighted_nll
 from ossia.train.optim import AdamW
 from ossia.train.schedule import Micro, forward_backward, logprobs
@@ -152,10 +152,48 @@ def test_kept_activations_keep_no_expanded_experts_but_the_last_layers(
 def test_every_placement_gives_the_same_gradient(tiny: MakeTiny) -> None:
     packs = pack_samples(samples((60, 61)), 70)
     expected = gradients(model_of(tiny), packs)
-    placements: tuple[Placement, ...] = ("resident", "bf16")
+    placements: tuple[Placement, ...] = ("resident", "stream", "bf16")
     for placement in placements:
         found = gradients(model_of(tiny, placement=placement), packs)
         assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_streamed_step_sends_each_layer_twice_but_those_where_it_turns_round(tiny: MakeTiny, recompute: bool) -> None:
+    model = model_of(tiny, placement="stream")
+    packs, num_layers = pack_samples(samples((60, 61, 20)), 70), model.arch.num_layers
+    expected = gradients(model_of(tiny), packs, recompute=recompute)
+    for step in range(3):
+        before = model.weights._stream.sent
+        found = gradients(model, packs, recompute=recompute)
+        assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+        # up: all but the first two, which are there from the step before; down: all but the last two
+        assert model.weights._stream.sent - before == 2 * (num_layers - 2) + (2 if step == 0 else 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_streamed_step_on_a_gpu_has_the_bits_of_a_resident_one(tiny: MakeTiny, recompute: bool) -> None:
+    packs, device = pack_samples(samples((60, 61, 20)), 70), torch.device("cuda")
+    results = []
+    for placement in ("resident", "stream", "stream"):
+        base = model_of(tiny)
+        weights = Weights(base.weights.checkpoint, placement, torch.bfloat16, device)
+        model = Transformer(weights, lora=base.lora.to(device))
+        on_device = [pack.to(device) for pack in packs]
+        results.append([gradients(model, on_device, recompute=recompute) for _ in range(3)])
+    for streamed in results[1:]:
+        for mine, theirs in zip(streamed, results[0], strict=True):
+            assert mine[0] == theirs[0]
+            assert all(torch.equal(mine[1][name], grad) for name, grad in theirs[1].items())
+
+
+def test_layers_asked_for_in_any_order_are_the_right_ones() -> None:
+    host = [{"w": torch.full((3,), float(layer))} for layer in range(5)]
+    stream = Stream(host, torch.device("cpu"))
+    for layer in (4, 0, 0, 3, 2, 4, 1, 0, 1, 3):
+        assert torch.equal(stream.layer(layer)["w"], host[layer]["w"])
 
 
 def test_the_loss_counts_weights_over_one_denominator_and_targets_that_differ_from_ids(tiny: MakeTiny) -> None:

@@ -152,6 +152,31 @@ def test_streams_and_responses_say_which_step_they_are_of(live: Live) -> None:
     assert live.client.completions.create(model="base", prompt="x", max_tokens=1).system_fingerprint is None
 
 
+def test_a_run_is_served_from_before_its_first_checkpoint_by_the_model_that_it_trains(run: Run, talker: Talker) -> None:
+    metrics, limits = Metrics(), Limits(max_batch=4, max_queue=8)
+    wanted = read_wanted([f"live={run.folder}"], [])
+    hosted = open_hosted(wanted, metrics, limits, dtype="float32", weights="auto", device="cpu")
+    with running(Server(tuple(hosted), metrics)) as live:
+        base = live.served.name
+        assert [model.id for model in live.client.models.list()] == [base, "live"]
+
+        def answer(name: str) -> tuple[str, str | None]:
+            found = live.client.completions.create(model=name, prompt="x", max_tokens=12, temperature=0)
+            return found.choices[0].text, found.system_fingerprint
+
+        assert answer("live") == answer(base)
+        assert about(live)["step"] is None
+        assert "has saved no checkpoint yet" in about(live)["problem"]
+        run.save(5, spoil=flip_a_bit)
+        wait_until(lambda: "step-00000005" in about(live)["problem"])
+        assert answer("live") == answer(base)
+        run.save(10)
+        wait_until(lambda: about(live)["step"] == 10)
+        assert about(live)["problem"] is None
+        assert greeting(live) == ("Hello!", "step-10")
+        assert step(live) == 10
+
+
 # --- the run folder alone
 
 
@@ -224,11 +249,9 @@ def test_numbers_that_are_not_finite_are_not_served(run: Run, followed: RunAdapt
     assert "not all of its numbers are finite" in str(followed.problem)
 
 
-def test_a_run_without_a_good_checkpoint_is_refused_and_one_with_its_final_adapter_is_not(
+def test_a_run_whose_checkpoints_are_all_bad_is_refused_and_one_with_its_final_adapter_is_not(
     run: Run, followed: RunAdapter, talker: Talker
 ) -> None:
-    with pytest.raises(AdapterError, match="has saved no checkpoint yet"):
-        followed.first()
     run.save(10, spoil=flip_a_bit)
     with pytest.raises(AdapterError, match="there is no other checkpoint"):
         followed.first()

@@ -174,6 +174,14 @@ def test_a_server_that_is_dropped_as_soon_as_it_is_ready_ends(talking: Path) -> 
 # --- refusals ---------------------------------------------------------------------------------------------------------
 
 
+def test_no_page_of_another_site_may_read_what_llama_cpp_answers(talking: Path) -> None:
+    server = start_llama(talking, SMALL)
+    for origin, allowed in (("https://example.net", None), ("http://localhost:3000", "http://localhost:3000")):
+        request = urllib.request.Request(f"{server.listening_address}/v1/models", headers={"Origin": origin})
+        with urllib.request.urlopen(request, timeout=30) as answer:
+            assert answer.headers["Access-Control-Allow-Origin"] == allowed
+
+
 def test_what_is_no_gpt_oss_gguf_file_is_said(tmp_path: Path) -> None:
     writer = GGUFWriter(tmp_path / "llama.gguf", "llama")
     for step in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_ti_data_to_file, writer.close):
@@ -209,7 +217,8 @@ def test_a_file_cut_short_is_said_with_llama_cpps_reason(
         (["serve", "FILE", "-ot", "ffn=CUDA7"], "-ot ffn=CUDA7: expected PATTERN=BUFFER"),
         (["serve", "FILE", "-ot", "ffn"], "-ot ffn: expected PATTERN=BUFFER"),
         (["serve", "FILE", "--api-key", ""], "an empty key would let everybody in"),
-        (["serve", "FILE", "--adapter", "a=b"], "--adapter: not for"),
+        (["serve", "FILE", "--adapter", "a=b"], "--adapter or --allow-host: not for"),
+        (["serve", "FILE", "--allow-host", "a"], "--adapter or --allow-host: not for"),
         (["serve", "FILE", "--weights", "mmap"], "--dtype, --weights or --device: not for"),
         (["serve", "FILE", "--drain", "1"], "--max-length, --int8-cache or --drain: not for"),
         (["serve", "FILE", "--int8-cache"], "--max-length, --int8-cache or --drain: not for"),

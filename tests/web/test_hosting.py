@@ -114,3 +114,31 @@ def test_an_adapter_goes_to_the_model_that_it_was_trained_on_or_that_is_named(ta
     assert wanted[1].adapters["r"] == talker.run, "a run folder stays one: it is followed"
     (alone,) = read_wanted(["x"], [f"r={run}"])
     assert sorted(alone.adapters) == ["r"], "there is no question with a single model"
+
+
+def test_a_run_brings_the_model_that_it_trains_once_however_it_is_named(talker: Talker, tmp_path: Path) -> None:
+    run, model = talker.run, str(talker.model)
+    (one,) = read_wanted([str(run), f"again={run}"], [f"third={run}"])
+    assert (one.name, one.model, one.adapters) == (
+        talker.model.name,
+        model,
+        {run.name: run, "again": run, "third": run},
+    )
+    (named,) = read_wanted([f"base={model}", str(run)], [])
+    assert (named.name, list(named.adapters)) == ("base", [run.name])
+    with pytest.raises(UserError, match=f"{run}: there is something with the name {run.name} already"):
+        read_wanted([f"{run.name}=x", str(run)], [])
+
+
+def test_a_run_that_trains_all_weights_is_a_model_at_its_end_and_never_an_adapter(tmp_path: Path) -> None:
+    run = tmp_path / "whole"
+    run.mkdir()
+    (run / "recipe.yaml").write_text("model: x\ndata: y\n")
+    with pytest.raises(UserError, match=r"only at its end\n.*`ossia export`"):
+        read_wanted([str(run)], [])
+    with pytest.raises(UserError, match=r"no adapter\n.*ossia serve n="):
+        read_wanted(["x"], [f"n={run}"])
+    (run / "model").mkdir()
+    (run / "model" / "config.json").write_text("{}")
+    (one,) = read_wanted([str(run)], [])
+    assert (one.name, one.model, one.adapters) == ("whole", str(run / "model"), {})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import threading
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import httpx2
@@ -12,10 +13,18 @@ import pytest
 from openai import APIError, AuthenticationError, InternalServerError, NotFoundError, RateLimitError
 
 from ossia.errors import UserError
+from ossia.web.address import own_names
 from ossia.web.hosting import read_wanted
 from tests.web.conftest import GREET, Live, Model, serving, wait_until
 
 CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def named(model: Model) -> Iterator[Live]:
+    """A server that answers to this machine's names and to one more."""
+    with serving(model, hosts=own_names("127.0.0.1", ["chat.example.com"])) as live:
+        yield live
 
 
 def long_body(endless: dict[str, int], **more: Any) -> dict[str, Any]:
@@ -265,3 +274,77 @@ def test_requests_at_the_same_time_share_the_batch(live: Live) -> None:
 def test_an_adapter_that_is_not_name_and_folder_is_refused(given: str) -> None:
     with pytest.raises(UserError, match=r"NAME=DIR|no such folder"):
         read_wanted(["x/base"], [given])
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Host": "localhost"}, 200),
+        ({"Host": "LocalHost:8000"}, 200),
+        ({"Host": "127.0.0.1:1"}, 200),
+        ({"Host": "[::1]:8000"}, 200),
+        ({"Host": "chat.example.com"}, 200),
+        ({"Host": "rebound.example.net:8000"}, 403),
+        ({"Host": "localhost.example.net"}, 403),
+        ({"Host": "127.0.0.1.example.net"}, 403),
+        ({"Host": "localhost@example.net"}, 403),
+        ({"Host": "[::1"}, 403),
+        ({"Host": "192.168.0.7"}, 403),
+        ({"Origin": "http://localhost:3000"}, 200),
+        ({"Origin": "https://chat.example.com"}, 200),
+        ({"Origin": "https://example.net"}, 403),
+        ({"Origin": "http://[::1"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "file://"}, 403),
+    ],
+    ids=str,
+)
+def test_a_page_of_another_site_gets_nothing_by_whatever_name_it_calls_the_server(
+    named: Live, headers: dict[str, str], status: int
+) -> None:
+    for path in ("/", "/page/main.js", "/health", "/metrics", "/v1/models", "/v1/ossia/info"):
+        assert httpx2.get(f"{named.url}{path}", headers=headers).status_code == status, path
+    for stream in (False, True):
+        body = {"model": "talker", "messages": [GREET], "max_tokens": 2, "stream": stream}
+        answer = httpx2.post(f"{named.url}{CHAT}", json=body, headers=headers)
+        assert answer.status_code == status
+        if status == 403:
+            error = answer.json()["error"]
+            assert error["code"] == "host_not_allowed"
+            assert next(iter(headers.values())) in error["message"]
+            assert "--allow-host NAME" in error["message"]
+
+
+def test_whoever_sends_no_host_or_several_is_no_browser_or_is_refused(named: Live) -> None:
+    def status_of(request: bytes) -> bytes:
+        with socket.create_connection(("127.0.0.1", int(named.url.rsplit(":", 1)[1]))) as raw:
+            raw.sendall(request)
+            return raw.makefile("rb").readline().split()[1]
+
+    assert status_of(b"GET /health HTTP/1.0\r\n\r\n") == b"200"
+    hosts = b"Host: localhost\r\nHost: example.net\r\nConnection: close\r\n"
+    assert status_of(b"GET /health HTTP/1.1\r\n" + hosts + b"\r\n") in (b"400", b"403")
+
+
+def test_no_other_site_may_read_an_answer_or_send_json(live: Live) -> None:
+    origin = {"Origin": "https://example.net"}
+    asking = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    found = httpx2.options(f"{live.url}{CHAT}", headers=asking)
+    assert found.status_code == 405
+    read = httpx2.get(f"{live.url}/v1/models", headers=origin)
+    for response in (found, read):
+        assert not [name for name in response.headers if name.lower().startswith("access-control")]
+    simple = httpx2.post(f"{live.url}{CHAT}", content=b"{}", headers={**origin, "Content-Type": "text/plain"})
+    assert simple.status_code == 415, "what a form may send isn't read"
+
+
+def test_names_are_compared_where_only_this_machine_listens_or_some_were_given() -> None:
+    here = {"localhost", "127.0.0.1", "::1"}
+    assert own_names("127.0.0.1") == here
+    assert own_names("127.0.0.2") == here | {"127.0.0.2"}
+    assert own_names("::1", ["Chat.Example.com", "[fe80::1]"]) == here | {"chat.example.com", "fe80::1"}
+    assert own_names("0.0.0.0") is own_names("127.0.0.1", ["*"]) is None
+    assert own_names("0.0.0.0", ["box"]) == here | {"0.0.0.0", "box"}
+    for wrong in ("http://box", "box:8000", "", "a b", "abc:80"):
+        with pytest.raises(UserError, match=f"--allow-host {wrong}: expected a name alone"):
+            own_names("127.0.0.1", [wrong])

@@ -38,16 +38,17 @@ def _norm_back(grad, x, weight, inverse, dx, width, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _rotate(x, cos, sin, out, num_heads, sign, HALF: tl.constexpr, HEADS: tl.constexpr):
+def _rotate(x, cos, sin, out, num_heads, x_stride, out_stride, sign, HALF: tl.constexpr, HEADS: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, HALF)
     c = tl.load(cos + token * HALF + place).to(tl.float32)[None]
     s = tl.load(sin + token * HALF + place).to(tl.float32)[None] * sign
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
-    at = (token * num_heads + head[:, None]) * 2 * HALF + place[None]
+    at = head[:, None] * 2 * HALF + place[None]
     inside = head[:, None] < num_heads
-    first = tl.load(x + at, mask=inside, other=0).to(tl.float32)
-    second = tl.load(x + at + HALF, mask=inside, other=0).to(tl.float32)
+    first = tl.load(x + token * x_stride + at, mask=inside, other=0).to(tl.float32)
+    second = tl.load(x + token * x_stride + at + HALF, mask=inside, other=0).to(tl.float32)
+    at += token * out_stride
     tl.store(out + at, (first * c - second * s).to(out.dtype.element_ty), mask=inside)
     tl.store(out + at + HALF, (second * c + first * s).to(out.dtype.element_ty), mask=inside)
 
@@ -100,14 +101,22 @@ def rms_norm_backward(grad_TD: Tensor, x_TD: Tensor, weight_D: Tensor, inverse_T
     return dx
 
 
-def rotate(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, back: bool) -> Tensor:
-    """Each head turned by its position's angle, or turned back, which is the gradient. (T, H, d)."""
-    x_THd = x_THd.contiguous()
+def rotate(x_THd: Tensor, cos_TF: Tensor, sin_TF: Tensor, *, back: bool, out: Tensor | None = None) -> Tensor:
+    """Each head turned by its position's angle, or turned back, which is the gradient.
+
+    x_THd    tokens may lie apart; heads that do are copied first
+    out      where to write, x itself for example; None: a new tensor
+    Returns  (T, H, d)
+    """
     tokens, heads, size = x_THd.shape
-    out, block = torch.empty_like(x_THd), min(16, triton.next_power_of_2(heads))
+    if x_THd.stride()[1:] != (size, 1):
+        x_THd = x_THd.contiguous()
+    out = torch.empty(x_THd.shape, dtype=x_THd.dtype, device=x_THd.device) if out is None else out
+    block = min(16, triton.next_power_of_2(heads))
     _rotate[(tokens, triton.cdiv(heads, block))](
-        x_THd, cos_TF, sin_TF, out, heads, -1.0 if back else 1.0, HALF=size // 2, HEADS=block
-    )
+        x_THd, cos_TF, sin_TF, out, heads, x_THd.stride(0), out.stride(0), -1.0 if back else 1.0,
+        HALF=size // 2, HEADS=block,
+    )  # fmt: skip
     return out
 
 

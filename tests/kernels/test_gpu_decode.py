@@ -1,0 +1,114 @@
+"""The Triton kernels of decoding against their references in torch: on a GPU, or on a CPU in Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from ossia.engine.cache import attend_cached
+from ossia.model.weights import split_gate_up
+from ossia.ops.moe import Expert, mixture, route
+from ossia.ops.mxfp4 import dequantize_mxfp4
+from tests.kernels.test_gpu_training import DEVICE, FLOATS, bound, error, random
+
+pytest.importorskip("triton", reason="pip install 'ossia[dev-gpu]'")
+
+
+def paged(
+    lengths: tuple[int, ...], window: int | None, block: int, kv_heads: int, size: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """A pool of random keys and values, and a table in which blocks lie in no order."""
+    need = [1 if window is not None else -(-length // block) for length in lengths]
+    numbers = (torch.randperm(sum(need), generator=torch.Generator().manual_seed(9)) + 1).tolist()
+    table = torch.zeros(len(lengths) + 1, max(need) + 1, dtype=torch.int32)
+    for row, (first, count) in enumerate(zip([0, *accumulate(need)], need, strict=False)):
+        table[row, :count] = torch.tensor(numbers[first : first + count], dtype=torch.int32)
+    return random((sum(need) + 1) * block, 2 * kv_heads, size, seed=1, dtype=dtype), table.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("window", "block"), [(None, 64), (128, 128), (16, 16)])
+def test_attention_over_the_cache_of_sequences_of_all_lengths(
+    dtype: torch.dtype, window: int | None, block: int
+) -> None:
+    from ossia.kernels.gpu.decode import attend
+
+    lengths, kv_heads, group, size = (1, 15, 16, 63, 64, 65, 127, 128, 129, 300), 2, 4, 32
+    pool, table = paged(lengths, window, block, kv_heads, size, dtype)
+    row = torch.arange(len(lengths), device=DEVICE).flip(0)
+    length = torch.tensor(lengths, device=DEVICE).flip(0)
+    whole = random(len(lengths), kv_heads * group + 5, size, seed=2, dtype=dtype, scale=2)
+    query, sinks = whole[:, : kv_heads * group], random(kv_heads * group, seed=3, dtype=dtype, scale=2)
+    found = attend(query, pool, table, row, length - 1, sinks, block=block, window=window, scale=size**-0.5)
+    most = max(lengths) if window is None else window
+    place = torch.arange(most, device=DEVICE).expand(len(lengths), -1)
+    slot = table[row].long().gather(1, place // block) * block + place % block
+    keys, values = pool.float()[slot].transpose(1, 2).chunk(2, dim=1)
+    seen = place < length[:, None]
+    mask = torch.zeros(seen.shape, device=DEVICE).masked_fill_(~seen, -torch.inf)[:, None, None]
+    expected = attend_cached(query.float(), keys, values, sinks, mask, "reference").to(dtype)
+    assert error(found, expected) <= bound(dtype)
+
+
+@pytest.mark.parametrize(("rows", "experts", "top_k"), [(1, 8, 4), (3, 6, 3), (70, 32, 4), (9, 1, 1)])
+def test_the_chosen_experts_and_the_sort(rows: int, experts: int, top_k: int) -> None:
+    from ossia.kernels.gpu.decode import choose
+
+    logits = random(rows, experts, seed=rows)
+    found, shares, order, row, ends = choose(logits, top_k)
+    expected = route(logits, top_k)
+    assert torch.equal(found, expected.experts_TK)
+    assert error(shares, expected.weights_TK) <= 1e-6
+    assert torch.equal(order, expected.order_N)
+    assert torch.equal(row, expected.row_TK)
+    assert torch.equal(ends, expected.ends_E)
+
+
+def test_a_tie_between_experts_goes_to_the_first_and_none_is_chosen_twice() -> None:
+    from ossia.kernels.gpu.decode import choose
+
+    found = choose(torch.tensor([[1.0, 2, 2, 2, 0]], device=DEVICE), 3)[0]
+    assert found.tolist() == [[1, 2, 3]]
+
+
+def packed(experts: int, fan_out: int, fan_in: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Every code; scales from very small to large, near those that keep sums near 1."""
+    generator = torch.Generator().manual_seed(seed)
+    blocks = torch.randint(256, (experts, fan_out, fan_in // 32, 16), dtype=torch.uint8, generator=generator)
+    scales = torch.randint(121, 124, (experts, fan_out, fan_in // 32), generator=generator).to(torch.uint8)
+    scales[0, 0], scales[0, 1, 0] = 1, 128
+    return blocks.to(DEVICE), scales.to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rank", [0, 1, 8, 20])
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_experts_from_their_packed_weights(dtype: torch.dtype, rank: int, rows: int) -> None:
+    from ossia.kernels.gpu import decode
+
+    experts, hidden, size, top_k = 6, 96, 64, 2
+    x = random(rows, hidden, seed=0, dtype=dtype)
+    residual, logits = random(rows, hidden, seed=1, dtype=dtype), random(rows, experts, seed=2)
+    logits[:, 4] = -9  # an expert without a row
+    if rows == 3:
+        logits[:, 2] = 9  # one with all of them
+    theirs, mine = [], []
+    for seed, (fan_out, fan_in) in enumerate(((2 * size, hidden), (hidden, size))):
+        blocks, scales = packed(experts, fan_out, fan_in, seed)
+        weight = dequantize_mxfp4(blocks.cpu(), scales.cpu(), dtype).to(DEVICE)
+        bias = random(experts, fan_out, seed=seed + 5, dtype=dtype)
+        lora = [random(experts, *shape, seed=seed + 7 + i, dtype=dtype, scale=0.2)
+                for i, shape in enumerate(((rank, fan_in), (fan_out, rank)))] if rank else [None, None]  # fmt: skip
+        parts = (split_gate_up(weight) if seed == 0 else weight, bias, *lora)
+        theirs.append(Expert(*(None if part is None else part.float() for part in parts)))
+        mine.append((blocks, scales, bias, *lora))
+    found, chosen = decode.mixture(residual, x, logits.to(dtype), top_k, *mine, 3.0, 1.702)
+    routing = route(logits.to(dtype), top_k)
+    exact = replace(routing, weights_TK=routing.weights_TK.float())
+    expected = mixture(residual.float(), x.float(), exact, *theirs, 3.0, 1.702, lambda *_: None).to(dtype)
+    assert torch.equal(chosen, routing.experts_TK)
+    assert error(found, expected) <= bound(dtype)
