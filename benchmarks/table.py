@@ -45,6 +45,25 @@ def sft_rows() -> Iterator[str]:
         yield f"| {words}{trained} | {mine} | {theirs} | {found['speedup']:.1f}x | {found['memory_ratio']:.2f}x |"
 
 
+def grpo_lines() -> Iterator[str]:
+    """A step of GRPO beside TRL's."""
+    if (found := load("grpo_step-sort")) is None:
+        return
+    config, step, peak = found["config"], found["median_step_s"], found["peak_bytes"]
+    yield "## A step of GRPO beside TRL's (`benchmarks/grpo_step.py`)"
+    yield ""
+    yield (
+        f"{config['prompts']} prompts, {config['group']} answers each of at most {config['new']} tokens, sampled and "
+        f"judged, and one update of all weights in float32; the demo's model, {config['threads']} threads."
+    )
+    yield ""
+    yield "| | Ossia | TRL | faster | memory |"
+    yield "|---|---|---|---|---|"
+    mine, theirs = (f"{step[side]:.2f} s, {peak[side] / 1e9:.2f} GB" for side in ("ossia", "peer"))
+    yield f"| a step | {mine} | {theirs} | {found['speedup']:.1f}x | {found['memory_ratio']:.2f}x |"
+    yield ""
+
+
 DECODE_WORDS = {
     "demo-1": "demo shape, float32, 1 request",
     "demo-16": "demo shape, float32, 16 requests",
@@ -186,7 +205,7 @@ def page() -> str:
         "tok/s are trained tokens; memory is each process's own peak resident set. Both sides' first losses agree.",
         "",
     ]
-    lines += [*gpu_lines()]
+    lines += [*grpo_lines(), *gpu_lines()]
     lines += ["## Generation, side by side in one run (`benchmarks/decode_cpu.py`)", "", *decode_rows(), ""]
     lines += ["## Generation beside llama.cpp (`benchmarks/decode_llamacpp.py`)", "", *llamacpp_rows(), ""]
     lines += [*serving_lines(), *jail_lines()]
