@@ -93,26 +93,24 @@ def _swiglu(gate, up, limit, alpha):
 @triton.jit
 def _alone(x, blocks, scales, row, WORDS: tl.constexpr, GROUPS: tl.constexpr):
     """Rows of packed weights times a lifted vector: (rows,) float32. A thread takes whole groups of 32 weights."""
-    first_group, word = tl.arange(0, GROUPS)[None, :, None], tl.arange(0, 4)[None, None]
-    row = row[:, None, None]
-    total = tl.zeros((row.shape[0], GROUPS, 1), tl.float32)
-    inside = first_group < WORDS // 4
-    words = tl.load(blocks + row * WORDS + first_group * 4 + word, mask=inside, other=0)
-    byte = tl.load(scales + row * (WORDS // 4) + first_group, mask=inside, other=0)
+    first_word, first_group = tl.arange(0, 4 * GROUPS)[None], tl.arange(0, GROUPS)[None]
+    words_at, scale_at = blocks + row[:, None] * WORDS, scales + row[:, None] * (WORDS // 4)
+    total = tl.zeros((row.shape[0], GROUPS), tl.float32)
+    words = tl.load(words_at + first_word, mask=first_word < WORDS, other=0)
+    byte = tl.load(scale_at + first_group, mask=first_group < WORDS // 4, other=0)
     for start in range(0, WORDS // 4, GROUPS):
         # the next ones are on their way while these are computed
-        group = start + GROUPS + first_group
-        inside = group < WORDS // 4
-        next_words = tl.load(blocks + row * WORDS + group * 4 + word, mask=inside, other=0)
-        next_byte = tl.load(scales + row * (WORDS // 4) + group, mask=inside, other=0)
-        group -= GROUPS
+        word, group = 4 * (start + GROUPS) + first_word, start + GROUPS + first_group
+        next_words = tl.load(words_at + word, mask=word < WORDS, other=0)
+        next_byte = tl.load(scale_at + group, mask=group < WORDS // 4, other=0)
+        word -= 4 * GROUPS
         part = tl.zeros(words.shape, tl.float32)
         for n in tl.static_range(8):
-            value = tl.load(x + n * WORDS + group * 4 + word, mask=group < WORDS // 4, other=0)
-            part += _code(words, n) * value
-        total += tl.sum(part, 2, keep_dims=True) * _LOWER * _power(byte)
+            part += _code(words, n) * tl.load(x + n * WORDS + word, mask=word < WORDS, other=0)
+        part = tl.sum(tl.reshape(part, (words.shape[0], GROUPS, 4)), 2)
+        total += part * _LOWER * _power(byte)
         words, byte = next_words, next_byte
-    return tl.sum(tl.sum(total, 2), 1)
+    return tl.sum(total, 1)
 
 
 @triton.jit
@@ -191,20 +189,25 @@ def _together(
 ):  # fmt: skip
     """Rows of packed weights times a tile of inputs: (rows, tokens) float32."""
     total = tl.zeros((ROWS, TOKENS), tl.float32)
-    word, first_group = tl.arange(0, 4)[None, None], tl.arange(0, STEP // 4)[None, :, None]
-    row = row[:, None, None]
-    byte = tl.load(scales + row * (WORDS // 4) + first_group, mask=first_group < WORDS // 4, other=0)
+    first_word, first_group = tl.arange(0, STEP)[None], tl.arange(0, STEP // 4)[None]
+    words_at, scale_at = blocks + row[:, None] * WORDS, scales + row[:, None] * (WORDS // 4)
+    byte = tl.load(scale_at + first_group, mask=first_group < WORDS // 4, other=0)
     for start in tl.range(0, WORDS, STEP, num_stages=STAGES):
-        column, group = 8 * start + tl.arange(0, 8 * STEP), start // 4 + first_group
-        words = tl.load(blocks + row * WORDS + group * 4 + word, mask=group < WORDS // 4, other=0)
+        word, column = start + first_word, 8 * start + tl.arange(0, 8 * STEP)
+        words = tl.load(words_at + word, mask=word < WORDS, other=0)
         # single bytes can't be fetched ahead by the compiler, so the next step's are here
-        next_group = group + STEP // 4
-        next_byte = tl.load(scales + row * (WORDS // 4) + next_group, mask=next_group < WORDS // 4, other=0)
+        next_group = (start + STEP) // 4 + first_group
+        next_byte = tl.load(scale_at + next_group, mask=next_group < WORDS // 4, other=0)
         there = (column[:, None] < 8 * WORDS) & x_inside[None]
         values = tl.load(x + x_at[None] + column[:, None], mask=there, other=0)
         if AS_FLOAT:
             values = values.to(tl.float32)
-        total = tl.dot(_weights(words, _power(byte), values.dtype), values, total, input_precision="ieee")
+        total = tl.dot(
+            _weights(tl.reshape(words, (ROWS, STEP // 4, 4)), _power(byte)[:, :, None], values.dtype),
+            values,
+            total,
+            input_precision="ieee",
+        )
         byte = next_byte
     return total
 
