@@ -45,6 +45,25 @@ def sft_rows() -> Iterator[str]:
         yield f"| {words}{trained} | {mine} | {theirs} | {found['speedup']:.1f}x | {found['memory_ratio']:.2f}x |"
 
 
+def grpo_lines() -> Iterator[str]:
+    """A step of GRPO beside TRL's."""
+    if (found := load("grpo_step-sort")) is None:
+        return
+    config, step, peak = found["config"], found["median_step_s"], found["peak_bytes"]
+    yield "## A step of GRPO beside TRL's (`benchmarks/grpo_step.py`)"
+    yield ""
+    yield (
+        f"{config['prompts']} prompts, {config['group']} answers each of at most {config['new']} tokens, sampled and "
+        f"judged, and one update of all weights in float32; the demo's model, {config['threads']} threads."
+    )
+    yield ""
+    yield "| | Ossia | TRL | faster | memory |"
+    yield "|---|---|---|---|---|"
+    mine, theirs = (f"{step[side]:.2f} s, {peak[side] / 1e9:.2f} GB" for side in ("ossia", "peer"))
+    yield f"| a step | {mine} | {theirs} | {found['speedup']:.1f}x | {found['memory_ratio']:.2f}x |"
+    yield ""
+
+
 DECODE_WORDS = {
     "demo-1": "demo shape, float32, 1 request",
     "demo-16": "demo shape, float32, 16 requests",
@@ -149,6 +168,27 @@ def gpu_lines() -> Iterator[str]:
         yield ""
 
 
+def jail_lines() -> Iterator[str]:
+    """What the benchmark of the jail found."""
+    if (found := load("jail")) is None:
+        return
+    rates, ms, flood = found["jails_per_s"], found["median_ms"], found["flood"]
+    yield "## The jail (`benchmarks/jail.py`)"
+    yield ""
+    yield (
+        f"Fresh jails for short programs on {found['cores']} cores: {rates['2']:.0f} a second from two threads, "
+        f"{rates['1']:.0f} from one; {ms['jail']:.1f} ms for one alone, and {ms['call'] * 1e3:.0f} µs for a call into "
+        "one that is there."
+    )
+    yield ""
+    hanging = f"{flood['hanging']} of {flood['programs']} programs hang"
+    yield f"| a step in which {hanging} | takes longer by | their limits |"
+    yield "|---|---|---|"
+    for kind, share_s in flood["share_s"].items():
+        yield f"| {kind} | {flood['cost'][kind] * share_s:.2f} s | {share_s:.0f} s |"
+    yield ""
+
+
 def page() -> str:
     """docs/benchmarks.md."""
     lines = [
@@ -165,10 +205,10 @@ def page() -> str:
         "tok/s are trained tokens; memory is each process's own peak resident set. Both sides' first losses agree.",
         "",
     ]
-    lines += [*gpu_lines()]
+    lines += [*grpo_lines(), *gpu_lines()]
     lines += ["## Generation, side by side in one run (`benchmarks/decode_cpu.py`)", "", *decode_rows(), ""]
     lines += ["## Generation beside llama.cpp (`benchmarks/decode_llamacpp.py`)", "", *llamacpp_rows(), ""]
-    lines += [*serving_lines()]
+    lines += [*serving_lines(), *jail_lines()]
     if demo := load("demo"):
         lines += [
             "## The demo (`benchmarks/demo.py`)",

@@ -1,6 +1,6 @@
 """`ossia doctor`: what this machine can do, and which optional packages are there.
 
-It changes nothing, but compiles the decode step in C if this machine's isn't there yet: only that tells whether it can.
+It changes nothing, but compiles what runs in C on a CPU if that isn't there yet: only that tells whether it can.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ _EXTRAS = {
     "wandb": ("wandb",),
     "trackio": ("trackio",),
 }
+_KERNELS = {"triton": "passes fused in Triton", "c": "passes fused in C", "torch": "passes of torch, slower,"}
+_DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
 def examine() -> dict[str, Any]:
@@ -30,11 +32,13 @@ def examine() -> dict[str, Any]:
 
     Returns  what env.json of a run holds (versions, cpu, cores, ...); memory_bytes, memory_free_bytes, disk_free_bytes:
              int, the disk being the current folder's; devices: name, memory_bytes and free_bytes of each GPU; packages:
-             version or None by distribution; extras: True where all of an extra's packages are there; jail: by level,
-             "" where the machine gives it, else why not
+             version or None by distribution; extras: True where all of an extra's packages are there; kernels: what
+             training computes with between matrix products, triton, c or torch by device; jail: by level, "" where the
+             machine gives it, else why not
     """
     import torch
 
+    from ossia.kernels import pick_kernels
     from ossia.kernels.native import Unavailable, load_kernels
     from ossia.ops.memory import machine_memory
     from ossia.rl.jail import LOCKED, probe_level
@@ -55,6 +59,9 @@ def examine() -> dict[str, Any]:
         "devices": gpus,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "decode": {"native": False, "reason": kernels.reason} if isinstance(kernels, Unavailable) else {"native": True},
+        "kernels": {
+            kind: pick_kernels(torch.device(kind), torch.bfloat16) for kind in ("cpu", *(["cuda"] if gpus else []))
+        },
         "jail": {level: probe_level(level) for level in LOCKED},
         "packages": packages,
         "extras": {extra: all(packages[name] for name in needs) for extra, needs in _EXTRAS.items()},
@@ -79,6 +86,7 @@ def as_text(found: dict[str, Any]) -> str:
             "decode",
             "in C on the CPU" if found["decode"]["native"] else f"in torch, slower: {found['decode']['reason']}",
         ),
+        ("train", ", ".join(f"{_KERNELS[name]} on the {_DEVICES[kind]}" for kind, name in found["kernels"].items())),
         *_jail_rows(found["jail"]),
         ("packages", ", ".join(f"{name} {found['packages'][name]}" for name in _REQUIRED)),
     ]

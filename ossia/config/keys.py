@@ -103,7 +103,7 @@ def value_in_words(value: Any) -> str:
 def _walk(model: type[BaseModel], prefix: str) -> Iterator[Key]:
     for name, field in model.model_fields.items():
         section, named = _section_in(field.annotation)
-        key = Key(f"{prefix}{name}", field, None if named else section)
+        key = Key(f"{prefix}{field.alias or name}", field, None if named else section)
         yield key
         if section is not None:
             yield from _walk(section, f"{key.name}.{ANY_NAME}." if named else f"{key.name}.")

@@ -50,6 +50,9 @@ class RlConfig(Section):
     as http://127.0.0.1:8000/v1; docs/rl.md has its command."""
     rollout_timeout_s: float = Field(600.0, gt=0.0)
     """Seconds that a rollout server may take for one sample, its time in the queue included."""
+    asynchronous: int = Field(0, ge=0, le=1, alias="async")
+    """1: while a batch is trained, a rollout server samples the next one with the adapter as it was before that update;
+    `mismatch` corrects for it. 0: one after the other."""
     loss: Literal["grpo", "bnpo", "dr_grpo", "dapo", "gspo", "cispo"] = "dapo"
     """The policy loss; docs/rl.md says what each is for."""
     clip_low: float | None = Field(None, gt=0, lt=1, json_schema_extra=words("the loss's own"))
@@ -98,5 +101,17 @@ class RlConfig(Section):
     def _consistent(self) -> Self:
         too_long = self.overlong > self.max_new
         why = f"`rl.overlong` is {self.overlong}, above `rl.max_new`, {self.max_new}; it is the last part of it"
-        refuse(Clash(("overlong", "max_new"), why) if too_long else None)
+        ahead = bool(self.asynchronous)
+        refuse(
+            Clash(("overlong", "max_new"), why) if too_long else None,
+            Clash(
+                ("async", "rollout"),
+                "`rl.async` needs a server in `rl.rollout`: the engine samples with the very weights that are trained",
+            )
+            if ahead and self.rollout == "engine"
+            else None,
+            Clash(("async", "mismatch"), "`rl.async` needs a correction: set `rl.mismatch` to token or sequence")
+            if ahead and self.mismatch == "none"
+            else None,
+        )
         return self

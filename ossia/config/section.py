@@ -50,7 +50,12 @@ class Section(BaseModel):
     """A section: frozen, no unknown keys, strict types."""
 
     model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+        frozen=True,
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        use_attribute_docstrings=True,
+        serialize_by_alias=True,  # a key that is a word of Python's has another name in Python
     )
 
     @model_validator(mode="before")

@@ -33,6 +33,7 @@ _DECIDES = (
     "demo",
     "export/merge.py",
     "harmony",
+    "kernels",
     "model",
     "ops",
     "run",
@@ -74,7 +75,8 @@ def content_hash(plan: Plan, seed: int) -> str:
 def _sources(package: Path) -> Iterator[Path]:
     for name in _DECIDES:
         path = package / name
-        yield from sorted(path.rglob("*.py")) if path.is_dir() else (path,)
+        found = sorted(path.rglob("*")) if path.is_dir() else (path,)
+        yield from (file for file in found if file.suffix in (".py", ".c", ".h"))
 
 
 def _forget_longest_unused(cache_dir: Path) -> None:

@@ -229,7 +229,8 @@ class Transformer:
         x_TD = x_TD + linear(attended, layer.o, adapted(attended, 3))
 
         normed = self._parts.rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
-        routing = route(linear(normed, layer.router, adapted(normed, 4)), a.experts_per_token, replay)
+        logits = linear(normed, layer.router, adapted(normed, 4))
+        routing = route(logits, a.experts_per_token, replay, self._parts.sort)
         if note_experts is not None:
             note_experts(routing.experts_TK)
         return self._parts.mixture(

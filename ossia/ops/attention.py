@@ -12,6 +12,7 @@ Letters: T packed tokens, H query heads, K key-value heads, d head dimension, B 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -156,6 +157,15 @@ class Padded:
         return cls(rows_q, rows_k, is_own, seen)
 
 
+def _of_like_lengths(parts: list[tuple[range, range]]) -> Iterator[list[tuple[range, range]]]:
+    """Parts whose queries are of three quarters of the longest one's length and more, eight at least: padding costs."""
+    left = sorted(parts, key=lambda part: len(part[1]), reverse=True)
+    while left:
+        like = sum(4 * len(queries) >= 3 * len(left[0][1]) for _, queries in left)
+        yield left[: max(like, 8)]
+        left = left[max(like, 8) :]
+
+
 @dataclass(frozen=True, slots=True)
 class Families:
     """Documents that share their beginnings: each beginning attends once, then each document's own rows to both.
@@ -178,7 +188,7 @@ class Families:
             if common:
                 beginnings.append((range(0), shared))
             owns += [(shared, range(rows[common], rows[-1] + 1)) for rows in members]
-        parts = [Padded.of(found, window) for found in (beginnings, owns) if found]
+        parts = [Padded.of(found, window) for found in (*_of_like_lengths(beginnings), *_of_like_lengths(owns))]
         rows, real = (
             torch.cat([x.flatten() for x in xs]) for xs in zip(*((p.rows_q, p.real_q) for p in parts), strict=True)
         )

@@ -18,7 +18,7 @@ from torch import Tensor
 from ossia.kernels import Kernels, passes_for
 from ossia.kernels.cpu.grouped import grouped_mm
 from ossia.ops.linear import rms_norm
-from ossia.ops.moe import Expert, Route, adapter_part, mixture
+from ossia.ops.moe import Expert, Route, Sort, adapter_part, mixture, sort_by_expert
 from ossia.ops.rope import apply_rope
 
 Adapt = Callable[[Tensor, int], Tensor | None]
@@ -34,10 +34,11 @@ class Parts:
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     apply_rope: Callable[[Tensor, Tensor, Tensor], Tensor]
+    sort: Sort
     mixture: Callable[[Tensor, Tensor, Route, Expert, Expert, float, float, Adapt], Tensor]
 
 
-TORCH = Parts(rms_norm, apply_rope, mixture)
+TORCH = Parts(rms_norm, apply_rope, sort_by_expert, mixture)
 
 
 class Passes(Protocol):
@@ -63,7 +64,8 @@ def parts_for(kernels: Kernels) -> Parts:
     if kernels == "torch":
         return TORCH
     passes = passes_for(kernels)
-    return Parts(partial(_rms_norm, passes), partial(_apply_rope, passes), partial(_mixture, passes))
+    sort = passes.sort if kernels == "c" else sort_by_expert  # a GPU is best served by torch's own
+    return Parts(partial(_rms_norm, passes), partial(_apply_rope, passes), sort, partial(_mixture, passes))
 
 
 def _rms_norm(passes: Passes, x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

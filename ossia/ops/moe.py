@@ -38,7 +38,23 @@ class Route:
     ends_E: Tensor
 
 
-def route(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None = None) -> Route:
+Sort = Callable[[Tensor, int], tuple[Tensor, Tensor, Tensor]]
+"""See `sort_by_expert`."""
+
+
+def sort_by_expert(experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The order of the choices by expert (stable), its inverse, (N,) int64, and the experts' ends, (E,) int32."""
+    flat_N = experts_TK.flatten()
+    order_N = flat_N.argsort(stable=True)
+    row_N = torch.empty_like(order_N)
+    row_N[order_N] = torch.arange(len(order_N), device=order_N.device)
+    # counted by a scatter, whose shape is known beforehand: a GPU waits for bincount's
+    counts_E = torch.zeros(num_experts, dtype=torch.int64, device=flat_N.device)
+    ends_E = counts_E.scatter_add_(0, flat_N, torch.ones_like(flat_N)).cumsum(0).to(torch.int32)
+    return order_N, row_N, ends_E
+
+
+def route(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None = None, sort: Sort = sort_by_expert) -> Route:
     """Softmax over the k largest logits, and the sort that groups rows by expert.
 
     logits_TE  (T, E) in the activations' dtype, as the released model computes it
@@ -48,13 +64,7 @@ def route(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None = None) -> Rou
     if replay_TK is not None:
         experts_TK = torch.where(replay_TK < 0, experts_TK, replay_TK)
         chosen_TK = logits_TE.gather(-1, experts_TK)
-    flat_N = experts_TK.flatten()
-    order_N = flat_N.argsort(stable=True)
-    row_N = torch.empty_like(order_N)
-    row_N[order_N] = torch.arange(len(order_N), device=order_N.device)
-    # counted by a scatter, whose shape is known beforehand: a GPU waits for bincount's
-    counts_E = torch.zeros(logits_TE.shape[-1], dtype=torch.int64, device=flat_N.device)
-    ends_E = counts_E.scatter_add_(0, flat_N, torch.ones_like(flat_N)).cumsum(0).to(torch.int32)
+    order_N, row_N, ends_E = sort(experts_TK, logits_TE.shape[-1])
     row_TK = row_N.view_as(experts_TK)
     return Route(chosen_TK.softmax(-1), experts_TK, order_N, order_N // top_k, row_TK, ends_E)
 

@@ -22,6 +22,7 @@ from ossia.rl.judge import Judge
 from ossia.rl.record import SampleLog
 from ossia.rl.rollout import Asked, Limits, Rollout, Trajectory
 from ossia.rl.sampler import open_sampler
+from ossia.rl.sampler.ahead import Ahead
 from ossia.rl.sampler.served import Served
 from ossia.rl.tasks import NamedEnv, TaskStream
 from ossia.train.optim import AdamW
@@ -41,6 +42,18 @@ class Sampled:
     def trajectories(self) -> list[Trajectory]:
         """All of them."""
         return [one.trajectory for group in self.groups for one in group.samples]
+
+
+@dataclass(frozen=True, slots=True)
+class Next:
+    """The batch after the one that is trained, with `rl.async`.
+
+    asked   its tasks; before: where the tasks were when none of them was taken
+    """
+
+    asked: list[Asked]
+    before: Mapping[str, Any]
+    sampling: Ahead[Sampled]
 
 
 class Policy:
@@ -74,6 +87,7 @@ class Policy:
         limits = Limits(rl.max_new, rl.max_turns, recipe.max_length)
         self.rollout = Rollout(sampler, vocab, self.judge, limits, routes=rl.router_replay)
         self.alarm, self.number = Alarm(), 0  # steps taken
+        self._next: Next | None = None
         self.tokens_per_pack = train.tokens_per_pack
         tokens = rl.prompts * rl.group * recipe.max_length
         self.recompute = not keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
@@ -83,13 +97,14 @@ class Policy:
 
     def next_step(self) -> list[Asked]:
         """See `train.loop.Stream`."""
-        return self.tasks.take(self.recipe.rl.prompts)
+        return self.tasks.take(self.recipe.rl.prompts) if self._next is None else self._next.asked
 
     def state(self) -> dict[str, Any]:
         """See `train.loop.Stream`."""
         return {
             "step": self.number,
-            "tasks": self.tasks.state(),
+            # what is being sampled isn't kept: a run that goes on samples it with the weights that it goes on with
+            "tasks": self.tasks.state() if self._next is None else self._next.before,
             "samples_bytes": self.samples.sync(),
             "alarm": self.alarm.state(),
             "counts": dict(self.counts),
@@ -109,30 +124,58 @@ class Policy:
         """Sample, judge, train. Raises RunError if sampler and trainer differ by more than `rl.max_mismatch`."""
         self.number += 1
         step = self.number
-        sampled = self._sample(asked, step)
+        sampled, waited_s = self._sampled(asked, step)
+        if self._looks_ahead(step):
+            self._next = self._begin(step + 1)
         self.samples.write(step, "train", sampled.groups)
         batch = make_batch(sampled.groups, self.recipe.rl, self.rule, self.tokens_per_pack)
         started = time.perf_counter()
         trained = self._train(batch, lr)
         metrics = {**self._measure(sampled), **trained, "train_s": time.perf_counter() - started}
+        if self.recipe.rl.asynchronous:
+            metrics["waited_s"] = waited_s
         if metrics.get("mismatch", 0.0) > self.recipe.rl.max_mismatch:
+            lag = "a lower learning rate, rl.async: 0, " if self.recipe.rl.asynchronous else ""
             raise RunError(
                 f"step {step}: sampler and trainer differ by {metrics['mismatch']:.2e} nats a token, above "
                 f"rl.max_mismatch, {self.recipe.rl.max_mismatch:g}: what is trained is not what was sampled\n"
-                "  next: dtype float32, rl.router_replay: true, or report this"
+                f"  next: {lag}dtype float32, rl.router_replay: true, or report this"
             )
         rewards = [[one.reward for one in group.samples if one.reward is not None] for group in sampled.groups]
         if warning := self.alarm.see(rewards, metrics["answer_tokens"]):
-            metrics["alarm"] = warning
+            metrics |= {"alarm": warning.words, "alarm_kind": warning.kind}
         return metrics
 
-    def _sample(self, asked: list[Asked], step: int) -> Sampled:
-        """Groups of the step's tasks; those without a signal replaced by others as often as `rl.refill` says."""
+    def _sampled(self, asked: list[Asked], step: int) -> tuple[Sampled, float]:
+        """The step's batch, sampled now unless it has been already, and how long training waited for it."""
+        started = time.perf_counter()
+        coming, self._next = self._next, None
+        sampled = self._sample(asked, step, step - 1) if coming is None else coming.sampling.take()
+        return sampled, time.perf_counter() - started
+
+    def _looks_ahead(self, step: int) -> bool:
+        """Whether the next batch is sampled during this step: not across a checkpoint, which a run can go on from."""
+        train = self.recipe.train
+        saves = train.save_every > 0 and step % train.save_every == 0
+        return bool(self.recipe.rl.asynchronous) and step != train.steps and not saves
+
+    def _begin(self, step: int) -> Next:
+        """Start to sample a step's batch with the weights as they are, which the update before it will change."""
+        version, before = step - 2, self.tasks.state()
+        self.rollout.sampler.refresh(version)  # here, before they change
+        asked = self.tasks.take(self.recipe.rl.prompts)
+        return Next(asked, before, Ahead(partial(self._sample, asked, step, version)))
+
+    def _sample(self, asked: list[Asked], step: int, version: int) -> Sampled:
+        """Groups of the step's tasks; those without a signal replaced by others as often as `rl.refill` says.
+
+        version  of the policy: how many steps it has been trained for
+        """
         started, rl = time.perf_counter(), self.recipe.rl
         found: list[Group] = []
         for attempt in range(rl.refill + 1):
             seed_of = partial(self._seed, step * 1000 + attempt)
-            sampled = self.rollout.sample(asked, rl.group, version=step - 1, seed_of=seed_of)
+            sampled = self.rollout.sample(asked, rl.group, version=version, seed_of=seed_of)
             found += [score_group(group, rl, self.rule) for group in sampled]
             lacking = rl.prompts - sum(group.has_signal for group in found)
             if lacking <= 0 or attempt == rl.refill:
@@ -201,6 +244,8 @@ class Policy:
 
     def evaluate(self) -> dict[str, float]:
         """Greedy answers to the held-out tasks."""
+        if self._next is not None:
+            self._next.sampling.wait()  # the server has one adapter at a time
         sampled = self.rollout.sample(self.held_out, 1, version=self.number, seed_of=lambda _: 0, greedy=True)
         groups = [score_group(group, self.recipe.rl, self.rule) for group in sampled]
         self.samples.write(self.number, "eval", groups)

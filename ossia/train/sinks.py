@@ -129,6 +129,7 @@ class TerminalSink:
         file = file or sys.stderr
         self._steps, self._step = steps, step
         self._held_out: float | None = None
+        self._alarm: str | None = None
         self._recent: deque[tuple[float, int]] = deque(maxlen=_WINDOW_STEPS)
         self._since_line_s = _PLAIN_EVERY_S
         self._console = Console(file=file, width=width, highlight=False, soft_wrap=not file.isatty())
@@ -156,8 +157,9 @@ class TerminalSink:
         self._step = event["step"]
         self._recent.append((event["step_s"], event["trained"]))
         self._since_line_s += event["step_s"]
-        if "alarm" in event:
+        if "alarm" in event and event["alarm_kind"] != self._alarm:  # once, not at every step that it goes on for
             self.say(f"step {self._step}: {event['alarm']}")
+        self._alarm = event.get("alarm_kind")
         if self._bar is not None:
             self._bar.update(self._task, completed=self._step, now=self._now(event))
             self._bar.refresh()

@@ -19,6 +19,7 @@ from ossia.ops.memory import machine_memory, return_freed_memory
 from ossia.train.optim import AdamW
 from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs, prepares_layers
 
+_STEPS_TO_TRIM = 16  # that a process may grow for; what a step gives back, the next one takes again page by page
 Recompute = Literal["auto", "always", "never"]
 
 
@@ -75,7 +76,9 @@ def train_step(
     model.trainable.zero_grad()
     loss = forward_backward(model, packs, loss_of or weighted, recompute=recompute, dropout_seed=dropout_seed)
     grad_norm = optimizer.update(loss=loss, lr=lr, clip=clip)
-    return_freed_memory(model.device)
+    # packs that went one after the other through the same memory will do so again
+    if len(packs) == 1 or prepares_layers(model) or optimizer.num_updates % _STEPS_TO_TRIM == 0:
+        return_freed_memory(model.device)
     tokens, trained = (sum(counts) for counts in zip(*((p.num_tokens, p.num_trained) for p in packs), strict=True))
     return StepResult(loss, weight, tokens, trained, grad_norm)
 

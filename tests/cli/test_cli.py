@@ -121,6 +121,8 @@ def test_doctor_says_what_the_machine_has() -> None:
     words = run("doctor").stdout
     assert "memory" in words
     assert found["packages"]["numpy"] in words
+    kernels = {"c": "passes fused in C on the CPU", "torch": "passes of torch, slower, on the CPU"}
+    assert kernels[found["kernels"]["cpu"]] in words
 
 
 def test_the_version_is_the_packages() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ossia.kernels import passes_for, pick_kernels
 from ossia.kernels.build import Unavailable
-from ossia.kernels.cpu.grouped import grouped_mm
+from ossia.kernels.cpu.grouped import _pieces, grouped_mm
 from ossia.kernels.cpu.passes import load_passes
 from ossia.ops.fused import TORCH, Parts, parts_for
 from ossia.ops.loss import _put_at_targets, _take_in_torch
@@ -170,6 +170,13 @@ def test_exponentials_of_a_block_of_logits_with_the_sums_so_far(fused: Parts, dt
     assert float(mine[0][5, 30]) == 0
 
 
+@pytest.mark.parametrize(("tokens", "experts", "top_k"), [(500, 9, 3), (1, 4, 4), (40, 64, 1), (0, 5, 2)])
+def test_choices_sorted_by_expert(fused: Parts, tokens: int, experts: int, top_k: int) -> None:
+    chosen = random(tokens, experts, seed=0).topk(top_k, -1).indices
+    for mine, theirs in zip(fused.sort(chosen, experts), TORCH.sort(chosen, experts), strict=True):
+        assert torch.equal(mine, theirs)
+
+
 COUNTS = [[33, 0, 1, 500, 17, 64, 0, 129, 31], [0] * 9, [5, *[0] * 7, 300], [300, *[0] * 8]]
 
 
@@ -186,6 +193,17 @@ def test_a_grouped_product_in_few_sizes_is_the_grouped_product(counts: list[int]
         results.append((product.detach(), *gradients))
     for mine, theirs in zip(*results, strict=True):
         assert error(mine, theirs) <= 1e-3
+
+
+def test_the_sizes_of_a_grouped_product_are_few() -> None:
+    sizes = set()
+    for seed in range(50):
+        ends = torch.rand(9, generator=torch.Generator().manual_seed(seed)).mul(900).long().cumsum(0).tolist()
+        pieces = list(_pieces(ends))
+        assert all(start < end <= ends[-1] for _, start, end in pieces)
+        sizes |= {end - start for _, start, end in pieces}
+    assert all(size % (1 << max(0, size.bit_length() - 4)) == 0 for size in sizes)
+    assert len(sizes) > 40
 
 
 def test_c_is_picked_where_it_can_be_and_torch_elsewhere(fused: Parts) -> None:

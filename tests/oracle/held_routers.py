@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ossia.model import transformer
-from ossia.ops.moe import Route, route
+from ossia.ops.moe import Route, Sort, route
 from tests.oracle.model_pairs import Batch
 
 
@@ -24,8 +24,8 @@ def recorded() -> Iterator[list[Tensor]]:
     """What our routers choose in here, (R, K) a call: layer by layer, in each layer pack by pack."""
     chosen: list[Tensor] = []
 
-    def choose(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None) -> Route:
-        routing = route(logits_TE, top_k, replay_TK)
+    def choose(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None, sort: Sort) -> Route:
+        routing = route(logits_TE, top_k, replay_TK, sort)
         chosen.append(routing.experts_TK)
         return routing
 
@@ -37,13 +37,13 @@ def recorded() -> Iterator[list[Tensor]]:
 def held(chosen: Sequence[Tensor]) -> Iterator[None]:
     """Our routers choose in here what was recorded, call by call; how much each expert counts they decide anew."""
     left = iter(chosen)
-    with _our_routers(lambda logits_TE, top_k, _: route(logits_TE, top_k, next(left))):
+    with _our_routers(lambda logits_TE, top_k, _, sort: route(logits_TE, top_k, next(left), sort)):
         yield
     assert next(left, None) is None, "fewer calls than were recorded"
 
 
 @contextmanager
-def _our_routers(choose: Callable[[Tensor, int, Tensor | None], Route]) -> Iterator[None]:
+def _our_routers(choose: Callable[[Tensor, int, Tensor | None, Sort], Route]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(transformer, "route", choose)
         yield

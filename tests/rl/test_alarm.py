@@ -18,7 +18,7 @@ def step(mean: float, *, equal: int = 0, length: float = 50.0, low: float = 0.0,
 
 def told(steps: list[Step]) -> str:
     alarm = Alarm()
-    return " ".join(filter(None, (alarm.see(*one) for one in steps)))
+    return " ".join(f"{warned.kind}: {warned.words}" for one in steps if (warned := alarm.see(*one)) is not None)
 
 
 def test_a_run_that_learns_raises_none() -> None:
@@ -31,8 +31,20 @@ def test_a_run_that_has_learnt_everything_raises_none() -> None:
 
 @pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (-5.0, -1.0), (100.0, 300.0)])
 def test_a_collapse_is_told_on_any_scale(low: float, high: float) -> None:
-    assert "collapsing" in told([step(0.5, low=low, high=high)] * 10 + [step(0.1, low=low, high=high)] * 10)
+    found = told([step(0.5, low=low, high=high)] * 10 + [step(0.1, low=low, high=high)] * 10)
+    assert "collapsing" in found
+    assert "lower learning rate" in found
+    assert "stuck" not in found
     assert told([step(0.5, low=low, high=high)] * 10 + [step(0.4, low=low, high=high)] * 10) == ""
+
+
+def test_a_collapse_to_nothing_is_called_one_although_nothing_is_left_to_learn_from() -> None:
+    assert Alarm(best=(0.2, 0.01), seen=(0.0, 1.0), history=[(0.0, 1.0, 50.0)] * 8).see(*step(0.0)).kind == "collapse"
+
+
+def test_a_mean_that_falls_by_chance_is_no_collapse() -> None:
+    lucky = [step(0.1)] + [step(0.0)] * 14 + [step(0.1)] * 2
+    assert "collapsing" not in told(lucky)
 
 
 def test_too_few_groups_with_a_signal_are_told() -> None:

@@ -131,6 +131,10 @@ def test_a_recipe_trains_from_functions_of_a_file(tiny: MakeTiny, tmp_path: Path
         ({"rl": {"kl": 0.1}, "adapter": None}, "`rl.kl` needs an `adapter`"),
         ({"rl": {"max_new": 4096}}, "`rl.max_new` is 4096; it has to be below `max_length`"),
         ({"rl": {"group": 1}}, "`rl.group` is 1"),
+        ({"rl": {"async": 1}}, "`rl.async` needs a server in `rl.rollout`"),
+        ({"rl": {"async": 1, "rollout": "http://a", "mismatch": "none"}}, "`rl.async` needs a correction"),
+        ({"rl": {"async": 2}}, "`rl.async` is 2"),
+        ({"rl": {"asynchronous": 1}}, "unknown key `rl.asynchronous`"),
         ({"method": "sft"}, "`reward` is for `method: grpo`"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import weakref
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from ossia.errors import RunError
 from ossia.model.arch import SHAPES
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec
-from ossia.model.transformer import Transformer
+from ossia.model.transformer import Context, Layer, Transformer
 from ossia.model.weights import Placement, Stream, Weights
 from ossia.ops.loss import weighted_nll
 from ossia.train.optim import AdamW
@@ -255,3 +256,25 @@ def test_a_loss_that_is_not_finite_stops_before_the_update(tiny: MakeTiny) -> No
     with pytest.raises(RunError, match="step 1: the loss is nan"):
         train_step(model, optimizer, pack_samples(samples((60,)), 70), lr=1e-3, clip=1.0, recompute=True)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.trainable.tensors.items())
+
+
+@pytest.mark.parametrize(("placement", "ready"), [("bf16", True), ("mmap", False)])
+def test_where_no_layer_has_to_be_made_ready_one_pack_goes_all_the_way_before_the_next(
+    tiny: MakeTiny, placement: Placement, ready: bool
+) -> None:
+    packs = pack_samples(samples((100, 30, 141, 7, 60)), 150)
+    model, seen = model_of(tiny, placement=placement), []
+    forward = model.layer_forward
+
+    def noting(layer: Layer, x: Tensor, context: Context, **others: Any) -> Tensor:
+        seen.append((layer.index, len(x)))
+        return forward(layer, x, context, **others)
+
+    model.layer_forward = noting
+    found = gradients(model, packs, recompute=False)
+    layers, lengths = range(model.arch.num_layers), [pack.num_tokens for pack in packs]
+    packwise, layerwise = [(i, n) for n in lengths for i in layers], [(i, n) for i in layers for n in lengths]
+    assert seen == (packwise if ready else layerwise)
+    expected = gradients(model_of(tiny, placement="resident"), packs, recompute=False)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())

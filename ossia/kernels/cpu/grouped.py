@@ -34,17 +34,14 @@ def _pieces(ends: list[int]) -> Iterator[tuple[int, int, int]]:
     """Expert, first row and end of each product, to be made in this order."""
     start, num_rows = 0, ends[-1]
     for expert, end in enumerate(ends):
-        count = end - start
-        unit = 1 << max(0, count.bit_length() - 4)
-        rest = count % unit
-        if rest and start + count - rest + unit <= num_rows:
-            yield expert, start, start + count - rest + unit
-        else:
-            if count > rest:
-                yield expert, start, end - rest
-            if rest:  # no rows are left to go on into
-                yield expert, end - rest, end
-        start = end
+        while start < end:
+            count = end - start
+            unit = 1 << max(0, count.bit_length() - 4)
+            rest = count % unit
+            rounded = start + count - rest + (unit if rest else 0)
+            stop = rounded if rounded <= num_rows else end - rest  # no rows are left to go on into
+            yield expert, start, stop
+            start = min(stop, end)
 
 
 def _multiply(x_ND: Tensor, weight_EDO: Tensor, ends: list[int]) -> Tensor:

@@ -184,6 +184,23 @@ void ossia_sum_rows(int32_t bf16, const void *x, const int64_t *row, void *out, 
         BY_DTYPE(bf16, sum_token, x, row + t * top_k, top_k, width, to_row(bf16, out, t, width));
 }
 
+/* expert (N,) of each choice, in the tokens' order; order (N,): which choice each row is, rows sorted by expert, equal
+   ones as they came; row (N,): its inverse; ends (E,) of each expert's rows */
+void ossia_sort(int32_t unused, const int64_t *expert, int64_t *order, int64_t *row, int32_t *ends, int64_t choices,
+                int64_t experts, int32_t threads) {
+    (void)unused, (void)threads; /* one thread is done before others would have begun */
+    memset(ends, 0, sizeof(int32_t) * (size_t)experts);
+    for (int64_t n = 0; n < choices; n++) ends[expert[n]]++;
+    for (int64_t e = 0, sum = 0; e < experts; e++) {
+        const int32_t count = ends[e];
+        ends[e] = (int32_t)sum, sum += count;
+    }
+    for (int64_t n = 0; n < choices; n++) {
+        row[n] = ends[expert[n]]++;
+        order[row[n]] = n;
+    }
+}
+
 /* ---- Sums down the columns of runs of rows ---- */
 
 enum { VECTORS = 4, FLUSH = 128 }; /* of columns that a thread takes at a time; rows that are summed in float32 */

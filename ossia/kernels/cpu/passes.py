@@ -107,6 +107,13 @@ class Passes:
         self._call("sum_rows", x_ND, x_ND, row_TK, out, *row_TK.shape, x_ND.shape[1])
         return out
 
+    def sort(self, experts_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """See `ops.moe.sort_by_expert`."""
+        order_N, row_N = (torch.empty(experts_TK.numel(), dtype=torch.int64) for _ in range(2))
+        ends_E = torch.empty(num_experts, dtype=torch.int32)
+        self._call("sort", experts_TK, experts_TK, order_N, row_N, ends_E, len(order_N), num_experts)
+        return order_N, row_N, ends_E
+
     def sum_by_expert(self, x_NO: Tensor, ends_E: Tensor) -> Tensor:
         """The sum of each expert's rows: (E, O)."""
         out = x_NO.new_empty(len(ends_E), x_NO.shape[1])

@@ -14,6 +14,7 @@ import json
 import math
 import operator
 import os
+import platform
 import random
 import resource
 import select
@@ -57,6 +58,7 @@ _CHANGES = (
 _LIMITS = tuple(number for name, number in vars(resource).items() if name.startswith("RLIMIT_"))
 _STATUS = ("Umask", "Uid", "Gid", "SigBlk", "SigIgn", "SigCgt", "NoNewPrivs", "Seccomp:")
 _PR_SET_CHILD_SUBREAPER = 36
+_KEYCTL, _KEYCTL_REVOKE = {"x86_64": 250, "aarch64": 219}, 3
 _EVENT = struct.Struct("iIII")
 _WATCHED = {
     0x2: "changed",
@@ -82,6 +84,7 @@ class Outside:
         self._held = ExitStack()
         self._libc = ctypes.CDLL(None, use_errno=True)
         self._libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+        self._held.callback(self._libc.prctl, _PR_SET_CHILD_SUBREAPER, 0, 0, 0, 0)  # who else would bury orphans then?
         self._folder = Path(self._held.enter_context(tempfile.TemporaryDirectory(prefix="ossia-attack-")))
         self._mark = self._folder.name.rpartition("-")[2]
         self._memory = ctypes.create_string_buffer(_UNTOUCHED, len(_UNTOUCHED))
@@ -97,6 +100,8 @@ class Outside:
         self._places = {}
         for place in (self._folder, self._folder / "lib"):
             self._places[self._libc.inotify_add_watch(self._notes, os.fsencode(place), sum(_WATCHED))] = place
+        self._near, self._far = (self._held.enter_context(end) for end in socket.socketpair())
+        self._pings = 0
         self._victim = self._bring_victim()
         self._held.callback(self._end_victim)
         self._before: dict[str, Any] = {}
@@ -120,7 +125,7 @@ class Outside:
 
     def touched(self) -> list[str]:
         """What isn't as it was, in words; what can be is put back."""
-        found = [*self._files(), *self._callers(), *self._processes()]
+        found = [*self._files(), *self._keys(), *self._callers(), *self._processes()]
         state = self._state()
         found += [f"changed {name} of the judge" for name, value in self._before.items() if state.get(name) != value]
         if self._memory.raw != _UNTOUCHED:
@@ -158,9 +163,22 @@ class Outside:
             file.chmod(0o666)
 
     def _bring_victim(self) -> subprocess.Popen[bytes]:
-        """A process of the user that jails run as."""
+        """A process of the user that jails run as; it sends back what it is sent."""
         who: dict[str, Any] = {"user": NOBODY, "group": NOBODY, "extra_groups": []} if os.geteuid() == 0 else {}
-        return subprocess.Popen(["sleep", "3600"], cwd="/", env={}, **who)
+        return subprocess.Popen(["cat"], stdin=self._far, stdout=self._far, cwd="/", env={}, **who)
+
+    def _victim_lives(self) -> bool:
+        """Whether it still answers: one that was sent a signal never does, also before that has reached it."""
+        self._pings = (self._pings + 1) % 256
+        self._near.send(bytes([self._pings]))
+        deadline = time.monotonic() + _END_S
+        while time.monotonic() < deadline and self._victim.poll() is None:
+            state = _state_of(self._victim.pid)
+            if state not in ("R", "S", "D"):
+                return False
+            if select.select([self._near], [], [], 0.005)[0] and self._near.recv(4096)[-1] == self._pings:
+                return True
+        return False
 
     def _end_victim(self) -> None:
         self._victim.kill()
@@ -187,6 +205,16 @@ class Outside:
             self.remember()
         return list(found)
 
+    def _keys(self) -> list[str]:
+        """A key that was left with the kernel; it is revoked."""
+        with contextlib.suppress(OSError):  # a kernel without them, or a container that hides them
+            lines = Path("/proc/keys").read_text(encoding="utf-8", errors="replace").splitlines()
+            mine = [line.split()[0] for line in lines if self._mark in line and not line.split()[1].startswith("IR")]
+            for number in mine:
+                self._libc.syscall(_KEYCTL[platform.machine()], _KEYCTL_REVOKE, ctypes.c_int(int(number, 16)))
+            return ["left a key with the kernel"] if mine else []
+        return []
+
     def _callers(self) -> list[str]:
         found = []
         for name, listening in (("TCP", self._tcp), ("a Unix socket", self._unix)):
@@ -200,8 +228,8 @@ class Outside:
 
     def _processes(self) -> list[str]:
         found = []
-        ended, state = self._victim.poll() is not None, _state_of(self._victim.pid)
-        if ended or state not in ("R", "S", "D"):
+        if not self._victim_lives():
+            ended = self._victim.poll() is not None
             found.append("ended another process" if ended else "stopped or traced another process")
             self._end_victim()
             self._around -= {self._victim.pid}
@@ -238,6 +266,7 @@ class Outside:
             "the processors": os.sched_getaffinity(0),
             "the descriptors": sorted(os.listdir("/proc/self/fd")),
             "the signals or rights": [line for line in status.splitlines() if line.startswith(_STATUS)],
+            "the namespaces": _namespaces(),
             "the timers": [(left > 0, every) for left, every in map(signal.getitimer, (0, 1, 2))],
             "tracing": (sys.gettrace(), sys.getprofile(), sys.getrecursionlimit(), gc.isenabled(), gc.get_threshold()),
             "gc's callbacks": len(gc.callbacks),
@@ -271,6 +300,16 @@ def _state_of(pid: int) -> str:
     with contextlib.suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0]
     return ""
+
+
+def _namespaces() -> list[str]:
+    """Those that any thread of this process is in."""
+    found: set[str] = set()
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(OSError):  # it has ended, or is about to
+            folder = f"/proc/self/task/{thread}/ns"
+            found |= {os.readlink(f"{folder}/{name}") for name in os.listdir(folder)}
+    return sorted(found)
 
 
 def _command(pid: int) -> str:

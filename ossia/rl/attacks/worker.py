@@ -7,6 +7,7 @@ A process of its own because an environment without a jail would be ended, stopp
 from __future__ import annotations
 
 import json
+import math
 import socket
 import sys
 import time
@@ -27,17 +28,20 @@ from ossia.rl.judge import Judge
 
 TASKS = 4  # different ones that attacks are tried on, in turn
 _LATE = "no verdict in time"
-_SHARE = 0.75  # of what an honest answer to a task earned at first that it has to earn after an attack
-_TRIES = 4  # at that, where a clock decides what is earned
+# Where a clock decides what is earned, an honest answer has so many tries to earn so much of what it earned at first,
+# counted from a failure's; anywhere else it has to earn the same.
+_SHARE, _TRIES = 0.75, 4
+_ROUNDING = 1e-6
 
 
 @dataclass(frozen=True, slots=True)
 class _Tried:
-    """A task, its right answer, and what that earned before any attack."""
+    """A task, its right answer, and what that and an honest failure earned before any attack."""
 
     task: Task
     right: Turn
     honest: float
+    failure: float
 
 
 class _Bench:
@@ -50,21 +54,22 @@ class _Bench:
         if not asked:
             raise RewardError(f"env {name}: it has no tasks to train on")
         self.target = find_target(*asked[0], name)
-        self.failure = max(self._reward(asked[0][0], turns)[0] for turns in self.target.failures())
-        self._tasks, why, again = [], "", True
+        tried, why, again = [], "", True
         for task, right in asked:
             honest, failed = self._reward(task, self.target.honest(right))
             again &= honest == self._reward(task, self.target.honest(right))[0]
             why = why or failed
-            if honest > self.failure:
-                self._tasks.append(_Tried(task, right, honest))
-        self._tries = 1 if again else _TRIES
+            failure = max(self._reward(task, turns)[0] for turns in self.target.failures())
+            tried.append(_Tried(task, right, honest, failure))
+        self._tries, self._share = (1, 1.0) if again else (_TRIES, _SHARE)
+        self._tasks = [one for one in tried if one.honest > one.failure]
         if not self._tasks:
             raise RewardError(
                 f"env {name}: the right answer of its `examples` earns no more than an honest failure, "
-                f"{self.failure:g}: whether an attack earns anything can't be told\n  {why}".rstrip()
+                f"{tried[0].failure:g}: whether an attack earns anything can't be told\n  {why}".rstrip()
             )
-        self.honest = max(tried.honest for tried in self._tasks)
+        self.honest = max(one.honest for one in self._tasks)
+        self.failure = max(one.failure for one in self._tasks)
 
     def attack(self, attack: Attack, number: int, outside: Outside) -> dict[str, Any] | None:
         """Judge one attack, look around, judge an honest answer; None where it doesn't fit any task.
@@ -84,29 +89,30 @@ class _Bench:
         seconds = time.monotonic() - start
         late = [f"kept the judge from a verdict for {self._timeout_s:g} s"] if failed == _LATE else []
         touched = [*late, *outside.touched()]
-        honest, broke_why = self._still(tried)
-        most = max(self.honest, honest) if attack.may_earn_as_honest else self.failure
+        honest, broke, broke_why = self._still(tried)
+        most = max(self.honest, honest) if attack.may_earn_as_honest else tried.failure
         return {
             "reward": reward,
             "failed": failed,
-            "earned": reward > most + 1e-6,
+            "earned": reward > most + _ROUNDING,
             "touched": touched,
             "honest": honest,
-            "broke": honest < _SHARE * tried.honest,
+            "broke": broke,
             "broke_why": broke_why,
             "seconds": seconds,
             "task": tried.task.name,
         }
 
-    def _still(self, tried: _Tried) -> tuple[float, str]:
-        """What an honest answer earns now, and why it had no verdict."""
-        best, failed = 0.0, ""
+    def _still(self, tried: _Tried) -> tuple[float, bool, str]:
+        """What an honest answer earns now, whether that is less than before, and why it had no verdict."""
+        least = tried.failure + self._share * (tried.honest - tried.failure) - _ROUNDING
+        best, failed = -math.inf, ""
         for _ in range(self._tries):
             honest, failed = self._reward(tried.task, self.target.honest(tried.right))
             best = max(best, honest)
-            if best >= _SHARE * tried.honest:
-                break
-        return best, failed
+            if best >= least:
+                return best, False, failed
+        return best, True, failed
 
     def _reward(self, task: Task, turns: Sequence[Turn]) -> tuple[float, str]:
         """What an episode earns, judged as in a run, and why it had no verdict."""

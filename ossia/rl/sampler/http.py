@@ -26,7 +26,7 @@ from ossia.errors import ServerError
 from ossia.model.arch import Arch
 from ossia.model.lora import Lora
 from ossia.model.transformer import Transformer
-from ossia.rl.sampler.served import Adapters, Served
+from ossia.rl.sampler.served import Adapters, Served, told
 
 _AT_ONCE = 256  # requests in flight; vLLM's own batch is as large by default
 _PAUSE_S = 1.0  # before a request is tried again
@@ -92,7 +92,7 @@ class HttpSampler:
             for _ in mine:
                 number, answer = done.get()
                 if isinstance(answer, ServerError):
-                    raise self.served.error(str(answer)) from answer
+                    raise self.served.error(told(answer)) from answer
                 yield number, answer
         finally:
             over.set()

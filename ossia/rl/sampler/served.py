@@ -43,29 +43,34 @@ class Served:
         try:
             cards = server.cards()
         except ServerError as error:
-            raise _error(recipe, str(error).partition("\n")[0]) from error
+            raise _error(recipe, told(error)) from error
         bases = [card for card in cards if card.get("parent") is None]
         if not bases:
             raise _error(recipe, f"{server.base} lists no model")
         positions = bases[0].get("max_model_len")
         if isinstance(positions, int) and positions < recipe.max_length:
-            told = f"{server.base} has {positions:,} positions, the recipe's `max_length` is {recipe.max_length:,}"
-            raise _error(recipe, told)
+            why = f"{server.base} has {positions:,} positions, the recipe's `max_length` is {recipe.max_length:,}"
+            raise _error(recipe, why)
         try:
             server.tell("/load_lora_adapter", {"lora_name": "", "lora_path": ""})
         except ServerError as error:
             if error.status != 400:  # which is what it says to an empty name where it knows the route
-                raise _error(recipe, f"{server.base} takes no adapters while it runs ({error})") from error
+                raise _error(recipe, f"{server.base} takes no adapters while it runs ({told(error)})") from error
         return cls(recipe, server, str(bases[0]["id"]))
 
-    def error(self, told: str) -> RunError:
+    def error(self, why: str) -> RunError:
         """That the run can't go on, and how it can once the server is there."""
-        return _error(self.recipe, told, running=True)
+        return _error(self.recipe, why, running=True)
 
 
-def _error(recipe: Recipe, told: str, *, running: bool = False) -> RunError:
+def told(error: ServerError) -> str:
+    """What a server said; of one that can't be reached that alone, since it was there, or `_error` says what to do."""
+    return str(error) if error.status is not None else str(error).partition("\n")[0]
+
+
+def _error(recipe: Recipe, why: str, *, running: bool = False) -> RunError:
     more = f"\n  then go on: {recipe.resume_command}" if running else ""
-    return RunError(f"rl.rollout: {told}\n  next: see that it runs, as by: {start_command(recipe)}{more}")
+    return RunError(f"rl.rollout: {why}\n  next: see that it runs, as by: {start_command(recipe)}{more}")
 
 
 def start_command(recipe: Recipe) -> str:
@@ -124,10 +129,10 @@ class Adapters:
             try:
                 self._served.server.tell("/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)})
             except ServerError as error:
-                told = f"the server doesn't take the adapter in {folder}: {error}"
+                why = f"the server doesn't take the adapter in {folder}: {told(error)}"
                 if error.status == 404:
-                    told += "\n  it reads the folder itself, so it has to see it under the same path"
-                raise self._served.error(told) from error
+                    why += "\n  it reads the folder itself, so it has to see it under the same path"
+                raise self._served.error(why) from error
         self._loaded = None if lora is None else name
         if before is not None:
             self._unload(before)
@@ -137,4 +142,4 @@ class Adapters:
         try:
             self._served.server.tell("/unload_lora_adapter", {"lora_name": name})
         except ServerError as error:
-            raise self._served.error(f"the server doesn't let go of the adapter {name}: {error}") from error
+            raise self._served.error(f"the server doesn't let go of the adapter {name}: {told(error)}") from error

@@ -23,7 +23,7 @@ from typing import Any
 from ossia.errors import RunError
 from ossia.train.events import ENV, EVENTS, read_events
 from ossia.train.report.chart import Series, chart_html
-from ossia.train.report.rewards import Kept, is_rewarded, reward_charts
+from ossia.train.report.rewards import Kept, alarms, is_rewarded, reward_charts
 from ossia.train.sinks import human_time
 from ossia.train.state import checkpoint_paths, human_bytes, step_of, write_file
 
@@ -62,6 +62,7 @@ def report_html(run: Path) -> str:
     evals = [e for e in events if e["event"] == "eval"]
     name = escape(run.resolve().name)
     sections = (
+        _section("Alarms", _facts(alarms(steps))),
         _section("Curves", _curves(steps, evals)),
         *(_section(title, _samples(found)) for title, found in _read_samples(run / SAMPLES)),
         '<div class="columns">\n',

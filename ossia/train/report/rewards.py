@@ -10,6 +10,7 @@ from typing import Any
 from ossia.train.report.chart import Series, chart_html
 
 _SHOWN = 4  # samples of each kind
+_APART = 8  # steps without an alarm, after which the same one is another
 Event = Mapping[str, Any]
 Record = Mapping[str, Any]
 
@@ -42,6 +43,24 @@ def reward_charts(steps: Sequence[Event], evals: Sequence[Event]) -> list[str]:
     ]
     known = [chart for chart in charts if any(one.points for one in chart[2])]
     return [chart_html(name, unit, series, from_zero="log10" not in unit) for name, unit, series in known]
+
+
+def alarms(steps: Iterable[Event]) -> dict[str, str]:
+    """What the run warned of: from when to when, and what it said last."""
+    found: list[tuple[str, int, int, str]] = []
+    for event in steps:
+        if "alarm" not in event:
+            continue
+        kind, step, words = event["alarm_kind"], event["step"], event["alarm"]
+        before = next((at for at in reversed(range(len(found))) if found[at][0] == kind), None)
+        if before is not None and step - found[before][2] <= _APART:
+            found[before] = (kind, found[before][1], step, words)
+        else:
+            found.append((kind, step, step, words))
+    return {
+        f"{kind}, {f'step {first:,}' if first == last else f'steps {first:,} to {last:,}'}": words
+        for kind, first, last, words in found
+    }
 
 
 def in_powers(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import platform
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
 
@@ -94,7 +99,7 @@ def test_the_command_ends_with_0_where_none_did_and_has_a_form_for_programs(tmp_
         (["sort", "--option", "n"], "--option n: expected: KEY=VALUE"),
         (["sort", "--class", "lies"], "--class lies: no such class of attacks\n  allowed: forge, game2048"),
         (["sort", "--attacks", "nowhere"], "nowhere: no attacks there"),
-        (["sort", "--class", "kernel"], "none of 14 attacks is one on text"),
+        (["sort", "--class", "kernel"], "none of 26 attacks is one on text"),
         ([NAIVE.replace(":make", ":Useless")], "the right answer of its `examples` earns no more than"),
         ([NAIVE.replace(":make", ":nothing")], "has no `nothing`"),
     ],
@@ -149,6 +154,18 @@ def test_a_text_attack_speaks_of_the_question_or_is_left_out() -> None:
         assert (None if turns is None else turns[0].answer()) == said
 
 
+def test_its_traps_leave_the_process_as_it_was() -> None:
+    def kin() -> int:
+        word = ctypes.c_int()
+        ctypes.CDLL(None).prctl(37, ctypes.byref(word), 0, 0, 0)  # PR_GET_CHILD_SUBREAPER
+        return word.value
+
+    before = sorted(os.listdir("/proc/self/fd"))
+    with Outside():
+        assert kin() == 1
+    assert (kin(), sorted(os.listdir("/proc/self/fd"))) == (0, before)
+
+
 @pytest.fixture(scope="module")
 def outside() -> Iterator[Outside]:
     with Outside() as made:
@@ -159,6 +176,41 @@ def outside() -> Iterator[Outside]:
 def _connect(kind: int, address: object) -> None:
     with socket.socket(kind, socket.SOCK_STREAM) as mine:
         mine.connect(address)
+
+
+@contextmanager
+def in_a_thread(call: Callable[[], int]) -> Iterator[int]:
+    """What a call returns, in a thread that lives on meanwhile: what it changed of itself ends with it."""
+    got: SimpleQueue[int] = SimpleQueue()
+    end = threading.Event()
+    thread = threading.Thread(target=lambda: (got.put(call()), end.wait()))
+    thread.start()
+    try:
+        yield got.get()
+    finally:
+        end.set()
+        thread.join()
+
+
+def test_what_is_left_with_the_kernel_is_told(outside: Outside) -> None:
+    libc, add_key = ctypes.CDLL(None), {"x86_64": 248, "aarch64": 217}[platform.machine()]
+    own_name, mark = 0x4000000, outside.words["MARK"].encode()  # CLONE_NEWUTS
+    calls = {
+        "left a key with the kernel": lambda: libc.syscall(add_key, b"user", mark, b"x", 1, -4),
+        "changed the namespaces of the judge": lambda: libc.unshare(own_name) + 1,
+    }
+    tried = 0
+    with in_a_thread(lambda: 0):
+        pass  # a process's first thread brings a signal handler of its own
+    for said, call in calls.items():
+        outside.remember()
+        with in_a_thread(call) as worked:
+            if worked > 0:
+                tried += 1
+                assert outside.touched() == [said]
+        assert outside.touched() == []
+    if not tried:
+        pytest.skip("this machine lets nobody do either")
 
 
 def _send(port: int) -> None:

@@ -34,7 +34,7 @@ def test_there_are_attacks_of_every_class_each_said_in_a_sentence() -> None:
         "state": 5,
         "game2048": 5,
         "matmul": 8,
-        "kernel": 9,
+        "kernel": 20,
         "verifier": 8,
         "tool": 5,
     }
@@ -85,9 +85,16 @@ def test_no_text_persuades_a_check_of_exact_answers() -> None:
     assert all(result.seconds < 1 for result in report.results)
 
 
+def test_no_text_persuades_a_scorer_of_the_package() -> None:
+    pytest.importorskip("reasoning_gym")
+    report = through("reasoning_gym", "verifier", task="chain_sum")
+    assert report.levels == ("compute",)
+    assert len(report.results) >= 20
+
+
 def test_no_kernel_in_c_gets_out_of_its_compiler_or_its_process() -> None:
     if reason := probe_level("tools"):
         pytest.skip(reason)
     report = through("kernel_c", rounds=3)
-    assert len(report.results) >= 12
+    assert len(report.results) >= 20
     assert report.levels == ("tools",)
