@@ -135,7 +135,7 @@ def load(
 ) -> Model:
     """Open a model to use it.
 
-    model    a checkpoint's folder, or owner/name on the Hugging Face hub
+    model    a checkpoint's folder, owner/name on the Hugging Face hub, or a run folder: what it trained
     adapter  a run folder, or a folder in PEFT's format
     weights  where the weights are, as in a recipe
     Raises   CheckpointError, TokenizerError, AdapterError, MissingExtraError

@@ -86,7 +86,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to set: train.steps=100 data.0.path=x.jsonl"),
 ]
-ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A checkpoint's folder, or owner/name on the hub.")]
+ModelName = Annotated[str, typer.Argument(metavar="MODEL", help="A folder, a run's too, or owner/name on the hub.")]
 AdapterOption = Annotated[
     str | None, typer.Option("--adapter", metavar="RUN", help="A run folder or an adapter's folder, put on the model.")
 ]
@@ -178,7 +178,7 @@ def evaluate_held_out(
 @with_llama_options
 def chat(
     model: Annotated[
-        str, typer.Argument(metavar="MODEL", help="A folder, x.gguf, owner/name on the hub, or http://...")
+        str, typer.Argument(metavar="MODEL", help="A folder, a run's too, x.gguf, owner/name on the hub, or http://...")
     ],
     adapter: Annotated[
         str | None,
@@ -308,7 +308,7 @@ def score(
 @command("serve")
 @with_llama_options
 def serve(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folders, hub names or NAME=MODEL; or x.gguf.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL", help="Folders, runs, hub names, NAME=MODEL; x.gguf.")],
     adapters: Annotated[
         list[str] | None,
         typer.Option("--adapter", metavar="NAME=DIR", help="An adapter, by NAME; several may be. A run is followed."),

@@ -114,6 +114,11 @@ def _model(recipe: Recipe, model_folder: Path | None, check_length: bool) -> lis
         allowed = "allowed: a checkpoint's folder, or owner/name on the Hugging Face hub"
         return [_missing(("model",), recipe.model, "folder", allowed)]
     config_file = model_folder / "config.json"
+    if not config_file.is_file() and (model_folder / RECIPE_IN_RUN).is_file():
+        whole = model_folder / "model"
+        told = f"`model`: {model_folder} is a run folder, not a model"
+        ways = f"the model that it trained, and `adapter.init_from: {model_folder}` to train its adapter on"
+        return [Finding(("model",), told, f"next: name {whole if whole.is_dir() else ways}", "adapter.init_from")]
     if not config_file.is_file():
         return [Finding(("model",), f"`model`: {model_folder} has no config.json, so it is no checkpoint folder")]
     try:

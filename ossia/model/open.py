@@ -40,7 +40,8 @@ def open_model(
 ) -> tuple[Transformer, Vocabulary]:
     """Open a checkpoint and its tokenizer, with an adapter on it if one is named.
 
-    model    a checkpoint's folder, or owner/name on the Hugging Face hub (extra `hub`; downloaded once, then cached)
+    model    a checkpoint's folder, or owner/name on the Hugging Face hub (extra `hub`; downloaded once, then cached);
+             or a run folder: what it trained, its model with its adapter on it or all of its weights
     adapter  a run folder, or a folder in PEFT's format
     dtype    of the activations
     weights  where the weights are, see `choose_placement` for `auto`
@@ -50,6 +51,8 @@ def open_model(
     _one_of("weights", weights, get_args(WeightsChoice))
     activations = DTYPES[_one_of("dtype", dtype, tuple(DTYPES))] if isinstance(dtype, str) else dtype
     place = _device(device)
+    if adapter is None and _is_run(Path(model).expanduser()):
+        model, adapter = _of_run(Path(model).expanduser())
     folder = model_folder(model)
     adapter_path = None if adapter is None else find_adapter(adapter)
     checkpoint, vocabulary = Checkpoint.open(folder), Vocabulary.from_file(folder)
@@ -79,7 +82,7 @@ def model_folder(model: str) -> Path:
             f"{model}: {found}\n"
             "  allowed: a checkpoint's folder, or owner/name on the Hugging Face hub, like openai/gpt-oss-20b"
         )
-    if (folder / RECIPE_IN_RUN).is_file() and not (folder / CONFIG).is_file():
+    if _is_run(folder):
         merged, recipe = folder / MODEL_IN_RUN, load_recipe(folder / RECIPE_IN_RUN)
         if (merged / CONFIG).is_file():
             todo = f"its trained model is {merged}"
@@ -89,6 +92,19 @@ def model_folder(model: str) -> Path:
             todo = f"name its model with the adapter: {recipe.model} --adapter {model}; or make one with `ossia export`"
         raise CheckpointError(f"{model}: this is a run folder, not a model\n  next: {todo}")
     return folder
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / RECIPE_IN_RUN).is_file() and not (folder / CONFIG).is_file()
+
+
+def _of_run(run: Path) -> tuple[str, Path | None]:
+    """The model and the adapter that stand for what a run trained; before the end of one that trains all weights, the
+    run folder itself, which `model_folder` refuses with what to do."""
+    recipe, merged = load_recipe(run / RECIPE_IN_RUN), run / MODEL_IN_RUN
+    if recipe.adapter is not None:
+        return recipe.model, run
+    return str(merged if (merged / CONFIG).is_file() else run), None
 
 
 def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Placement:

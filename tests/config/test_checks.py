@@ -71,6 +71,16 @@ def test_a_model_folder_has_to_be_there_and_hold_a_config(check: Check, place: P
     assert "is not valid JSON" in check()
 
 
+def test_a_run_folder_as_the_model_is_told_with_what_to_name_instead(check: Check, place: Path) -> None:
+    (place / "tiny" / "config.json").unlink()
+    (place / "tiny" / "recipe.yaml").write_text("model: x")
+    told = check()
+    assert "`model`: tiny is a run folder, not a model\n" in told
+    assert "the model that it trained, and `adapter.init_from: tiny` to train its adapter on" in told
+    (place / "tiny" / "model").mkdir()
+    assert "next: name tiny/model " in check()
+
+
 def test_everything_in_the_way_is_told_at_once(check: Check) -> None:
     told = check(TEXT, "model=tinny", "data.0.path=x.jsonl", "adapter={init_from: gone}")
     assert [line.split(":")[0] for line in told.splitlines() if not line.startswith(" ")] == [

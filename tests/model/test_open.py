@@ -43,6 +43,23 @@ def test_a_folder_opens_with_its_tokenizer_and_the_adapter_named(tiny: MakeTiny,
     assert (plain.lora, plain.dtype, plain.weights.placement) == (None, torch.bfloat16, "mmap")
 
 
+def test_a_run_folder_opens_as_what_it_trained(tiny: MakeTiny, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(f"model: {tiny(SMALL)}\ndata: y\nadapter: {{}}\n")
+    with pytest.raises(AdapterError, match="has saved no checkpoint yet"):
+        open_model(str(tmp_path))
+    lora = Lora.fresh(Checkpoint.open(tiny(SMALL)).arch, LoraSpec({"q_proj": (2, 4.0)}), seed=0, device=CPU)
+    save_adapter(tmp_path / "adapter", lora, base_model="x")
+    model, _ = open_model(str(tmp_path), device="cpu")
+    assert model.lora is not None
+    assert model.lora.spec == lora.spec
+    (tmp_path / "recipe.yaml").write_text("model: gone\ndata: y\n")
+    with pytest.raises(CheckpointError, match="it trains all weights"):
+        open_model(str(tmp_path))
+    shutil.copytree(tiny(SMALL), tmp_path / "model")
+    model, _ = open_model(str(tmp_path), device="cpu")
+    assert (model.lora, model.weights.checkpoint.path) == (None, tmp_path / "model")
+
+
 def test_what_a_recipe_may_say_of_weights_opens_a_model(tiny: MakeTiny) -> None:
     choices = get_args(Recipe.model_fields["weights"].annotation)
     assert choices == get_args(WeightsChoice)

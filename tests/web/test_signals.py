@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 import signal
 import socket
@@ -98,7 +100,9 @@ def test_one_signal_drains_and_the_running_answer_is_whole(talker: Talker, endle
 
 @pytest.mark.slow
 def test_a_second_signal_stops_at_once_and_says_what_was_broken_off(talker: Talker, endless: dict[str, int]) -> None:
-    with serving(talker.model) as process:
+    with serving(talker.model, "--allow-host", "box") as process:
+        for host, status in (("example.net", 403), ("box", 200), ("localhost", 200)):
+            assert httpx2.get(f"{process.url}/health", headers={"Host": host}).status_code == status
         running = stream_of(process.url, endless, 100_000)
         next(running)
         process.popen.send_signal(signal.SIGTERM)
@@ -123,10 +127,14 @@ def test_small_packets_of_an_answer_are_sent_at_once() -> None:
 def test_what_cannot_be_served_is_said_before_the_model_is_read(talker: Talker) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         for options, said in (
-            ({"port": taken.getsockname()[1]}, "can't listen on 127.0.0.1"),
+            (
+                {"port": taken.getsockname()[1]},
+                rf"can't listen on 127.0.0.1 port {taken.getsockname()[1]}: {os.strerror(errno.EADDRINUSE)}\n",
+            ),
             ({"port": 0, "adapters": ["x"]}, "expected NAME=DIR"),
             ({"port": 0, "api_key": ""}, "an empty key would let everybody in"),
             ({"port": 0, "api_key": "a b"}, "--api-key: allowed"),
+            ({"port": 0, "allow_hosts": ["http://box"]}, "--allow-host http://box: expected a name alone"),
             ({"port": 0, "adapters": [f"model={talker.run}"]}, "choose another"),
             ({"port": 0, "max_length": 10**9}, "--max-length"),
         ):
