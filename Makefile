@@ -20,6 +20,7 @@ help:
 
 demo: $(VENV)/.demo-installed
 	$(VENV)/bin/ossia demo
+	@echo "The command itself: source $(VENV)/bin/activate"
 
 test: $(VENV)/.dev-installed
 	$(VENV)/bin/python -m pytest $(T)

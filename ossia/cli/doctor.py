@@ -39,7 +39,7 @@ def examine() -> dict[str, Any]:
     import torch
 
     from ossia.kernels import pick_kernels
-    from ossia.kernels.native import Unavailable, load_kernels
+    from ossia.kernels.cpu.native import Unavailable, load_kernels
     from ossia.ops.memory import machine_memory
     from ossia.rl.jail import LOCKED, probe_level
     from ossia.train.events import environment

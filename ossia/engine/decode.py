@@ -24,7 +24,7 @@ from ossia.model.lora import Lora
 from ossia.model.transformer import Layer, Transformer
 from ossia.model.weights import Weights
 from ossia.ops.fused import parts_for
-from ossia.ops.linear import linear
+from ossia.ops.linear import Linear, linear
 from ossia.ops.moe import Expert, Route, clamped_swiglu_only, combine, project, route
 from ossia.ops.rope import rope_tables
 
@@ -288,10 +288,11 @@ class FusedLayer:
     """`DecodeLayer` by Triton's kernels: the cache is read where it is, packed experts are computed as they are."""
 
     def __init__(self, model: Transformer, layer: Layer, lane: Lane) -> None:
-        from ossia.kernels.gpu import decode, rows
+        from ossia.kernels.gpu import decode, decode_dense, decode_experts, rows
 
         self.index, self.lane, self._model, self._layer = layer.index, lane, model, layer
-        self._decode, self._rows = decode, rows
+        self._decode, self._dense, self._experts, self._rows = decode, decode_dense, decode_experts, rows
+        self._qkv = decode_dense.Qkv.of(*(_dense(part) for part in (layer.q, layer.k, layer.v)))
         prefix = f"model.layers.{layer.index}.mlp.experts"
         self._packed = None
         if not keeps_experts(model):
@@ -304,21 +305,17 @@ class FusedLayer:
     def forward(self, x_BD: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
         """As `DecodeLayer.forward`."""
         a, lane, layer, num_rows = self._model.arch, self.lane, self._layer, x_BD.shape[0]
-        normed, _ = self._rows.rms_norm(x_BD, layer.input_norm_D, a.rms_eps)
-        qkv = torch.cat([linear(normed, part) for part in (layer.q, layer.k, layer.v)], dim=-1)
-        qkv = qkv.view(num_rows, -1, a.head_dim)
-        turned = qkv[:, : a.num_heads + a.num_kv_heads]
-        self._rows.rotate(turned, step.cos_BF, step.sin_BF, back=False, out=turned)
-        lane.write(self.index, step.slots[lane], qkv[:, a.num_heads :])
         attended = self._decode.attend(
-            qkv[:, : a.num_heads], lane.pool(self.index), lane.table_RM, step.row_B, step.position_B, layer.sinks_H,
-            block=lane.block, window=lane.window, scale=a.head_dim**-0.5,
+            self._queries(x_BD, step), lane.pool(self.index), lane.table_RM, step.row_B, step.position_B,
+            layer.sinks_H, block=lane.block, window=lane.window, scale=a.head_dim**-0.5,
         )  # fmt: skip
-        x_BD = x_BD + linear(attended.view(num_rows, -1), layer.o)
+        attended = attended.view(num_rows, -1)
+        few = num_rows <= self._experts.ALONE
+        x_BD = self._dense.add_product(x_BD, attended, _dense(layer.o)) if few else x_BD + linear(attended, layer.o)
         normed, _ = self._rows.rms_norm(x_BD, layer.post_norm_D, a.rms_eps)
         logits_BE = linear(normed, layer.router)
         if self._packed is not None:
-            return self._decode.mixture(
+            return self._experts.mixture(
                 x_BD, normed, logits_BE, a.experts_per_token, *self._packed, a.swiglu_limit, a.swiglu_alpha
             )
         experts_Bk, shares_Bk, order_N, row_Bk, ends_E = self._decode.choose(logits_BE, a.experts_per_token)
@@ -327,6 +324,27 @@ class FusedLayer:
             x_BD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, lambda *_: None
         )
         return whole, experts_Bk
+
+    def _queries(self, x_BD: Tensor, step: StepContext) -> Tensor:
+        """Turned, (B, H, d); keys and values are in the cache then."""
+        a, lane, layer = self._model.arch, self.lane, self._layer
+        if len(x_BD) <= self._experts.ALONE:
+            return self._dense.qkv(
+                x_BD, layer.input_norm_D, a.rms_eps, self._qkv, step.cos_BF, step.sin_BF, step.slots[lane],
+                lane.pool(self.index),
+            )  # fmt: skip
+        normed, _ = self._rows.rms_norm(x_BD, layer.input_norm_D, a.rms_eps)
+        qkv = torch.cat([linear(normed, part) for part in (layer.q, layer.k, layer.v)], dim=-1)
+        qkv = qkv.view(len(x_BD), -1, a.head_dim)
+        turned = qkv[:, : a.num_heads + a.num_kv_heads]
+        self._rows.rotate(turned, step.cos_BF, step.sin_BF, back=False, out=turned)
+        lane.write(self.index, step.slots[lane], qkv[:, a.num_heads :])
+        return qkv[:, : a.num_heads]
+
+
+def _dense(layer: Linear) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    assert layer.bias is not None
+    return layer.weight, layer.bias, layer.lora_a, layer.lora_b
 
 
 def keeps_experts(model: Transformer) -> bool:

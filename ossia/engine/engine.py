@@ -24,7 +24,7 @@ from ossia.engine.request import Completion, Finish, Request, Token
 from ossia.engine.session import Session
 from ossia.errors import UserError
 from ossia.harmony.vocab import Vocabulary
-from ossia.kernels.native import Unavailable
+from ossia.kernels.cpu.native import Unavailable
 from ossia.model.lora import Lora
 from ossia.model.transformer import Transformer
 from ossia.ops.memory import machine_memory

@@ -10,7 +10,7 @@ Letters: B rows, D hidden, V vocabulary, L rows whose logits are wanted, N rows 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -224,23 +224,24 @@ class Heads:
         return found
 
 
-def score_rows(h_ND: Tensor, head: Linear, targets_N: Tensor, top: int) -> tuple[list[float], list[TopTokens]]:
-    """ln p of a given token for each row, float32 as training computes it, and the `top` likeliest beside it.
+def score_rows(
+    h_ND: Tensor, head: Linear, targets_N: Tensor, top: int
+) -> Iterator[tuple[list[float], list[TopTokens]]]:
+    """ln p of a given token for each row, float32 as training computes it, and the `top` likeliest beside it; in
+    pieces whose logits fit into a cache.
 
     h_ND       (N, D) normed
     targets_N  (N,) int64
     """
     at_once = max(1, _SCORED_LOGITS // len(head.weight))
-    lps, tops = [], list[TopTokens]()
     for h, ids in zip(h_ND.split(at_once), targets_N.split(at_once), strict=True):
         logits = linear(h, head).float()
         lse = logits.logsumexp(-1)
         own = (h.float() * head.weight[ids].float()).sum(-1)
         if head.lora_a is not None and head.lora_b is not None:
             own += (linear(h, Linear(head.lora_a)).float() * head.lora_b[ids].float()).sum(-1)
-        lps += logprobs(own, logits, lse, ids).tolist()
-        tops += _top(logits, lse, [top] * len(h)) if top and len(h) else [()] * len(h)
-    return lps, tops
+        tops = _top(logits, lse, [top] * len(h)) if top and len(h) else [()] * len(h)
+        yield logprobs(own, logits, lse, ids).tolist(), tops
 
 
 def step_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:

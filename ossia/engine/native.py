@@ -17,8 +17,8 @@ from torch import Tensor
 from ossia.engine.cache import Lane
 from ossia.engine.head import Draw, Drawn
 from ossia.engine.prefill import Prompt
-from ossia.kernels import native
-from ossia.kernels.native import Kernels, Unavailable, load_kernels
+from ossia.kernels.cpu import native
+from ossia.kernels.cpu.native import Kernels, Unavailable, load_kernels
 from ossia.model.lora import MODULE_OF, Lora
 from ossia.model.transformer import Transformer
 from ossia.ops.rope import rope_tables

@@ -9,7 +9,7 @@ k experts a token, X key and value heads.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ossia.engine.cache import Cache, Holding, Lane
 from ossia.engine.decode import Decoder, keeps_experts
-from ossia.engine.head import NOT_FINITE, score_rows
+from ossia.engine.head import NOT_FINITE, TopTokens, score_rows
 from ossia.engine.request import PromptToken
 from ossia.errors import UserError
 from ossia.model.transformer import Attend, Context, Layer, Transformer
@@ -147,18 +147,30 @@ class _Packed:
     unfold: Tensor | None = None
 
 
-def score_prompts(model: Transformer, prompts: Sequence[Sequence[int]], top: int) -> list[Scored]:
+def score_prompts(
+    model: Transformer, prompts: Sequence[Sequence[int]], top: int
+) -> Generator[None, None, list[Scored]]:
     """Every token's logprob given those before it, and the `top` likeliest in its place; all prompts as one pack.
 
-    Raises  UserError if the model's output isn't finite
+    Yields   after each layer and each piece of the head's rows, so that something else can be done between
+    Returns  what was found
+    Raises   UserError if the model's output isn't finite
     """
     lengths = torch.tensor([0, *map(len, prompts)])
     ids_T = torch.tensor([number for prompt in prompts for number in prompt])
-    hidden_TD = model.hidden(_Packed(ids_T.to(model.device), lengths.cumsum(0)))
+    pack = _Packed(ids_T.to(model.device), lengths.cumsum(0))
+    context, x_TD = model.context(pack), model.embed(pack.ids)
+    for index in range(model.arch.num_layers):
+        x_TD = model.layer_forward(model.fetch(index), x_TD, context)
+        yield
     ends = lengths.cumsum(0)[1:] - 1
     before = torch.ones(len(ids_T), dtype=torch.bool).index_fill_(0, ends, False).nonzero()[:, 0]
-    h_ND, targets_N = hidden_TD[before.to(model.device)], ids_T[before + 1].to(model.device)
-    lps, tops = score_rows(h_ND, model.head(), targets_N, top)
+    h_ND, targets_N = model.final_norm(x_TD)[before.to(model.device)], ids_T[before + 1].to(model.device)
+    lps, tops = list[float](), list[TopTokens]()
+    for some_lps, some_tops in score_rows(h_ND, model.head(), targets_N, top):
+        lps += some_lps
+        tops += some_tops
+        yield
     if not all(map(math.isfinite, lps)):
         raise UserError(NOT_FINITE)
     found, others = [], zip(lps, tops, strict=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -256,19 +256,31 @@ class Session:
     def _names(self) -> str:
         return ", ".join(name for name in self._adapter_of if name is not None) or "none"
 
-    @torch.inference_mode()
     def score(self, prompts: Sequence[Sequence[int]], *, adapter: str | None = None, top: int = 0) -> list[Scored]:
         """Each token's logprob given those before it, by the training forward; no part of the cache is used.
 
         top     how many of the likeliest tokens to report beside each
         Raises  UserError for prompts and adapters as in `add`, and if the model's output isn't finite
         """
+        work = self.scoring(prompts, adapter=adapter, top=top)
+        while True:
+            try:
+                next(work)
+            except StopIteration as done:
+                found: list[Scored] = done.value
+                return found
+
+    @torch.inference_mode()
+    def scoring(
+        self, prompts: Sequence[Sequence[int]], *, adapter: str | None = None, top: int = 0
+    ) -> Generator[None, None, list[Scored]]:
+        """`score` in parts: it yields after each layer, and steps may come between, as long as the adapter stays."""
         for ids in prompts:
             self._check(Request(ids[: self._model.arch.max_positions - 1], adapter=adapter, top_logprobs=top))
             if len(ids) > self._model.arch.max_positions:
                 raise UserError(f"a prompt of {len(ids):,} tokens; allowed: {self._model.arch.max_positions:,}")
         model = self._models[self._adapter_of[adapter]]
-        return score_prompts(model, prompts, top)
+        return (yield from score_prompts(model, prompts, top))
 
     # --- who waits, joins and leaves
 

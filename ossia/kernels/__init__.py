@@ -1,7 +1,4 @@
-"""Code for the machine itself, against torch's passes: C for a CPU, compiled on first use, and Triton for a GPU.
-
-`native.py` decodes in C, `cpu/` and `gpu/` train; `build.py` compiles.
-"""
+"""Code for the machine itself, against torch's passes: C for a CPU (`cpu/`) and Triton for a GPU (`gpu/`)."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from ossia.errors import UserError
-from ossia.kernels.build import Unavailable
+from ossia.kernels.cpu.build import Unavailable
 
 if TYPE_CHECKING:
     import torch

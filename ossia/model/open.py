@@ -86,9 +86,7 @@ def model_folder(model: str) -> Path:
         elif recipe.adapter is None:
             todo = "it trains all weights; make a model of its newest checkpoint with `ossia export`"
         else:
-            todo = (
-                f"its adapter goes on what it trains: {recipe.model} --adapter {model}; into one folder: `ossia export`"
-            )
+            todo = f"name its model with the adapter: {recipe.model} --adapter {model}; or make one with `ossia export`"
         raise CheckpointError(f"{model}: this is a run folder, not a model\n  next: {todo}")
     return folder
 

@@ -17,7 +17,7 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
@@ -90,6 +90,15 @@ class _Running:
     last_s: float | None = None  # when its last token came
 
 
+class _Scoring(NamedTuple):
+    """Prompts of some choices of an answer, each once, while they are scored; `work` None: they are only told."""
+
+    ticket: Ticket
+    choices: list[int]
+    prompts: list[tuple[int, ...]]
+    work: Generator[None, None, list[list[PromptToken]]] | None
+
+
 class Worker:
     """Owns an engine's session on a thread of its own. `submit` and `cancel` are for the event loop's thread.
 
@@ -124,6 +133,7 @@ class Worker:
         self._running: dict[int, _Running] = {}  # by the session's numbers
         self._numbers: dict[tuple[Ticket, int], int] = {}
         self._echoing: deque[tuple[Ticket, int]] = deque()  # choices whose prompts are to be told first
+        self._scoring: _Scoring | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._main, name="ossia-engine", daemon=True)
 
@@ -292,9 +302,33 @@ class Worker:
         return None
 
     def _tell_prompts(self, session: Session) -> None:
-        """The prompts of one answer's next choices, about as many tokens as a step reads; then those may be sampled."""
+        """One answer's next prompts, about as many tokens as a step reads; then those choices may be sampled.
+
+        They are scored in parts, one a call, so that what runs goes on between.
+        """
         if not self._echoing:
+            self._scoring = None
             return
+        if self._scoring is None or not self._still(self._scoring):
+            self._scoring = self._begin_scoring(session)
+        scoring = self._scoring
+        try:
+            if scoring.work is not None:
+                next(scoring.work)
+                return
+            told = [[PromptToken(number, None) for number in ids] for ids in scoring.prompts]
+        except StopIteration as done:
+            told = done.value
+        except UserError as error:
+            self._echoing = deque(each for each in self._echoing if each[0] is not scoring.ticket)
+            return self._tell([(scoring.ticket, Failed(ApiError.of(error)))])
+        self._tell_scored(session, scoring.ticket, self._still(scoring), dict(zip(scoring.prompts, told, strict=True)))
+
+    def _still(self, scoring: _Scoring) -> list[int]:
+        """The choices that somebody waits for."""
+        return [choice for choice in scoring.choices if (scoring.ticket, choice) in self._echoing]
+
+    def _begin_scoring(self, session: Session) -> _Scoring:
         ticket, num_tokens = self._echoing[0][0], 0
         echo, choices = ticket.echo, list[int]()
         for other, choice in self._echoing:
@@ -304,21 +338,21 @@ class Worker:
             num_tokens += len(ticket.requests[choice].ids)
         assert echo is not None
         requests = [ticket.requests[choice] for choice in choices]
-        prompts = dict.fromkeys(tuple(request.ids) for request in requests)  # that of several choices once
-        try:
-            if echo.top is None:
-                told = [[PromptToken(number, None) for number in ids] for ids in prompts]
-            else:
-                told = session.score(list(prompts), adapter=requests[0].adapter, top=echo.top)
-        except UserError as error:
-            self._echoing = deque(each for each in self._echoing if each[0] is not ticket)
-            return self._tell([(ticket, Failed(ApiError.of(error)))])
-        for _ in choices:
-            self._echoing.popleft()
-        of = dict(zip(prompts, map(tuple, told), strict=True))
+        prompts = list(dict.fromkeys(tuple(request.ids) for request in requests))  # that of several choices once
+        if echo.top is None:
+            return _Scoring(ticket, choices, prompts, None)
+        work = session.scoring(prompts, adapter=requests[0].adapter, top=echo.top)
+        return _Scoring(ticket, choices, prompts, work)
+
+    def _tell_scored(
+        self, session: Session, ticket: Ticket, choices: list[int], of: Mapping[tuple[int, ...], Sequence[PromptToken]]
+    ) -> None:
+        echo, self._scoring = ticket.echo, None
+        assert echo is not None
+        for choice in choices:
+            self._echoing.remove((ticket, choice))
         news: list[tuple[Ticket, Event]] = [
-            (ticket, Echoed(choice, of[tuple(request.ids)], echo.alone))
-            for choice, request in zip(choices, requests, strict=True)
+            (ticket, Echoed(choice, tuple(of[tuple(ticket.requests[choice].ids)]), echo.alone)) for choice in choices
         ]
         if not echo.alone and (problem := self._add(session, ticket, choices)) is not None:
             news.append((ticket, problem))
@@ -360,6 +394,7 @@ class Worker:
         echoing = [ticket for ticket, _ in self._echoing]
         tickets = dict.fromkeys([running.ticket for running in self._running.values()] + echoing + waiting)
         self._echoing.clear()
+        self._scoring = None
         self._running.clear()
         self._numbers.clear()
         self._load = IDLE

@@ -127,7 +127,7 @@ def test_scores_are_the_logprobs_that_generating_gave(talker: Talker, command: C
     assert single["logprobs"] == [None]
     for row, one in zip(found, sampled, strict=True):
         assert row["logprobs"][0] is None
-        assert row["logprobs"][len(prompt) :] == pytest.approx(one.logprobs, abs=1e-5)
+        assert row["logprobs"][len(prompt) :] == pytest.approx(one.logprobs, rel=1e-5, abs=1e-5)
 
 
 def test_a_conversation_is_scored_as_it_is_trained(talker: Talker, model: ossia.api.Model, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ossia.data.sample import Sample
-from ossia.kernels.native import Unavailable, load_kernels
+from ossia.kernels.cpu.native import Unavailable, load_kernels
 from ossia.model.lora import Lora, LoraSpec
 from ossia.model.transformer import Transformer
 from tests.oracle.model_pairs import CPU, pack_of

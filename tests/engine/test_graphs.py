@@ -54,22 +54,24 @@ def test_a_step_of_static_shapes_says_what_the_plain_one_says_also_with_rows_tha
 
 
 @pytest.mark.parametrize("placement", ["bf16", "resident"])
-@pytest.mark.parametrize("static", [False, True])
-def test_fused_layers_say_what_the_plain_ones_say(tiny: MakeTiny, placement: Placement, static: bool) -> None:
+@pytest.mark.parametrize(("static", "rows"), [(False, 6), (True, 6), (True, 2)])
+def test_fused_layers_say_what_the_plain_ones_say(
+    tiny: MakeTiny, placement: Placement, static: bool, rows: int
+) -> None:
     pytest.importorskip("triton", reason="pip install 'ossia[dev-gpu]'")
-    lengths = (3, 15, 16, 63, 64, 130)
+    lengths = (3, 15, 16, 63, 64, 130)[-rows:]
     model, cache = filled(tiny, lengths, placement=placement)
     other = filled(tiny, lengths, placement=placement)[1]  # each writes the step's own keys and values
     fused = Transformer(model.weights, lora=model.lora, kernels="triton")
-    x_BD = torch.randn(6, NARROW.hidden_size, generator=torch.Generator().manual_seed(1))
+    x_BD = torch.randn(rows, NARROW.hidden_size, generator=torch.Generator().manual_seed(1))
     found, expected = [], []
     with torch.inference_mode():
         for one, mine, out in ((fused, cache, found), (model, other, expected)):
             assert fuses(one, mine.of_layer) == (one is fused)
             decoder = TorchDecoder(one, mine.of_layer, [one.lora])
-            routes = torch.zeros(NARROW.num_layers, 6, NARROW.experts_per_token, dtype=torch.int16)
+            routes = torch.zeros(NARROW.num_layers, rows, NARROW.experts_per_token, dtype=torch.int16)
             out += [
-                decoder.forward_rows(0, x_BD, torch.arange(6), torch.tensor(lengths), routes, static=static), routes,
+                decoder.forward_rows(0, x_BD, torch.arange(rows), torch.tensor(lengths), routes, static=static), routes,
                 *(lane.pool(layer) for layer, lane in enumerate(mine.of_layer)),
             ]  # fmt: skip
     assert torch.equal(found[1], expected[1])
@@ -102,12 +104,15 @@ def test_the_static_step_asks_nothing_of_the_device_and_its_shapes_are_known_bef
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("placement", ["bf16", "resident"])
 @pytest.mark.parametrize("kernels", ["torch", "triton"])
-def test_a_captured_step_says_what_the_plain_one_says(tiny: MakeTiny, placement: Placement, kernels: Kernels) -> None:
+@pytest.mark.parametrize("lengths", [(3, 60, 17, 130, 1), (60, 130), (130,)])
+def test_a_captured_step_says_what_the_plain_one_says(
+    tiny: MakeTiny, placement: Placement, kernels: Kernels, lengths: tuple[int, ...]
+) -> None:
     base, device = load(tiny(NARROW), placement="bf16", dtype=torch.bfloat16), torch.device("cuda")
     weights = Weights(base.weights.checkpoint, placement, torch.bfloat16, device)
     lora = adapter(base, *TARGETS).to(device)
     model, plain = (Transformer(weights, lora=lora, kernels=one) for one in (kernels, "torch"))
-    requests = [Request(prompt, Sampling(0), 40) for prompt in random_prompts((3, 60, 17, 130, 1))]
+    requests = [Request(prompt, Sampling(0), 40) for prompt in random_prompts(lengths)]
     engine = Engine(model)
     captures = placement == "bf16" or kernels == "triton"
     assert isinstance(engine.session()._decoder, GraphDecoder if captures else TorchDecoder)

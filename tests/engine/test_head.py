@@ -12,7 +12,7 @@ from torch import Tensor
 from ossia.engine import Engine, Request, Sampling
 from ossia.engine.head import Draw, Drawn, draw_plainly
 from ossia.engine.native import draw_natively
-from ossia.kernels.native import Kernels, Unavailable, load_kernels
+from ossia.kernels.cpu.native import Kernels, Unavailable, load_kernels
 from tests.conftest import MakeTiny
 from tests.engine.support import adapter, random_prompts
 from tests.oracle.model_pairs import load

@@ -13,7 +13,7 @@ from torch import Tensor
 from ossia.engine.cache import Cache
 from ossia.engine.decode import Decoder, TorchDecoder
 from ossia.engine.native import NativeDecoder, find_kernels
-from ossia.kernels.native import Kernels, Unavailable
+from ossia.kernels.cpu.native import Kernels, Unavailable
 from ossia.model.arch import Arch, Layout, alternating_layers
 from ossia.model.lora import TARGETS, Lora, LoraSpec
 from ossia.model.transformer import Transformer

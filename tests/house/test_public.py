@@ -133,5 +133,5 @@ _PROBES = ("hasattr", "getattr", "setattr", "delattr")
 _ENVIRONMENT = ("environ", "getenv", "putenv")
 _USES_ENVIRONMENT = {
     "ossia/cli/app.py": 'os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")',
-    "ossia/kernels/build.py": 'os.environ.get("XDG_CACHE_HOME", "")',
+    "ossia/kernels/cpu/build.py": 'os.environ.get("XDG_CACHE_HOME", "")',
 }

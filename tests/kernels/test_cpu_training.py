@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.kernels import passes_for, pick_kernels
-from ossia.kernels.build import Unavailable
+from ossia.kernels.cpu.build import Unavailable
 from ossia.kernels.cpu.grouped import _pieces, grouped_mm
 from ossia.kernels.cpu.passes import load_passes
 from ossia.ops.fused import TORCH, Parts, parts_for

@@ -17,11 +17,13 @@ import json, re, subprocess, sys, tempfile
 from triton import compile, knobs
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from ossia.kernels.gpu import decode, dequant, experts, rows
+from ossia.kernels.gpu import decode, decode_dense, decode_experts, dequant, experts, rows
 
 ids, numbers, floats, size, real = "*i64", "*fp32", "*bf16", "i32", "fp32"
 whole = "*i32"
-tile = {"EXPERTS": 32, "COLUMNS": 32, "RANK": 16, "AS_FLOAT": False}
+alone = {"SIZE": 2880, "WORDS": 360, "RANK": 8}
+alone |= {"ROWS": decode_experts.ALONE_ROWS, "GROUPS": decode_experts.ALONE_GROUPS}
+tile = {"SIZE": 2880, "WORDS": 360, "EXPERTS": 32, "RANK": 16, "AS_FLOAT": False}
 mixed = {"K": 4, "EXTRA": True, "BLOCK": 1024}
 kernels = [
     (dequant._expand, ("*u8", "*u8", floats, size, size, size), {"SPLIT": True, "GROUPS": 128}, 4),
@@ -39,12 +41,26 @@ kernels = [
     (decode._attend_whole, (*[numbers] * 3, floats, floats, size, size), {"SPLITS": 64, "SIZE": 64}, 4),
     (decode._choose, (floats, ids, floats, size), {"K": 4, "SLOTS": 4, "EXPERTS": 128}, 1),
     (decode._sort, (ids, ids, ids, whole, size, size), {"ROWS": 32, "EXPERTS": 128, "MINE": 32}, 4),
-    (decode._shrink, (floats, floats, ids, ids, numbers, size, size, size),
-     {"PER_TOKEN": True, "RANK": 16, "BLOCK": 256}, 4),
-    *((decode._gate_up, (floats, ids, whole, "*u8", "*u8", floats, numbers, floats, floats, *[size] * 5, real, real),
-       {**tile, "ROWS": of_x, "BYTES": step}, warps) for of_x, (warps, step) in decode._SHAPES.items()),
-    *((decode._down, (floats, whole, "*u8", "*u8", numbers, floats, floats, *[size] * 4),
-       {**tile, "ROWS": of_x, "BYTES": step}, warps) for of_x, (warps, step) in decode._SHAPES.items()),
+    (decode_experts._shrink, (floats, floats, ids, ids, floats, size, size),
+     {"PER_TOKEN": True, "ALONE": False, "WORDS": 360, "BLOCK": 4096}, 4),
+    (decode_experts._route, (floats, ids, floats, ids, floats, numbers, size),
+     {"K": 4, "SLOTS": 4, "EXPERTS": 128, "WORDS": 360, "BLOCK": 4096}, 4),
+    (decode_experts._gate_up_alone, (numbers, ids, whole, "*u8", *[floats] * 3, numbers, size, size, real, real),
+     alone, 4),
+    (decode_experts._down_alone, (numbers, ids, whole, "*u8", *[floats] * 3, size), alone, 4),
+    *((decode_experts._gate_up_tile, (floats, ids, whole, whole, "*u8", *[floats] * 4, *[size] * 3, real, real),
+       {**tile, "TOKENS": tokens, "ROWS": of_w, "STEP": step, "STAGES": stages}, warps)
+      for tokens, (of_w, step, stages, warps) in decode_experts.TILES.items()),
+    *((decode_experts._down_tile, (floats, whole, whole, "*u8", *[floats] * 3, size, size),
+       {**tile, "TOKENS": tokens, "ROWS": of_w, "STEP": step, "STAGES": stages}, warps)
+      for tokens, (of_w, step, stages, warps) in decode_experts.TILES.items()),
+    (decode_dense._shrink, (*[floats] * 4, size, real), {"WIDTH": 2880, "ALL": 4096}, 4),
+    (decode_dense._qkv, (*[floats] * 12, ids, floats, floats, size, real),
+     {"WIDTH": 2880, "ALL": 4096, "BLOCK": decode_dense._BLOCK, "HEADS": 64, "KV": 8, "HALF": 32,
+      "SHARE": decode_dense.PAIRS, "RANK": 64}, 4),
+    (decode_dense._shrink_plain, (*[floats] * 3, size), {"WIDTH": 4096, "ALL": 4096}, 4),
+    (decode_dense._add_product, (*[floats] * 7, size),
+     {"SIZE": 2880, "WIDTH": 4096, "BLOCK": decode_dense._BLOCK, "ROWS": decode_dense.PAIRS, "RANK": 16}, 4),
     (rows._exponentials, (floats, ids, *[numbers] * 3, size, size), {"BLOCK": 8192}, 8),
 ]
 for generation in map(int, sys.argv[1:]):
@@ -52,7 +68,10 @@ for generation in map(int, sys.argv[1:]):
         names = kernel.arg_names
         signature = dict(zip([name for name in names if name not in constants], types, strict=True))
         signature = {name: signature.get(name, "constexpr") for name in names}
-        source = ASTSource(kernel, signature, {(names.index(name),): value for name, value in constants.items()})
+        constants = {(names.index(name),): value for name, value in constants.items()}
+        # addresses are whole 16 bytes, as those of tensors are
+        aligned = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if signature[name][0] == "*"}
+        source = ASTSource(kernel, signature, constants, aligned)
         found = compile(source, target=GPUTarget("cuda", generation, 32), options={"num_warps": warps})
         with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
             file.write(found.asm["cubin"])
@@ -71,5 +90,5 @@ def test_every_kernel_compiles_for_every_generation_within_its_shared_memory_and
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 22 * len(SHARED_BYTES)
+    assert len(found) == 29 * len(SHARED_BYTES)
     assert [line for line in found if line[2] > SHARED_BYTES[line[0]] or line[3]] == []

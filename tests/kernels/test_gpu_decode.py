@@ -11,8 +11,10 @@ from torch import Tensor
 
 from ossia.engine.cache import attend_cached
 from ossia.model.weights import split_gate_up
+from ossia.ops.linear import Linear, linear, rms_norm
 from ossia.ops.moe import Expert, mixture, route
 from ossia.ops.mxfp4 import dequantize_mxfp4
+from ossia.ops.rope import apply_rope
 from tests.kernels.test_gpu_training import DEVICE, FLOATS, bound, error, random
 
 pytest.importorskip("triton", reason="pip install 'ossia[dev-gpu]'")
@@ -85,10 +87,10 @@ def packed(experts: int, fan_out: int, fan_in: int, seed: int) -> tuple[Tensor, 
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("rank", [0, 1, 8, 20])
-@pytest.mark.parametrize("rows", [1, 3, 40])
-def test_experts_from_their_packed_weights(dtype: torch.dtype, rank: int, rows: int) -> None:
-    from ossia.kernels.gpu import decode
+@pytest.mark.parametrize("rank", [0, 1, 12])
+@pytest.mark.parametrize(("rows", "alone"), [(1, True), (3, True), (3, False), (40, False)])
+def test_experts_from_their_packed_weights(dtype: torch.dtype, rank: int, alone: bool, rows: int) -> None:
+    from ossia.kernels.gpu import decode_experts
 
     experts, hidden, size, top_k = 6, 96, 64, 2
     x = random(rows, hidden, seed=0, dtype=dtype)
@@ -106,9 +108,78 @@ def test_experts_from_their_packed_weights(dtype: torch.dtype, rank: int, rows: 
         parts = (split_gate_up(weight) if seed == 0 else weight, bias, *lora)
         theirs.append(Expert(*(None if part is None else part.float() for part in parts)))
         mine.append((blocks, scales, bias, *lora))
-    found, chosen = decode.mixture(residual, x, logits.to(dtype), top_k, *mine, 3.0, 1.702)
+    found, chosen = decode_experts.mixture(residual, x, logits.to(dtype), top_k, *mine, 3.0, 1.702, alone=alone)
     routing = route(logits.to(dtype), top_k)
     exact = replace(routing, weights_TK=routing.weights_TK.float())
     expected = mixture(residual.float(), x.float(), exact, *theirs, 3.0, 1.702, lambda *_: None).to(dtype)
     assert torch.equal(chosen, routing.experts_TK)
     assert error(found, expected) <= bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("alone", [True, False])
+def test_every_code_under_small_and_large_scales_is_multiplied_exactly(dtype: torch.dtype, alone: bool) -> None:
+    """A token has one input of 1, the others are 0: what comes out are that input's weights."""
+    from ossia.kernels.gpu.decode_experts import _Routed
+
+    size, groups = 16, 18  # more than are looked at together
+    # the interpreter rounds bfloat16's subnormal numbers to zero; a GPU doesn't
+    lowest = 1 if DEVICE.type == "cuda" or dtype == torch.float32 else 3
+    scales = torch.linspace(lowest, 251, size * groups).round().to(torch.uint8).view(1, size, groups)
+    blocks = (torch.arange(scales.numel() * 16) * 7 % 256).to(torch.uint8).view(1, size, groups, 16)
+    inputs = torch.arange(0, groups * 32, 23)
+    x = torch.eye(groups * 32, dtype=dtype)[inputs]
+    if alone:  # arranged and lifted
+        x = (x.float().view(len(x), -1, 8).transpose(1, 2) * 2.0**100).reshape(len(x), -1)
+    number = torch.arange(len(x), device=DEVICE)
+    ends = torch.tensor([len(x)], dtype=torch.int32, device=DEVICE)
+    routed = _Routed(torch.zeros_like(number)[:, None], number, ends, dtype, alone)
+    found = torch.empty(len(x), size, dtype=dtype, device=DEVICE)
+    bias = torch.zeros(1, size, dtype=dtype, device=DEVICE)
+    packed = blocks.to(DEVICE), scales.to(DEVICE)
+    routed.project(x.to(DEVICE), (*packed, bias, None, None), found, None)
+    assert torch.equal(found.cpu().t(), dequantize_mxfp4(blocks, scales, dtype)[0][:, inputs])
+
+
+def dense(fan_out: int, fan_in: int, rank: int, seed: int, dtype: torch.dtype) -> Linear:
+    """A projection with bias, and an adapter where the rank isn't 0."""
+    shapes = ((fan_out, fan_in), (fan_out,), (rank, fan_in), (fan_out, rank))
+    tensors = [random(*shape, seed=seed + i, dtype=dtype, scale=0.1) for i, shape in enumerate(shapes)]
+    return Linear(*tensors[:2], *(tensors[2:] if rank else ()))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("ranks", [(0, 0, 0), (3, 0, 8)])
+def test_queries_keys_and_values_of_a_token_from_its_norm_to_the_cache(
+    dtype: torch.dtype, ranks: tuple[int, ...]
+) -> None:
+    from ossia.engine.decode import _dense
+    from ossia.kernels.gpu.decode_dense import Qkv, qkv
+
+    width, heads, kv_heads, size, tokens = 640, 4, 2, 32, 2
+    x, norm = random(tokens, width, seed=0, dtype=dtype), random(width, seed=1, dtype=dtype)
+    parts = [
+        dense(count * size, width, rank, 10 * i, dtype)
+        for i, (count, rank) in enumerate(zip((heads, kv_heads, kv_heads), ranks, strict=True), 1)
+    ]
+    angle = random(tokens, size // 2, seed=2)
+    cos, sin, slot = angle.cos().to(dtype), angle.sin().to(dtype), torch.tensor([5, 2], device=DEVICE)
+    pool = torch.zeros(7, 2 * kv_heads, size, dtype=dtype, device=DEVICE)
+    found = qkv(x, norm, 1e-5, Qkv.of(*map(_dense, parts)), cos, sin, slot, pool)
+    normed = rms_norm(x, norm, 1e-5)
+    q, k, v = (linear(normed, part).view(tokens, -1, size) for part in parts)
+    assert error(found, apply_rope(q, cos, sin)) <= bound(dtype)
+    assert error(pool[slot, :kv_heads], apply_rope(k, cos, sin)) <= bound(dtype)
+    assert error(pool[slot, kv_heads:], v) <= bound(dtype)
+    assert not pool[[0, 1, 3, 4, 6]].any()
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("rank", [0, 5])
+def test_a_product_on_top_of_the_residual(dtype: torch.dtype, rank: int) -> None:
+    from ossia.engine.decode import _dense
+    from ossia.kernels.gpu.decode_dense import add_product
+
+    layer = dense(100, 640, rank, 0, dtype)
+    residual, x = random(2, 100, seed=8, dtype=dtype), random(2, 640, seed=9, dtype=dtype)
+    assert error(add_product(residual, x, _dense(layer)), residual + linear(x, layer)) <= bound(dtype)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ossia.kernels.native import COMPILERS, Kernels, Unavailable, load_kernels
+from ossia.kernels.cpu.native import COMPILERS, Kernels, Unavailable, load_kernels
 
 
 def script(path: Path, body: str) -> str:
@@ -30,7 +30,7 @@ def test_processes_that_start_together_get_one_library_and_the_next_compiles_not
     log, folder = tmp_path / "log", tmp_path / "cache"
     compiler = quick_compiler(tmp_path, log)
     code = (
-        "import sys; from pathlib import Path; from ossia.kernels.native import Kernels, load_kernels\n"
+        "import sys; from pathlib import Path; from ossia.kernels.cpu.native import Kernels, load_kernels\n"
         "assert isinstance(load_kernels(Path(sys.argv[1]), (sys.argv[2],)), Kernels)"
     )
     together = [subprocess.Popen([sys.executable, "-c", code, str(folder), compiler]) for _ in range(2)]

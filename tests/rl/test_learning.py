@@ -44,7 +44,7 @@ def start(pytestconfig: pytest.Config) -> Path:
 
 @pytest.fixture(scope="session")
 def poor_start(pytestconfig: pytest.Config) -> Path:
-    """Half as far: it sorts six digits about once in fourteen times."""
+    """Half as far: it sorts six digits about once in eleven times."""
     return trained_fixture(pytestconfig.cache.mkdir("trained"), plan=Plan(steps=115, evaluations=1))
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Generator
+from itertools import pairwise
 from typing import Any
 
 import httpx2
@@ -58,10 +60,10 @@ def test_what_is_sampled_comes_after_the_prompt_as_it_comes_without(live: Live, 
 def test_without_logprobs_the_prompt_is_told_and_nothing_is_computed_for_it(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def score(*_: object, **__: object) -> None:
+    def scoring(*_: object, **__: object) -> None:
         raise AssertionError("nobody asked for it")
 
-    monkeypatch.setattr(Session, "score", score)
+    monkeypatch.setattr(Session, "scoring", scoring)
     (choice,) = live.client.completions.create(model="base", prompt="Paris", echo=True, max_tokens=0).choices
     assert (choice.text, choice.logprobs) == ("Paris", None)
 
@@ -113,15 +115,47 @@ def test_a_prompt_that_fills_the_context_can_be_scored_and_nothing_more(model: M
             assert error.value.code == "context_length_exceeded"
 
 
+def test_what_runs_goes_on_while_a_prompt_is_scored(
+    live: Live, model: Model, endless: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scoring, step, steps, marks = Session.scoring, Session.step, list[int](), list[int]()
+
+    def counted(session: Session) -> Any:
+        steps.append(session.num_running)
+        return step(session)
+
+    def noted(*given: Any, **how: Any) -> Generator[None, None, Any]:
+        work = scoring(*given, **how)
+        while True:
+            try:
+                next(work)
+            except StopIteration as done:
+                return done.value
+            marks.append(sum(steps))
+            yield
+
+    monkeypatch.setattr(Session, "step", counted)
+    monkeypatch.setattr(Session, "scoring", noted)
+    ids = model.vocab.encode("Paris is a city.") * 40
+    running: dict[str, Any] = {"model": "base", "prompt": "x", "max_tokens": 3000, "logit_bias": endless}
+    with live.client.completions.create(**running, stream=True) as stream:
+        next(iter(stream))
+        (choice,) = live.client.completions.create(model="talker", prompt=ids, **SCORE).choices
+        next(iter(stream))
+    assert len(marks) > model.talker.arch.num_layers
+    assert all(after > before for before, after in pairwise(marks)), "a token of the other answer came between"
+    assert choice.logprobs.token_logprobs[1:] == pytest.approx(score(model.talker, [ids])[0][1:], abs=1e-5)
+
+
 def test_a_fault_while_a_prompt_is_scored_ends_it_and_whoever_leaves_frees_the_place(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with serving(model) as live:
-        real = Session.score
-        monkeypatch.setattr(Session, "score", _no_memory)
+        real = Session.scoring
+        monkeypatch.setattr(Session, "scoring", _no_memory)
         with pytest.raises(InternalServerError, match=r"under err_\w+"):
             live.client.completions.create(model="base", prompt=["x", "y"], **SCORE)
-        monkeypatch.setattr(Session, "score", real)
+        monkeypatch.setattr(Session, "scoring", real)
         assert live.client.completions.create(model="base", prompt="x", **SCORE).choices[0].text == "x"
         live.worker._engine.prefill_tokens, scored = 1, list[int]()
 
@@ -130,7 +164,7 @@ def test_a_fault_while_a_prompt_is_scored_ends_it_and_whoever_leaves_frees_the_p
             time.sleep(0.1)
             return real(session, prompts, **how)
 
-        monkeypatch.setattr(Session, "score", slow)
+        monkeypatch.setattr(Session, "scoring", slow)
         body = {"model": "base", "prompt": [[5, number] for number in range(20)], **SCORE, "max_tokens": 300}
         with pytest.raises(httpx2.TimeoutException):
             httpx2.post(f"{live.url}/v1/completions", json=body, timeout=0.3)

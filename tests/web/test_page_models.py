@@ -105,3 +105,23 @@ def test_an_adapter_becomes_its_runs_newest_checkpoint_and_each_answer_says_whic
     page.js("window.dispatchEvent(new Event('focus'))")  # whoever comes back to the tab need not wait
     page.wait("find('.empty').innerText.includes('Its newest checkpoint can’t be used'.replace('’', \"'\"))")
     assert "step 80" in page.text(".empty")
+
+
+def test_a_run_without_a_checkpoint_is_named_as_such_until_its_first_one_comes(
+    browser: Browser, talker: Talker, tmp_path: Path
+) -> None:
+    run, metrics = Run(tmp_path / "run", talker), Metrics()
+    wanted, limits = read_wanted([f"live={run.folder}"], []), Limits(max_batch=4, max_queue=8)
+    hosted = open_hosted(wanted, metrics, limits, dtype="float32", weights="auto", device="cpu")
+    with running(Server(tuple(hosted), metrics)) as served:
+        page = browser.new_page(served.url)
+        page.wait("document.querySelector('select').length > 1")
+        page.choose("select", "live")
+        assert "its run's checkpoints as they come" in page.text(".empty")
+        assert "the run has saved no checkpoint yet" in page.text(".empty")
+        assert "can't be used" not in page.text(".empty")
+        run.save(10)
+        page.wait("document.querySelector('select').selectedOptions[0].textContent === 'live · step 10'")
+        page.wait("!find('.empty').innerText.includes('no checkpoint')")
+        assert page.problems() == []
+        page.close()

@@ -1,14 +1,14 @@
 /* What stands between a layer's matrix products in training: each a pass over memory, forward and backward.
  *
  * Activations are float32 or bfloat16, sums float32. Forward rounds to bfloat16 where torch's own operations round, so
- * that the decoder (../decode.c) and training see the same numbers; backward rounds once, at the end. A row belongs to
+ * that the decoder (decode.c) and training see the same numbers; backward rounds once, at the end. A row belongs to
  * one thread and sums have one order, so results don't depend on the number of threads.
  * References: ops/moe.py, ops/linear.py, ops/rope.py, ops/loss.py.
  *
  * Letters: T tokens, K experts per token, N = T * K rows sorted by expert, E experts, I width, J = 2 I, D columns,
  * H heads, d head size.
  */
-#include "../parts.h"
+#include "parts.h"
 
 typedef uint32_t Uw __attribute__((vector_size(4 * LANES), may_alias));
 

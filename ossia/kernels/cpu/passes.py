@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ossia.kernels.build import Library, Unavailable, load_library
+from ossia.kernels.cpu.build import Library, Unavailable, load_library
 
 DTYPES = (torch.float32, torch.bfloat16)
-_SOURCES = ("cpu/passes.c", "parts.h", "matrix.h")
+_SOURCES = ("passes.c", "parts.h", "matrix.h")
 _ALONE = 1 << 14  # elements that a thread is done with before another would have begun
 
 
@@ -183,6 +183,5 @@ def _plain(argument: Tensor | _Choices | c_void_p | float | int | None) -> objec
 @cache
 def load_passes() -> Passes | Unavailable:
     """The library, compiled first if this machine's isn't there yet (a second or two)."""
-    folder = Path(__file__).parents[1]
-    found = load_library([folder / name for name in _SOURCES])
+    found = load_library([Path(__file__).with_name(name) for name in _SOURCES])
     return found if isinstance(found, Unavailable) else Passes(found)

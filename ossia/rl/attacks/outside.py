@@ -306,7 +306,7 @@ def _namespaces() -> list[str]:
     """Those that any thread of this process is in."""
     found: set[str] = set()
     for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(FileNotFoundError):  # it has ended
+        with contextlib.suppress(OSError):  # it has ended, or is about to
             folder = f"/proc/self/task/{thread}/ns"
             found |= {os.readlink(f"{folder}/{name}") for name in os.listdir(folder)}
     return sorted(found)

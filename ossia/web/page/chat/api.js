@@ -54,7 +54,7 @@ function failureOf(error, about) {
 
 /**
  * {models: [{id, adapter, parent, length, step, problem}], about}. Raises ApiFailure.
- * step: of the run that an adapter follows; problem: why it isn't the newest one's.
+ * step: of the run that an adapter follows, null before the first; problem: why it isn't the newest one's.
  */
 export async function listModels(key) {
   const response = await ask("ossia/info", { headers: headers(key), cache: "no-store" });

@@ -4,7 +4,7 @@ import { isEmpty } from "../chat/rows.js";
 import { add, lastShown, removeLeaf, shownPath, turnTo, version } from "../chat/tree.js";
 import { button, el, setText } from "./dom.js";
 import { MessageView } from "./message.js";
-import { factsOf, modelOptions } from "./models.js";
+import { factsOf, hasStep, modelOptions } from "./models.js";
 
 /** `app` is main.js's: what is served, what is set, and who generates. */
 export class Column {
@@ -111,7 +111,7 @@ export class Column {
     const name = el("p", { class: "big" }, this.data.model || "No model yet");
     if (!model) return this.empty.replaceChildren(name);
     const facts = el("p", { class: "soft" }, factsOf(model, about));
-    const words = model.problem && `Its newest checkpoint can't be used: ${model.problem}`;
+    const words = model.problem && (hasStep(model) ? "Its newest checkpoint can't be used: " : "") + model.problem;
     this.empty.replaceChildren(name, facts, ...(words ? [el("p", { class: "soft small" }, words)] : []));
   }
 

@@ -25,19 +25,24 @@ function missing(id) {
 }
 
 function labelOf(model) {
-  if (isFollowed(model)) return `${model.id} · step ${model.step}`;
+  if (hasStep(model)) return `${model.id} · step ${model.step}`;
   return model.adapter ? `${model.id} (adapter)` : model.id;
 }
 
 /** Whether a model is the adapter of a run, whose newer checkpoints it becomes. */
 export function isFollowed({ step }) {
-  return step !== undefined && step !== null;
+  return step !== undefined;
+}
+
+/** Whether it is one of these checkpoints already. */
+export function hasStep({ step }) {
+  return typeof step === "number";
 }
 
 /** One line about a model. */
 export function factsOf(model, about) {
   const kind = model.adapter ? `adapter of ${model.parent}` : "model";
-  const at = isFollowed(model) ? `step ${model.step}, newer ones as they come` : null;
-  const facts = [kind, at, `${model.length.toLocaleString("en")} tokens of context`, about.dtype];
+  const now = hasStep(model) ? `step ${model.step}, newer ones as they come` : "its run's checkpoints as they come";
+  const facts = [kind, isFollowed(model) && now, `${model.length.toLocaleString("en")} tokens of context`, about.dtype];
   return facts.filter(Boolean).join(" · ");
 }

@@ -6,7 +6,7 @@ import ctypes
 from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
 
-from ossia.kernels.build import COMPILERS, Library, Unavailable, load_library
+from ossia.kernels.cpu.build import COMPILERS, Library, Unavailable, load_library
 
 FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS = range(4)  # Matrix.kind
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj")  # Layer.matrix, in order

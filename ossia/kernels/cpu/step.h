@@ -7,7 +7,7 @@
 
 enum { SLOTS = 512 }; /* of the cache that attention takes at a time, as torch's flash attention for the CPU */
 
-/* ---- What the caller hands over; ossia/kernels/native.py declares the same structs. ---- */
+/* ---- What the caller hands over; ossia/kernels/cpu/native.py declares the same structs. ---- */
 
 enum { Q, K_, V_, O, ROUTER, GATE_UP, DOWN, TARGETS }; /* what may have an adapter */
 
