@@ -30,16 +30,21 @@ def grouped_mm(x_ND: Tensor, weight_EDO: Tensor, ends_E: Tensor) -> Tensor:
     return plain_grouped_mm(x_ND, weight_EDO, ends_E)
 
 
+def _unit(count: int) -> int:
+    """Multiples of it are the sizes around `count`."""
+    return 1 << max(0, count.bit_length() - 4)
+
+
 def _pieces(ends: list[int]) -> Iterator[tuple[int, int, int]]:
     """Expert, first row and end of each product, to be made in this order."""
     start, num_rows = 0, ends[-1]
     for expert, end in enumerate(ends):
         while start < end:
             count = end - start
-            unit = 1 << max(0, count.bit_length() - 4)
-            rest = count % unit
-            rounded = start + count - rest + (unit if rest else 0)
-            stop = rounded if rounded <= num_rows else end - rest  # no rows are left to go on into
+            unit = _unit(count)
+            stop = start + -(-count // unit) * unit
+            if stop > num_rows:  # no rows are left to go on into
+                stop = end - count % unit
             yield expert, start, stop
             start = min(stop, end)
 
@@ -68,5 +73,7 @@ class _GroupedMm(torch.autograd.Function):
             return dx, None, None
         dweight = torch.empty_like(weight_EDO)
         for one, start, end in zip(dweight, [0, *ctx.ends], ctx.ends, strict=False):
-            torch.mm(x_ND[start:end].t(), grad_NO[start:end], out=one)
+            lacking = -(end - start) % _unit(end - start)  # rows of zeros, which add nothing
+            x_nD, grad_nO = (F.pad(rows[start:end], (0, 0, 0, lacking)) for rows in (x_ND, grad_NO))
+            torch.mm(x_nD.t(), grad_nO, out=one)
         return dx, dweight, None
