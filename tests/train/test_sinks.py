@@ -2,8 +2,11 @@ from __future__ import annotations
 
 import builtins
 import io
+import json
 import re
+import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,47 @@ def test_tensorboard_holds_every_number_and_hides_steps_that_were_taken_again(tm
     losses = {point.step: point.value for point in board.Scalars("train/loss")}
     assert losses == pytest.approx({step: 2.0 / step for step in (1, 2, 3, 4)})
     assert [point.step for point in board.Scalars("train/loss")] == [1, 2, 3, 4]
+
+
+def test_wandb_gets_the_scalars_under_the_run_folders_name_and_the_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pb = pytest.importorskip("wandb.proto.wandb_internal_pb2", reason="pip install 'ossia[wandb]'")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    run = tmp_path / "my-run"
+    run.mkdir()
+    ids = []
+    for first, last in ((1, 2), (3, 4)):  # a run that was stopped, and gone on with
+        (sink,) = open_sinks(["wandb"], run, {"model": "m"}, step=first - 1)
+        for step in range(first, last + 1):
+            sink.write(step_event(step))
+        sink.write(eval_event(last, 0.5))
+        sink.close()
+        newest = max((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+        records = [pb.Record.FromString(data) for data in logged(newest.read_bytes())]
+        (about,) = [record.run for record in records if record.HasField("run")]
+        assert (about.project, about.display_name) == ("ossia", "my-run")
+        assert {item.key: item.value_json for item in about.config.update}["model"] == '"m"'
+        ids.append(about.run_id)
+        rows = [
+            {item.key or item.nested_key[0]: json.loads(item.value_json) for item in record.history.item}
+            for record in records
+            if record.HasField("history")
+        ]
+        assert [row["_step"] for row in rows] == list(range(first, last + 1))
+        assert [row["train/loss"] for row in rows] == [step_event(step)["loss"] for step in range(first, last + 1)]
+        assert rows[-1]["eval/loss"] == 0.5
+    assert ids[0] == ids[1]
+
+
+def logged(data: bytes) -> Iterator[bytes]:
+    """The records of a short wandb file: after 7 bytes each has a checksum, a length and a kind."""
+    at = 7
+    while at < len(data):
+        _, length, _ = struct.unpack_from("<IHB", data, at)
+        yield data[at + 7 : at + 7 + length]
+        at += 7 + length
 
 
 def test_scalars_are_grouped_and_the_step_and_words_are_not_among_them() -> None:
