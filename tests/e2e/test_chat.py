@@ -67,12 +67,20 @@ def test_options_reach_the_prompt_and_the_sampler(
     assert len(set(found)) == 5
 
 
-def test_a_model_that_is_not_there_is_a_message(command: Command, talker: Talker) -> None:
-    for arguments, words in (((talker.run,), "this is a run folder"), (("none",), "no such folder")):
-        done = command("chat", *arguments, text="hi\n")
-        assert done.returncode == 2
-        assert words in done.stderr
-        assert "Traceback" not in done.stderr
+def test_a_model_that_is_not_there_is_a_message(command: Command) -> None:
+    done = command("chat", "none", text="hi\n")
+    assert done.returncode == 2
+    assert "no such folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_run_folder_answers_as_its_model_with_its_adapter(command: Command, talker: Talker) -> None:
+    told = [
+        command("chat", *model, *CERTAIN, text="hi\n").stdout
+        for model in ((talker.run,), (talker.model, "--adapter", talker.run))
+    ]
+    assert told[0] == told[1]
+    assert "Hello!" in told[0]
 
 
 def test_in_a_terminal_thinking_is_dim_and_barred_and_a_tools_result_is_asked_for(talker: Talker) -> None:
