@@ -196,7 +196,7 @@ def page() -> str:
         "",
         "Made by `python -m benchmarks.table` from `benchmarks/results/`, where versions, device, commit, config",
         "and all repeats are. Ratios are what counts: absolute times are of one small machine without a GPU.",
-        "GPU figures are of one rented machine, and absolute.",
+        "GPU figures are of one machine with one GPU, and absolute.",
         "",
         "## Training, side by side in one run (`benchmarks/sft_cpu.py`)",
         "",
