@@ -117,7 +117,7 @@ class TorchDecoder:
         grouped: bool | None = None,
     ) -> None:
         self._fused = fuses(model, lanes)
-        self._grouped = keeps_experts(model) and (model.device.type == "cuda" if grouped is None else grouped)
+        self._grouped = model.keeps_experts and (model.device.type == "cuda" if grouped is None else grouped)
         self._models, self._lanes = [model], list(lanes)
         self._layers: list[list[DecodeLayer | FusedLayer]] = []
         self._tables = (torch.empty(0), torch.empty(0))
@@ -126,10 +126,7 @@ class TorchDecoder:
     def use(self, adapters: Sequence[Lora | None]) -> None:
         """See `Decoder.use`."""
         model = self._models[0]
-        others = [
-            Transformer(model.weights, lora=lora, backend=model.backend, kernels=model.kernels) for lora in adapters[1:]
-        ]
-        self._models = [model, *others]
+        self._models = [model, *(model.with_adapter(lora) for lora in adapters[1:])]
         self.refresh()
 
     def refresh(self) -> None:
@@ -196,7 +193,7 @@ class TorchDecoder:
         layers = self._layers[adapter]
         for index, lane in enumerate(self._lanes):
             if index == len(layers):
-                layer = model.fetch(index, expand=keeps_experts(model))
+                layer = model.fetch(index, expand=model.keeps_experts)
                 if self._fused:
                     layers.append(FusedLayer(model, layer, lane))
                 else:
@@ -230,7 +227,7 @@ class DecodeLayer:
         self._gate_up: _ExpertViews | Expert = layer.gate_up
         self._down: _ExpertViews | Expert = layer.down
         if one_by_one:
-            weights = None if keeps_experts(model) else model.weights
+            weights = None if model.keeps_experts else model.weights
             self._gate_up = _ExpertViews(layer.gate_up, weights, layer.index, "gate_up_proj")
             self._down = _ExpertViews(layer.down, weights, layer.index, "down_proj")
 
@@ -281,7 +278,7 @@ class DecodeLayer:
 def fuses(model: Transformer, lanes: Sequence[Lane]) -> bool:
     """Whether layers can be `FusedLayer`: experts on the device, a cache that isn't of 8 bits."""
     there = model.weights.placement == "resident" and model.weights.checkpoint.layout == "mxfp4"
-    return model.kernels == "triton" and (there or keeps_experts(model)) and not any(lane.int8 for lane in lanes)
+    return model.kernels == "triton" and (there or model.keeps_experts) and not any(lane.int8 for lane in lanes)
 
 
 class FusedLayer:
@@ -293,9 +290,10 @@ class FusedLayer:
         self.index, self.lane, self._model, self._layer = layer.index, lane, model, layer
         self._decode, self._dense, self._experts, self._rows = decode, decode_dense, decode_experts, rows
         self._qkv = decode_dense.Qkv.of(*(_dense(part) for part in (layer.q, layer.k, layer.v)))
+        self._mixture = parts_for("triton").mixture
         prefix = f"model.layers.{layer.index}.mlp.experts"
         self._packed = None
-        if not keeps_experts(model):
+        if not model.keeps_experts:
             self._packed = tuple(
                 (*(model.weights.raw(f"{prefix}.{name}_{part}") for part in ("blocks", "scales")), *adapted)
                 for name, expert in (("gate_up_proj", layer.gate_up), ("down_proj", layer.down))
@@ -320,7 +318,7 @@ class FusedLayer:
             )
         experts_Bk, shares_Bk, order_N, row_Bk, ends_E = self._decode.choose(logits_BE, a.experts_per_token)
         routing = Route(shares_Bk, experts_Bk, order_N, order_N // a.experts_per_token, row_Bk, ends_E)
-        whole = parts_for("triton").mixture(
+        whole = self._mixture(
             x_BD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, lambda *_: None
         )
         return whole, experts_Bk
@@ -345,11 +343,6 @@ class FusedLayer:
 def _dense(layer: Linear) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     assert layer.bias is not None
     return layer.weight, layer.bias, layer.lora_a, layer.lora_b
-
-
-def keeps_experts(model: Transformer) -> bool:
-    """Whether the model's experts are in memory expanded anyway: placement `bf16`, or all weights trainable."""
-    return model.weights.placement == "bf16" or "model.layers.0.mlp.experts.down_proj" in model.trainable
 
 
 class _ExpertViews:

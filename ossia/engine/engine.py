@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import torch
 
 from ossia.engine.cache import Cache
-from ossia.engine.decode import Decoder, TorchDecoder, fuses, keeps_experts
+from ossia.engine.decode import Decoder, TorchDecoder, fuses
 from ossia.engine.graphs import GraphDecoder
 from ossia.engine.native import NativeDecoder, find_kernels
 from ossia.engine.request import Completion, Finish, Request, Token
@@ -116,7 +116,7 @@ class Engine:
     def _make_decoder(self, cache: Cache) -> Decoder:
         """The fastest that can, or the one that was asked for. Raises UserError where that one can't."""
         model, adapters = self.model, [self.model.lora, *self.adapters.values()]
-        captured = keeps_experts(model) or fuses(model, cache.of_layer)
+        captured = model.keeps_experts or fuses(model, cache.of_layer)
         if self._decoder == "auto" and model.device.type == "cuda" and captured:
             return GraphDecoder(model, cache.of_layer, adapters)
         if self._decoder != "torch":

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.engine.cache import Cache, Holding, Lane
-from ossia.engine.decode import Decoder, keeps_experts
+from ossia.engine.decode import Decoder
 from ossia.engine.head import NOT_FINITE, TopTokens, score_rows
 from ossia.engine.request import PromptToken
 from ossia.errors import UserError
@@ -131,7 +131,7 @@ class Prefill:
         if index < len(layers):
             return layers[index]
         layer = model.fetch(index)
-        if keeps_experts(model):
+        if model.keeps_experts:
             layers.append(layer)
         return layer
 

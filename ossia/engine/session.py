@@ -91,7 +91,7 @@ class Session:
     ) -> None:
         self.cache, self._model, self._decoder, self._vocab = cache, model, decoder, vocab
         self._max_batch, self._prefill_tokens = max_batch, prefill_tokens
-        others = [Transformer(model.weights, lora=lora, backend=model.backend) for lora in adapters.values()]
+        others = [model.with_adapter(lora) for lora in adapters.values()]
         self._models = [model, *others]
         self._adapter_of: dict[str | None, int] = {None: 0, **{name: i for i, name in enumerate(adapters, start=1)}}
         self._replaced: dict[int, str] = {}  # places of adapters that only older requests use
@@ -171,7 +171,7 @@ class Session:
         """
         if name not in self._adapter_of:
             raise UserError(f"no adapter {name!r} here to replace; there are: {self._names()}")
-        model = Transformer(self._model.weights, lora=lora, backend=self._model.backend)
+        model = self._model.with_adapter(lora)
         if self._free:
             place = self._free.pop()
             self._models[place] = model
@@ -202,7 +202,7 @@ class Session:
         for place in unused:
             del self._replaced[place]
             self._free.append(place)
-            self._models[place] = Transformer(self._model.weights, backend=self._model.backend)
+            self._models[place] = self._model.with_adapter(None)
         if unused:
             self._arrange()
 

@@ -117,6 +117,15 @@ class Transformer:
             a.rope_truncate,
         )
 
+    @property
+    def keeps_experts(self) -> bool:
+        """Whether experts are in memory expanded anyway: placement `bf16`, or all weights trainable."""
+        return self.weights.placement == "bf16" or "model.layers.0.mlp.experts.down_proj" in self.trainable
+
+    def with_adapter(self, lora: Lora | None) -> Transformer:
+        """The same weights, computed in the same way, with another adapter, or with none."""
+        return Transformer(self.weights, lora=lora, backend=self.backend, kernels=self.kernels)
+
     def use_adapter(self, lora: Lora) -> None:
         """Put an adapter on the model; only its tensors are trainable then."""
         self.lora, self.trainable = lora, lora.trainable

@@ -196,7 +196,7 @@ class Policy:
             return {"loss": 0.0, "tokens": 0, "trained": 0, "grad_norm": 0.0}
         reference: list[Tensor] | None = None
         if rl.kl:
-            without = Transformer(model.weights, backend=model.backend)
+            without = model.with_adapter(None)
             reference = forward_logprobs(without, batch.packs)
         loss = PolicyLoss(batch, rl, self.rule, reference)
         result = None

@@ -145,10 +145,7 @@ class _ExpertsApart:
 
     def __init__(self, model: Transformer, layer: Layer) -> None:
         self._weights, self._layer = model.weights, layer.index
-        frozen = model.weights.placement != "bf16" and f"model.layers.{layer.index}.mlp.experts.down_proj" not in (
-            model.trainable
-        )
-        experts = {"gate_up_proj": layer.gate_up, "down_proj": layer.down} if frozen else {}
+        experts = {} if model.keeps_experts else {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
         self._of_address = {expert.weight.data_ptr(): name for name, expert in experts.items()}
         self._again: dict[str, Tensor] = {}
 

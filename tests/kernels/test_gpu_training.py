@@ -187,8 +187,8 @@ def test_a_step_with_the_kernels_has_the_loss_and_the_gradients_of_a_step_withou
 
 @pytest.mark.gpu
 @pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
-def test_log_probabilities_on_a_gpu_are_those_of_float64(  # more rows and tokens than a block there
-) -> None:
+def test_log_probabilities_on_a_gpu_are_those_of_float64() -> None:
+    # more rows and tokens than a block there
     hidden, head = random(5000, 64, seed=0, dtype=torch.bfloat16), random(20_000, 64, seed=1, dtype=torch.bfloat16)
     targets = torch.randint(20_000, (5000,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
     leaf = hidden.clone().requires_grad_()

@@ -119,7 +119,7 @@ class _Probe:
 
     def _mismatch(self, lora: Lora | None, asked: Asked) -> float:
         """Nats a token between sampler and trainer, both with that adapter; see `ops.policy.divergence`."""
-        model = Transformer(self._model.weights, lora=lora, backend=self._model.backend)
+        model = self._model.with_adapter(lora)
         theirs = torch.tensor([one for _, answer in asked for one in answer.logprobs])
         ours = torch.cat(forward_logprobs(model, [_pack(*one) for one in asked])).cpu()
         return float(divergence(ours, theirs).mean())
