@@ -40,13 +40,16 @@ output: {output}
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long to train on how much; the defaults are what the demo was measured with."""
+    """How long to train on how much, and the width of an expert (None: the demo shape's); the defaults are what the
+    demo was measured with.
+    """
 
     sizes: Sizes = field(default_factory=Sizes)
     steps: int = 600
     tokens_per_step: int = 2048
     learning_rate: float = 3e-3
     evaluations: int = 4
+    width: int | None = None
 
 
 def prepare(folder: Path, *, seed: int, plan: Plan) -> tuple[DemoFiles, Path]:
@@ -59,7 +62,7 @@ def prepare(folder: Path, *, seed: int, plan: Plan) -> tuple[DemoFiles, Path]:
     data = make_data(seed, plan.sizes)
     files = write(data, folder / DATA)
     tokenizer = write_vocabulary((*data.train, *data.heldout), folder / DATA / "tokenizer.json")
-    write_untrained(folder / START, tokenizer, seed=seed)
+    write_untrained(folder / START, tokenizer, seed=seed, width=plan.width)
     recipe_file = folder / RECIPE
     recipe_file.write_text(recipe_text(folder, seed=seed, plan=plan), encoding="utf-8")
     return files, recipe_file

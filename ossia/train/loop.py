@@ -26,7 +26,7 @@ from typing import Any, Protocol, Self
 from torch import Tensor
 
 from ossia.errors import Interrupted, RunError
-from ossia.train.events import EVENTS, EventLog
+from ossia.train.events import EVENTS, EventLog, read_events
 from ossia.train.optim import AdamW
 from ossia.train.state import SavedState, check_room, checkpoint_paths, newest_checkpoint, prune, save_checkpoint
 
@@ -98,7 +98,8 @@ def find_start(run: Path, *, resume: bool, say: Callable[[str], None]) -> SavedS
     """The checkpoint to go on from, or None to begin at step 0; call it with the run's EventLog open.
 
     With `resume`, the newest checkpoint that is whole; a run that was stopped before its first one begins again.
-    Raises RunError if there are checkpoints but no whole one, or if, without `resume`, the folder holds a run already.
+    Raises RunError if there are checkpoints but no whole one, or if, without `resume`, the folder holds a run already:
+    one that took a step. What a run left that was refused before its first is written over.
     """
     if resume:
         saved = newest_checkpoint(run, say)
@@ -113,7 +114,7 @@ def find_start(run: Path, *, resume: bool, say: Callable[[str], None]) -> SavedS
                 f"{written:,}: events before it are missing, and the report's curves with them"
             )
         return saved
-    if checkpoint_paths(run) or (run / EVENTS).stat().st_size:
+    if checkpoint_paths(run) or any(event["event"] == "step" for event in read_events(run / EVENTS)):
         raise RunError(f"{run} already holds a run; add --resume to go on with it, or choose another `output`")
     return None
 

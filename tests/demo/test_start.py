@@ -49,6 +49,12 @@ def test_the_same_seed_gives_the_same_untrained_bytes_and_another_seed_does_not(
     assert first == same != other
 
 
+def test_experts_can_be_as_wide_as_asked_for(prepared, tmp_path):
+    arch = write_untrained(tmp_path / "wide", prepared / "data" / "tokenizer.json", seed=0, width=128)
+    assert arch.intermediate_size == 128
+    assert Checkpoint.open(tmp_path / "wide").arch == arch
+
+
 def test_every_row_has_the_same_tokens_under_the_small_vocabulary_as_under_the_full_one(prepared, o200k_tokenizer):
     full, small = Vocabulary.from_file(o200k_tokenizer), Vocabulary.from_file(prepared / "start")
     renderers = [(vocab, Renderer(vocab)) for vocab in (full, small)]

@@ -105,6 +105,15 @@ def test_a_folder_that_holds_a_run_is_refused_without_resume(tmp_path: Path) -> 
     assert left_behind(tmp_path) == before
 
 
+def test_what_a_run_left_that_was_refused_before_its_first_step_is_written_over(tmp_path: Path) -> None:
+    train(tmp_path / "untouched")
+    with EventLog(tmp_path / "run") as log:
+        log.write({"event": "start", "step": 0, "steps": 99})
+        log.write({"event": "eval", "step": 0, "eval_loss": 1.0})
+    train(tmp_path / "run")
+    assert left_behind(tmp_path / "run") == left_behind(tmp_path / "untouched")
+
+
 def test_a_run_stopped_before_its_first_checkpoint_starts_again_and_says_so(tmp_path: Path) -> None:
     train(tmp_path / "untouched")
     killed = train_in_process(tmp_path / "run", kind="after an update", number=1)
