@@ -81,7 +81,10 @@ def forward_backward(
 
 
 def prepares_layers(model: Transformer) -> bool:
-    """Whether a layer's weights take work to be ready: experts to be expanded, or trained float32 to be rounded."""
+    """Whether a layer's weights take work to be ready: experts to be expanded or to be rounded to MXFP4, or trained
+    float32 to be rounded."""
+    if model.qat:
+        return True
     trains_all = bool(model.trainable.tensors) and model.lora is None
     return model.dtype != torch.float32 if trains_all else model.weights.placement != "bf16"
 
@@ -144,7 +147,7 @@ class _ExpertsApart:
     """
 
     def __init__(self, model: Transformer, layer: Layer) -> None:
-        self._weights, self._layer = model.weights, layer.index
+        self._model, self._layer = model, layer.index
         experts = {} if model.keeps_experts else {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
         self._of_address = {expert.weight.data_ptr(): name for name, expert in experts.items()}
         self._again: dict[str, Tensor] = {}
@@ -162,7 +165,7 @@ class _ExpertsApart:
             return note
         name, shape, strides = note
         if name not in self._again:
-            self._again[name] = self._weights.expert_weight(self._layer, name)
+            self._again[name] = self._model.expert_weight(self._layer, name).detach()
         return self._again[name].as_strided(shape, strides)
 
 
