@@ -11,7 +11,6 @@ from torch import Tensor
 from ossia.data.pack import Pack
 from ossia.export import write_model
 from ossia.model.arch import Layout
-from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import LoraSpec
 from ossia.model.transformer import Transformer
 from ossia.model.weights import EXPERT_WEIGHTS, Placement
@@ -109,19 +108,17 @@ def by_autograd(model: Transformer, packs: list[Pack]) -> tuple[float, dict[str,
 def test_gradients_pass_through_the_rounding(tiny: MakeTiny, trained: str, recompute: bool) -> None:
     path = tiny(SHALLOW)
 
-    def make() -> Transformer:
-        if trained == "all weights":
-            model = load(path)
-            model.qat = True
+    def make(kind: type[Transformer]) -> Transformer:
+        weights = load(path, placement="bf16" if trained.endswith("bf16") else "mmap").weights
+        lora = None if trained == "all weights" else random_lora(arch_of(path), EXPERTS_ALONE)
+        model = kind(weights, lora=lora, qat=True)
+        if lora is None:
             model.train_all_weights()
-            return model
-        return rounding(path, "bf16" if trained.endswith("bf16") else "mmap", EXPERTS_ALONE)
+        return model
 
-    model, packs = make(), [pack_of([sample]) for sample in documents(arch_of(path), (30, 21))]
+    model, packs = make(Transformer), [pack_of([sample]) for sample in documents(arch_of(path), (30, 21))]
     loss = forward_backward(model, packs, lambda logp, m, rows: -logp.sum() / 7, recompute=recompute)
-    reference = make()
-    reference.__class__ = StraightThrough
-    expected_loss, expected = by_autograd(reference, packs)
+    expected_loss, expected = by_autograd(make(StraightThrough), packs)
     assert loss == pytest.approx(expected_loss, rel=1e-6)
     assert len(expected) == 2 * SHALLOW.num_layers * (1 if trained == "all weights" else 2)
     for name, grad in expected.items():
