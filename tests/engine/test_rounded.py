@@ -20,7 +20,9 @@ from tests.oracle.model_pairs import load
 from tests.shapes import SHALLOW
 
 EXPERTS_ALONE = LoraSpec(dict.fromkeys(EXPERT_WEIGHTS, (3, 6.0)))  # of the rest an export rounds to bfloat16
-REQUESTS = [Request(ids=list(range(20, 20 + length)), sampling=Sampling(temperature=0.0), max_tokens=12) for length in (3, 17)]
+REQUESTS = [
+    Request(ids=list(range(20, 20 + length)), sampling=Sampling(temperature=0.0), max_tokens=12) for length in (3, 17)
+]
 
 
 def answers(model: Transformer, decoder: str) -> list[Completion]:
