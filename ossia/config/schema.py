@@ -301,8 +301,8 @@ class Recipe(Section):
     adapter: AdapterConfig | None = Field(None, json_schema_extra=words("left out: all weights are trained"))
     """Low-rank adapters (LoRA) on frozen weights; left out, all weights are trained."""
     qat: Literal["mxfp4"] | None = Field(None, json_schema_extra=words("left out: experts are trained unrounded"))
-    """Quantisation-aware training: experts are computed as an export to hf-mxfp4 holds them, merged and rounded to MXFP4;
-    gradients pass through the rounding. The export is then the very model that was trained, see docs/export.md."""
+    """Quantisation-aware training: experts are computed as an export to hf-mxfp4 holds them, merged and rounded to
+    MXFP4; gradients pass through the rounding. The export is then the very model that was trained (docs/export.md)."""
     data: DataSources | None = Field(None, json_schema_extra=words("has to be given, unless `env` is"))
     """One or several sources of training rows; with `reward`, of prompts."""
     env: Envs | None = Field(None, json_schema_extra=words("none"))
