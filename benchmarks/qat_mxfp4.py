@@ -3,9 +3,9 @@
 Run: python -m benchmarks.qat_mxfp4      Needs: 2 cores, some minutes      Answer quoted in: docs/export.md
 
 The demo's task, from the command line as a person would: train, export to hf-bf16 and to hf-mxfp4; then train on for a
-short while with `qat: mxfp4` and export that. Once with adapters on MXFP4 experts, once with all weights. Beside it, the
-same steps without `qat`, so that what they teach isn't taken for what rounding in training does. Every loss is of an
-exported folder, read back, over all held-out rows.
+short while with `qat: mxfp4` and export that. Once with adapters on MXFP4 experts, once with all weights. The same
+steps without `qat` are beside it, so that what they teach isn't taken for what rounding in training does. Every loss is
+of an exported folder, read back, over all held-out rows.
 """
 
 from __future__ import annotations

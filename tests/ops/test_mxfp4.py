@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import pytest
 import torch
 from torch import Tensor
 
 from ossia.errors import CheckpointError
+from ossia.kernels.cpu.build import Unavailable
+from ossia.kernels.cpu.quantize import load_quantize
 from ossia.ops.mxfp4 import ScaleRule, dequantize_mxfp4, quantize_mxfp4
 
 # By definition (OCP Microscaling Formats v1.0): e2m1 codes 0..7, then the same with the sign bit.
@@ -189,6 +193,17 @@ def test_the_least_error_is_never_above_that_of_the_rules_that_look_at_the_large
     assert (better > 100).all(), f"blocks in which it is better than llama.cpp's rule, OpenAI's, and both: {better}"
 
 
+@RULES
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_c_writes_the_same_bytes_as_torch(rule: ScaleRule, dtype: torch.dtype) -> None:
+    if isinstance(found := load_quantize(), Unavailable):
+        pytest.skip(found.reason)
+    weights = torch.cat([*_blocks_to_try().values(), torch.randn(70_000, 32), torch.zeros(3, 32), -torch.zeros(3, 32)])
+    weights = weights.clamp(-60000, 60000).to(dtype) if dtype == torch.float16 else weights.to(dtype)
+    for fast, plain in zip(*(quantize_mxfp4(weights, rule, kernels) for kernels in ("c", "torch")), strict=True):
+        assert torch.equal(fast, plain)
+
+
 def test_the_largest_floats_saturate_instead_of_becoming_infinite() -> None:
     weights = torch.full((2, 32), torch.finfo(torch.float32).max)
     weights[1] = 6 * 2.0**125
@@ -212,8 +227,9 @@ def test_transposed_weights_quantise_as_their_copies() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_weight_that_is_not_finite_is_refused(bad: float) -> None:
+@pytest.mark.parametrize("kernels", ["torch", None])
+def test_a_weight_that_is_not_finite_is_refused(bad: float, kernels: Literal["torch"] | None) -> None:
     weights = torch.ones(4, 64)
     weights[2, 40] = bad
     with pytest.raises(CheckpointError, match="not finite"):
-        quantize_mxfp4(weights)
+        quantize_mxfp4(weights, kernels=kernels)
