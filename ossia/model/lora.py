@@ -146,12 +146,12 @@ class Lora:
         a = self.trainable.use(f"{module}.lora_A", dtype)
         return a, self.trainable.use(f"{module}.lora_B", dtype, self.spec.scale(site.target))
 
-    def factors(self, module: str) -> Factors | None:
+    def factors(self, module: str, experts: slice = slice(None)) -> Factors | None:
         """The delta of a module's experts as it is merged: float32, no gradient; None where it has no adapter."""
         site = self.sites.get(module)
         if site is None:
             return None
-        a, b = (self.trainable.tensors[f"{module}.lora_{side}"].detach() for side in "AB")
+        a, b = (self.trainable.tensors[f"{module}.lora_{side}"].detach()[experts] for side in "AB")
         return Factors(a, b, self.spec.scale(site.target))
 
     def add_grad(self, module: str, grad_EOD: Tensor) -> None:

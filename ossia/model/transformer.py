@@ -222,17 +222,18 @@ class Transformer:
             return weight_EOD
         return passing_on(weight_EOD, partial(self.lora.add_grad, module))
 
-    def packed_experts(self, index: int, projection: str) -> Packed:
+    def packed_experts(self, index: int, projection: str, experts: slice = slice(None)) -> Packed:
         """A projection's experts in MXFP4, what training changed merged in; gate and up rows in turn, as a checkpoint
         has them, unless the weights themselves are trained."""
         module = f"model.layers.{index}.mlp.experts.{projection}"
         if module in self.trainable:
-            return packed_experts(self.trainable.tensors[module].detach(), None)
-        delta = None if self.lora is None else self.lora.factors(module)
+            return packed_experts(self.trainable.tensors[module].detach()[experts], None)
+        delta = None if self.lora is None else self.lora.factors(module, experts)
         if delta is not None and projection == "gate_up_proj":
             delta = delta._replace(b=interleave_gate_up(delta.b))
-        packed = packed_experts(self.weights.expert_base(index, projection), delta)
-        self.weights.note_read(index)
+        packed = packed_experts(self.weights.expert_base(index, projection, experts), delta)
+        if experts == slice(None):
+            self.weights.note_read(index)
         return packed
 
     def layer_forward(

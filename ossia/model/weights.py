@@ -153,13 +153,13 @@ class Weights:
         one = slice(expert, expert + 1)
         return self._expand(layer, projection, one)[0] if expanded is None else expanded[expert]
 
-    def expert_base(self, layer: int, projection: str) -> Base:
+    def expert_base(self, layer: int, projection: str, experts: slice = slice(None)) -> Base:
         """A projection's experts as the checkpoint has them, on the device: packed, or (E, O, D) bfloat16; gate and up
         rows in turn."""
         prefix = f"model.layers.{layer}.mlp.experts.{projection}"
         if self.checkpoint.layout == "bf16":
-            return self._packed(layer, prefix, slice(None)).transpose(1, 2)
-        return Packed(*(self._packed(layer, prefix + part, slice(None)) for part in ("_blocks", "_scales")))
+            return self._packed(layer, prefix, experts).transpose(1, 2)
+        return Packed(*(self._packed(layer, prefix + part, experts) for part in ("_blocks", "_scales")))
 
     def note_read(self, layer: int) -> None:
         """What was launched has read what `expert_base` gave."""
