@@ -24,7 +24,7 @@ from ossia.engine.head import Draw, Drawn, draw_plainly, step_norm
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed
 from ossia.model.transformer import Layer, Transformer
-from ossia.model.weights import split_gate_up
+from ossia.model.weights import expert_module, split_gate_up
 from ossia.ops.fused import parts_for
 from ossia.ops.linear import Linear, linear
 from ossia.ops.moe import Expert, Route, clamped_swiglu_only, combine, project, route
@@ -350,7 +350,7 @@ def _expand_one(model: Transformer, layer: int, name: str) -> Callable[[int], Te
     """What expands one expert, (O, D), when it is asked for; None where all of them are expanded anyway."""
     if model.keeps_experts:
         return None
-    if not model.rounds(f"model.layers.{layer}.mlp.experts.{name}"):
+    if not model.rounds(expert_module(layer, name)):
         return partial(model.weights.expert_weight, layer, name)
     packed = model.packed_experts(layer, name)
 

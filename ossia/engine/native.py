@@ -21,7 +21,7 @@ from ossia.kernels.cpu import native
 from ossia.kernels.cpu.native import Kernels, Unavailable, load_kernels
 from ossia.model.lora import MODULE_OF, Lora
 from ossia.model.transformer import Transformer
-from ossia.model.weights import EXPERT_WEIGHTS
+from ossia.model.weights import EXPERT_WEIGHTS, expert_module
 from ossia.ops.rope import rope_tables
 
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
@@ -241,7 +241,7 @@ class NativeDecoder:
 
     def _experts(self, index: int, projection: str) -> native.Matrix:
         arch, weights, trainable = self._model.arch, self._model.weights, self._model.trainable
-        module = f"model.layers.{index}.mlp.experts.{projection}"
+        module = expert_module(index, projection)
         gate_up = projection == "gate_up_proj"
         matrix = native.Matrix(
             fan_in=arch.hidden_size if gate_up else arch.intermediate_size,

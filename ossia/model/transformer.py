@@ -21,7 +21,7 @@ from ossia.kernels import Kernels, pick_kernels
 from ossia.model.arch import Arch
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed, packed_experts
-from ossia.model.weights import Trainable, Weights, interleave_gate_up, passing_on, split_gate_up
+from ossia.model.weights import Trainable, Weights, expert_module, interleave_gate_up, passing_on, split_gate_up
 from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
 from ossia.ops.fused import parts_for
 from ossia.ops.linear import Dropout, Linear, linear
@@ -195,7 +195,7 @@ class Transformer:
         return (None, None) if self.lora is None else self.lora.pair(module, self.dtype)
 
     def _expert(self, index: int, projection: str, expand: bool) -> Expert:
-        module = f"model.layers.{index}.mlp.experts.{projection}"
+        module = expert_module(index, projection)
         if module in self.trainable:
             bias = self.tensor(f"{module}_bias")
         else:
@@ -210,7 +210,7 @@ class Transformer:
 
     def expert_weight(self, index: int, projection: str) -> Tensor:
         """A projection's experts as they are computed with, (E, O, D); gradients on them where they are on."""
-        module = f"model.layers.{index}.mlp.experts.{projection}"
+        module = expert_module(index, projection)
         if not self.rounds(module):
             return self.tensor(module) if module in self.trainable else self.weights.expert_weight(index, projection)
         packed, dtype = self.packed_experts(index, projection), self.dtype
@@ -225,7 +225,7 @@ class Transformer:
     def packed_experts(self, index: int, projection: str, experts: slice = slice(None)) -> Packed:
         """A projection's experts in MXFP4, what training changed merged in; gate and up rows in turn, as a checkpoint
         has them, unless the weights themselves are trained."""
-        module = f"model.layers.{index}.mlp.experts.{projection}"
+        module = expert_module(index, projection)
         if module in self.trainable:
             return packed_experts(self.trainable.tensors[module].detach()[experts], None)
         delta = None if self.lora is None else self.lora.factors(module, experts)

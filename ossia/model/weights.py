@@ -28,6 +28,11 @@ EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 EMBEDDING = "model.embed_tokens.weight"
 
 
+def expert_module(layer: int, projection: str) -> str:
+    """A projection's name in the checkpoint."""
+    return f"model.layers.{layer}.mlp.experts.{projection}"
+
+
 def split_gate_up(x: Tensor) -> Tensor:
     """Rows (axis 1) from the checkpoint's order g0 u0 g1 u1 ... to g0 g1 ... u0 u1 ..."""
     return torch.cat((x[:, 0::2], x[:, 1::2]), dim=1)
@@ -156,7 +161,7 @@ class Weights:
     def expert_base(self, layer: int, projection: str, experts: slice = slice(None)) -> Base:
         """A projection's experts as the checkpoint has them, on the device: packed, or (E, O, D) bfloat16; gate and up
         rows in turn."""
-        prefix = f"model.layers.{layer}.mlp.experts.{projection}"
+        prefix = expert_module(layer, projection)
         if self.checkpoint.layout == "bf16":
             return self._packed(layer, prefix, experts).transpose(1, 2)
         return Packed(*(self._packed(layer, prefix + part, experts) for part in ("_blocks", "_scales")))
@@ -181,7 +186,7 @@ class Weights:
         return weight_EOD
 
     def _expand_packed(self, layer: int, projection: str, experts: slice) -> Tensor:
-        prefix = f"model.layers.{layer}.mlp.experts.{projection}"
+        prefix = expert_module(layer, projection)
         if self.checkpoint.layout == "bf16":
             weight_EOD = self._packed(layer, prefix, experts).to(self.dtype).transpose(1, 2)
             return split_gate_up(weight_EOD) if projection == "gate_up_proj" else weight_EOD.contiguous()

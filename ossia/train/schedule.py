@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ossia.data.pack import Pack
 from ossia.model.transformer import Context, Layer, Transformer
+from ossia.model.weights import expert_module
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.loss import linear_logprob
 from ossia.ops.memory import return_freed_memory
@@ -140,7 +141,7 @@ def _layer_major(
 
 
 class _ExpertsApart:
-    """Keeps a layer's expanded experts out of its graph, where they were expanded for this layer alone.
+    """Keeps a layer's expanded experts out of its graph, where they were expanded or rounded for this layer alone.
 
     Autograd would hold them until the layer's backward, a copy for every layer. It gets a note of what it wanted
     instead; the first note that is cashed in backward expands the matrix again, and it goes when the graph goes.
@@ -148,8 +149,9 @@ class _ExpertsApart:
 
     def __init__(self, model: Transformer, layer: Layer) -> None:
         self._model, self._layer = model, layer.index
-        experts = {} if model.keeps_experts else {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
-        self._of_address = {expert.weight.data_ptr(): name for name, expert in experts.items()}
+        experts = {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
+        made = (name for name in experts if not model.keeps_experts or model.rounds(expert_module(layer.index, name)))
+        self._of_address = {experts[name].weight.data_ptr(): name for name in made}
         self._again: dict[str, Tensor] = {}
 
     def left_out(self) -> AbstractContextManager[object]:
