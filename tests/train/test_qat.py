@@ -57,8 +57,10 @@ def test_held_out_loss_and_answers_of_a_run_are_those_of_its_mxfp4_export(
     out = export_model(str(run), to="hf-mxfp4", output=tmp_path / "out")
     found = last_event(run, "eval")["eval_loss"]
     assert found == pytest.approx(loss_of(tmp_path, out), rel=1e-6)
-    assert found == pytest.approx(evaluate.run(given, adapter=str(run)).loss, rel=1e-6)
-    assert found == pytest.approx(loss_of(tmp_path, tiny(LEAST), adapter=str(run)), rel=1e-6), "a run's folder says it"
+    assert found == pytest.approx(evaluate.run(given, adapter=str(run / "adapter")).loss, rel=1e-6), (
+        "the recipe says it"
+    )
+    assert found == pytest.approx(loss_of(tmp_path, tiny(LEAST), adapter=str(run)), rel=1e-6), "of the run"
     unrounded = loss_of(tmp_path, tiny(LEAST), adapter=str(run / "adapter"))
     assert abs(unrounded / found - 1) > 1e-5, "rounding changes nothing: the test would show nothing"
     answer = (run / "samples.jsonl").read_text().splitlines()[-1]
