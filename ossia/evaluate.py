@@ -49,6 +49,7 @@ def run(recipe: Recipe, *, adapter: str | None) -> EvalResult:
     model, _ = open_model(
         recipe.model, adapter=adapter, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device
     )
+    model.qat = model.qat or recipe.qat is not None
     found = evaluate_loss(model, pack_samples(samples, recipe.train.tokens_per_pack))
     perplexity = float(torch.tensor(found.loss, dtype=torch.float64).exp())
     return EvalResult(found.loss, perplexity, found.weight, len(samples), found.tokens, found.trained)

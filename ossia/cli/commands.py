@@ -68,6 +68,7 @@ class ExportFormat(StrEnum):
     """What `ossia export` writes."""
 
     hf_bf16 = "hf-bf16"
+    hf_mxfp4 = "hf-mxfp4"
     peft = "peft"
     gguf = "gguf"
 
@@ -383,13 +384,17 @@ def export(
     gguf_type: Annotated[
         GgufType | None, typer.Option("--gguf-type", help="Of gguf: how matrices other than MXFP4 are stored (bf16).")
     ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option("--max-kl", min=0.0, help="KL divergence from what was trained, in nats, that is not refused."),
+    ] = None,
 ) -> None:
     """Write a model that other programs load. It is verified by reading it back. Prints its folder or file."""
     with importing():
         from ossia.export import export_model
 
     kind = None if gguf_type is None else gguf_type.value
-    print(export_model(source, to=to.value, output=output, adapter=adapter, gguf_type=kind))
+    print(export_model(source, to=to.value, output=output, adapter=adapter, gguf_type=kind, max_kl=max_kl))
 
 
 @command("tiny")

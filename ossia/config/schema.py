@@ -300,6 +300,9 @@ class Recipe(Section):
     """Device to train on; `auto` takes a GPU where there is one."""
     adapter: AdapterConfig | None = Field(None, json_schema_extra=words("left out: all weights are trained"))
     """Low-rank adapters (LoRA) on frozen weights; left out, all weights are trained."""
+    qat: Literal["mxfp4"] | None = Field(None, json_schema_extra=words("left out: experts are trained unrounded"))
+    """Quantisation-aware training: experts are computed as an export to hf-mxfp4 holds them, merged and rounded to
+    MXFP4; gradients pass through the rounding. The export is then the very model that was trained (docs/export.md)."""
     data: DataSources | None = Field(None, json_schema_extra=words("has to be given, unless `env` is"))
     """One or several sources of training rows; with `reward`, of prompts."""
     env: Envs | None = Field(None, json_schema_extra=words("none"))
@@ -347,7 +350,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        refuse(*self._method_clashes(), self._step_clash(), self._pack_clash(), self._weights_clash())
+        sizes = (self._step_clash(), self._pack_clash(), self._weights_clash())
+        refuse(*self._method_clashes(), *sizes, *self._qat_clashes())
         return self
 
     def _method_clashes(self) -> tuple[Clash | None, ...]:
@@ -424,6 +428,36 @@ class Recipe(Section):
             f"`weights` is {self.weights}, which only reads the experts, but without `adapter` all weights are trained"
         )
         return Clash(("weights", "adapter"), f"{why}; add an `adapter` or write `weights: bf16`")
+
+    def _qat_clashes(self) -> tuple[Clash | None, ...]:
+        if self.qat is None:
+            return ()
+        adapter, experts = self.adapter, TARGET_GROUPS["experts"]
+        trains_experts = adapter is None or not adapter.by_target().keys().isdisjoint(experts)
+        return (
+            Clash(
+                ("qat", "adapter.targets"),
+                f"`qat` is {self.qat}, which rounds trained experts, but `adapter.targets` has none of them; add "
+                f"`experts` ({' or '.join(experts)}), leave `adapter` out to train all weights, or leave out `qat`: "
+                "experts that aren't trained keep their bytes in an export",
+            )
+            if not trains_experts
+            else None,
+            Clash(
+                ("adapter.dropout", "qat"),
+                "`adapter.dropout` zeroes inputs of adapters, but `qat` merges those of experts; set it to 0 or leave "
+                "out `qat`",
+            )
+            if adapter is not None and adapter.dropout
+            else None,
+            Clash(
+                ("rl.rollout", "qat"),
+                "`rl.rollout` is a server, which samples with an unrounded adapter, not with what `qat` trains; sample "
+                "with `engine`, or leave out `qat`",
+            )
+            if self.rl.rollout != "engine"
+            else None,
+        )
 
     @property
     def has_eval(self) -> bool:

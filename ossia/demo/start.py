@@ -45,7 +45,7 @@ def _tensors(arch: Arch, seed: int) -> Iterator[tuple[str, Tensor]]:
     for name, spec in arch.tensor_specs("mxfp4").items():
         if name.endswith("_blocks"):
             experts, rows, blocks, half = spec.shape
-            packed, scales = quantize_mxfp4(draw(experts, rows, blocks * half * 2))
+            packed, scales = quantize_mxfp4(draw(experts, rows, blocks * half * 2), "largest")
             yield name, packed
             yield name.removesuffix("_blocks") + "_scales", scales
         elif name.endswith("norm.weight"):

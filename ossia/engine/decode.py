@@ -10,8 +10,9 @@ N = B * k rows sorted by expert, I expert width, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from typing import TYPE_CHECKING, Protocol
 
@@ -21,8 +22,9 @@ from torch import Tensor
 from ossia.engine.cache import Lane, attend_cached
 from ossia.engine.head import Draw, Drawn, draw_plainly, step_norm
 from ossia.model.lora import Lora
+from ossia.model.packed import Packed
 from ossia.model.transformer import Layer, Transformer
-from ossia.model.weights import Weights
+from ossia.model.weights import expert_module, split_gate_up
 from ossia.ops.fused import parts_for
 from ossia.ops.linear import Linear, linear
 from ossia.ops.moe import Expert, Route, clamped_swiglu_only, combine, project, route
@@ -227,9 +229,8 @@ class DecodeLayer:
         self._gate_up: _ExpertViews | Expert = layer.gate_up
         self._down: _ExpertViews | Expert = layer.down
         if one_by_one:
-            weights = None if model.keeps_experts else model.weights
-            self._gate_up = _ExpertViews(layer.gate_up, weights, layer.index, "gate_up_proj")
-            self._down = _ExpertViews(layer.down, weights, layer.index, "down_proj")
+            self._gate_up = _ExpertViews(layer.gate_up, _expand_one(model, layer.index, "gate_up_proj"))
+            self._down = _ExpertViews(layer.down, _expand_one(model, layer.index, "down_proj"))
 
     def forward(self, x_BD: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
         """The layer's output (B, D) and the chosen experts (B, k); the new keys and values are in the cache then."""
@@ -277,7 +278,7 @@ class DecodeLayer:
 
 def fuses(model: Transformer, lanes: Sequence[Lane]) -> bool:
     """Whether layers can be `FusedLayer`: experts on the device, a cache that isn't of 8 bits."""
-    there = model.weights.placement == "resident" and model.weights.checkpoint.layout == "mxfp4"
+    there = model.weights.placement == "resident" and model.weights.checkpoint.layout == "mxfp4" and not model.qat
     return model.kernels == "triton" and (there or model.keeps_experts) and not any(lane.int8 for lane in lanes)
 
 
@@ -345,12 +346,27 @@ def _dense(layer: Linear) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]
     return layer.weight, layer.bias, layer.lora_a, layer.lora_b
 
 
+def _expand_one(model: Transformer, layer: int, name: str) -> Callable[[int], Tensor] | None:
+    """What expands one expert, (O, D), when it is asked for; None where all of them are expanded anyway."""
+    if model.keeps_experts:
+        return None
+    if not model.rounds(expert_module(layer, name)):
+        return partial(model.weights.expert_weight, layer, name)
+    packed = model.packed_experts(layer, name)
+
+    def expand(expert: int) -> Tensor:
+        weight_1OD = Packed(*(part[expert : expert + 1] for part in packed)).expand(model.dtype)
+        return (split_gate_up(weight_1OD) if name == "gate_up_proj" else weight_1OD)[0]
+
+    return expand
+
+
 class _ExpertViews:
     """One projection's experts, each on its own: views of the expanded weights, or expanded when they are asked for."""
 
-    def __init__(self, expert: Expert, packed: Weights | None, layer: int, name: str) -> None:
-        self._packed, self._layer, self._name = packed, layer, name
-        self._weights = None if packed is not None else [weight_OI.t() for weight_OI in expert.weight.unbind()]
+    def __init__(self, expert: Expert, expand: Callable[[int], Tensor] | None) -> None:
+        self._expand = expand
+        self._weights = None if expand is not None else [weight_OI.t() for weight_OI in expert.weight.unbind()]
         self._biases, self._fan_out = expert.bias.unbind(), expert.bias.shape[1]
         self._adapters = None
         if expert.lora_a is not None and expert.lora_b is not None:
@@ -365,8 +381,8 @@ class _ExpertViews:
             if self._weights is not None:
                 weight_IO = self._weights[expert]
             else:
-                assert self._packed is not None
-                weight_IO = self._packed.expert_weight(self._layer, self._name, expert).t()
+                assert self._expand is not None
+                weight_IO = self._expand(expert).t()
             torch.addmm(self._biases[expert], x, weight_IO, out=y)
             if self._adapters is not None:
                 a_Ir, b_rO = self._adapters[expert]

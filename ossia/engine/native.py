@@ -21,6 +21,7 @@ from ossia.kernels.cpu import native
 from ossia.kernels.cpu.native import Kernels, Unavailable, load_kernels
 from ossia.model.lora import MODULE_OF, Lora
 from ossia.model.transformer import Transformer
+from ossia.model.weights import EXPERT_WEIGHTS, expert_module
 from ossia.ops.rope import rope_tables
 
 _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence outgrows them
@@ -36,6 +37,8 @@ def find_kernels(model: Transformer, adapters: Sequence[Lora | None]) -> Kernels
         return Unavailable(f"for float32 and bfloat16 on a CPU; this model is {model.dtype} on {model.device}")
     if model.lora is None and len(model.trainable.tensors) and len(adapters) > 1:
         return Unavailable("adapters beside a model whose own weights are trained need those as they were")
+    if model.qat and any(lora is not model.lora for lora in adapters):
+        return Unavailable("`qat` merges one adapter into the experts; others beside it need experts of their own")
     return load_kernels()
 
 
@@ -93,6 +96,7 @@ class NativeDecoder:
 
     def use(self, adapters: Sequence[Lora | None]) -> None:
         """See `Decoder.use`."""
+        assert not self._model.qat, "experts are merged with the model's own adapter"
         self._adapters = list(adapters)
         self.refresh()
 
@@ -237,7 +241,7 @@ class NativeDecoder:
 
     def _experts(self, index: int, projection: str) -> native.Matrix:
         arch, weights, trainable = self._model.arch, self._model.weights, self._model.trainable
-        module = f"model.layers.{index}.mlp.experts.{projection}"
+        module = expert_module(index, projection)
         gate_up = projection == "gate_up_proj"
         matrix = native.Matrix(
             fan_in=arch.hidden_size if gate_up else arch.intermediate_size,
@@ -253,12 +257,20 @@ class NativeDecoder:
             and self._model.dtype == torch.bfloat16
             and self._kernels.multiplies_pairs
         )
-        if module in trainable or not reads_codes:
-            weight_EOD = self._model.tensor(module) if module in trainable else weights.expert_weight(index, projection)
+        rounded = self._model.rounds(module)
+        if module in trainable or not (reads_codes or rounded):
+            weight_EOD = self._model.expert_weight(index, projection)
             matrix.weight, matrix.kind = self._hold(weight_EOD.detach()), _KINDS[weight_EOD.dtype]
             return matrix
         matrix.interleaved = gate_up
-        if weights.checkpoint.layout == "bf16":
+        if rounded:
+            packed = self._model.packed_experts(index, projection)
+            matrix.weight, matrix.kind, matrix.scales = (
+                self._hold(packed.blocks),
+                native.MXFP4,
+                self._hold(packed.scales),
+            )
+        elif weights.checkpoint.layout == "bf16":
             matrix.weight, matrix.kind = self._hold(weights.raw(module)), native.BFLOAT16_COLUMNS
         else:
             matrix.weight, matrix.kind = self._hold(weights.raw(f"{module}_blocks")), native.MXFP4
@@ -266,7 +278,8 @@ class NativeDecoder:
         return matrix
 
     def _factors(self, lora: Lora | None, module: str) -> native.Factors:
-        a, b = (None, None) if lora is None else lora.pair(module, self._model.dtype)
+        merged = self._model.qat and module.rpartition(".")[2] in EXPERT_WEIGHTS
+        a, b = (None, None) if lora is None or merged else lora.pair(module, self._model.dtype)
         if a is None or b is None:
             return native.Factors(rank=0)
         turned = b.detach().transpose(-1, -2).contiguous()

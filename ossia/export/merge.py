@@ -19,29 +19,39 @@ from ossia.errors import CheckpointError
 from ossia.model.arch import Layout
 from ossia.model.checkpoint import Checkpoint, write_checkpoint
 from ossia.model.lora import Lora
+from ossia.model.packed import Base, Factors, Packed, merged_experts, pieces, rounded_experts
 from ossia.model.transformer import Transformer
 from ossia.model.weights import EXPERT_WEIGHTS, interleave_gate_up
 from ossia.ops.mxfp4 import dequantize_mxfp4
 
 _PIECE = 1 << 24  # weights of a matrix merged at a time
 
+PACKED = ("blocks", "scales")
+
 Progress = Callable[[int, int], None]
 """(bytes written, bytes in all)"""
+NoteRounding = Callable[[str, float], None]
+"""(a projection's name, relative error of its weights)"""
 
 
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What training changed: an adapter, or tensors that take a weight's place (float32, in the computation's layout,
     by name; the mapping may read them from a file one by one). Neither: nothing.
+
+    qat  it was trained with experts rounded to MXFP4, so they are that in whatever layout they are written
     """
 
     lora: Lora | None = None
     tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    qat: bool = False
 
     @classmethod
     def of(cls, model: Transformer) -> Changes:
         """What differs in a model from its checkpoint."""
-        return cls(model.lora) if model.lora is not None else cls(None, model.trainable.tensors)
+        if model.lora is not None:
+            return cls(model.lora, qat=model.qat)
+        return cls(None, model.trainable.tensors, model.qat)
 
     def touch(self, module: str) -> bool:
         """Whether a tensor, by its name less `.weight`, is another than in the base."""
@@ -60,8 +70,8 @@ def write_model(
     """Write a model as it is now, adapter merged in, as a checkpoint folder; all of it or nothing.
 
     tokenizer_from  as in `write_checkpoint`
-    layout          mxfp4 only from an MXFP4 checkpoint whose experts are as they were: their bytes are copied
-    Raises          CheckpointError as `write_checkpoint`, for a layout that the experts don't have, and for a weight
+    layout          mxfp4: experts that weren't trained keep their bytes, others are rounded
+    Raises          CheckpointError as `write_checkpoint`, for experts whose sizes MXFP4 doesn't have, and for a weight
                     that is not finite
     """
     write_merged(path, model.weights.checkpoint, Changes.of(model), tokenizer_from, layout, progress)
@@ -74,32 +84,78 @@ def write_merged(
     tokenizer_from: Path,
     layout: Layout,
     progress: Progress | None = None,
+    note: NoteRounding | None = None,
 ) -> None:
-    """`write_model` without a model in memory: a checkpoint on disk, and what changed."""
-    if layout == "mxfp4":
-        _require_packed_experts(base, changes)
-    tensors = merged_tensors(base, changes, layout)
+    """`write_model` without a model in memory: a checkpoint on disk, and what changed.
+
+    note  is told of every projection whose experts are rounded to MXFP4, once it is written
+    """
+    tensors = merged_tensors(base, changes, layout, note)
     write_checkpoint(path, base.arch, tensors, layout, tokenizer_from=tokenizer_from, progress=progress)
 
 
-def _require_packed_experts(base: Checkpoint, changes: Changes) -> None:
-    names = [
-        f"model.layers.{layer}.mlp.experts.{name}" for layer in range(base.arch.num_layers) for name in EXPERT_WEIGHTS
-    ]
-    if base.layout != "mxfp4":
-        raise CheckpointError(f"{base.path}: its experts are in bf16, so there are no MXFP4 bytes to keep; write bf16")
-    if changed := [name for name in names if changes.touch(name)]:
-        raise CheckpointError(
-            f"{base.path}: {changed[0]} and {len(changed) - 1} more expert weights were trained, so their MXFP4 bytes "
-            "are no longer theirs; write bf16"
-        )
-
-
-def merged_tensors(base: Checkpoint, changes: Changes, layout: Layout) -> Iterator[tuple[str, Tensor]]:
+def merged_tensors(
+    base: Checkpoint, changes: Changes, layout: Layout, note: NoteRounding | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of the merged checkpoint, in the pieces that `write_checkpoint` takes: slices of the first axis."""
     for name in base.arch.tensor_specs(layout):
-        for piece in merged_tensor(base, changes, name):
-            yield name, piece
+        module, _, leaf = name.rpartition("_")
+        if layout == "bf16" or leaf not in PACKED or not rounds_experts(base, changes, module):
+            for piece in merged_tensor(base, changes, name):
+                yield name, piece
+        elif leaf == PACKED[0]:  # its other part comes with it
+            for packed in rounded_projection(base, changes, module, note):
+                for part, piece in zip(PACKED, packed, strict=True):
+                    yield f"{module}_{part}", piece
+
+
+def rounds_experts(base: Checkpoint, changes: Changes, module: str) -> bool:
+    """Whether a projection's experts have to be rounded to be in MXFP4; else the base's bytes are theirs."""
+    return base.layout == "bf16" or changes.touch(module)
+
+
+def rounded_projection(
+    base: Checkpoint, changes: Changes, module: str, note: NoteRounding | None = None
+) -> Iterator[Packed]:
+    """A projection's experts in MXFP4 with what training changed, one by one, (1, O, ...): gate and up rows in turn.
+
+    note    is told after the last how far rounding moved the weights: the norm of that as a share of theirs
+    Raises  CheckpointError for a weight that is not finite
+    """
+    tensor, delta = changes.tensors.get(module), _delta(changes, module)
+    held = _held(base, module) if tensor is None else tensor
+    error, whole = 0.0, 0.0
+    for one, own in pieces(held, delta, at_once=1):
+        if tensor is not None and module.endswith("gate_up_proj"):
+            one = interleave_gate_up(one)
+        merged = merged_experts(one, own)
+        if not merged.isfinite().all():
+            raise CheckpointError(_not_finite(module))
+        packed = rounded_experts(one, own, merged)
+        if note is not None:
+            error += float((packed.expand(torch.float32) - merged).double().square().sum())
+            whole += float(merged.double().square().sum())
+        yield packed
+    if note is not None:
+        note(module, (error / whole) ** 0.5 if whole else 0.0)
+
+
+def _held(base: Checkpoint, module: str) -> Base:
+    if base.layout == "bf16":
+        return mapped_tensor(base, module).transpose(1, 2)
+    return Packed(*(mapped_tensor(base, f"{module}_{part}") for part in PACKED))
+
+
+def _delta(changes: Changes, module: str) -> Factors | None:
+    """On the CPU, rows of B in the checkpoint's order."""
+    if changes.lora is None or (delta := changes.lora.factors(module)) is None:
+        return None
+    b_EOr = delta.b.cpu()
+    return Factors(delta.a.cpu(), interleave_gate_up(b_EOr) if module.endswith("gate_up_proj") else b_EOr, delta.scale)
+
+
+def _not_finite(name: str) -> str:
+    return f"`{name}` would hold inf or nan: the run diverged; export an earlier checkpoint"
 
 
 def merged_tensor(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
@@ -110,17 +166,17 @@ def merged_tensor(base: Checkpoint, changes: Changes, name: str) -> Iterator[Ten
     leaf = name.rpartition(".")[2]
     changed = changes.touch(name.removesuffix(".weight"))
     if ".mlp.experts." in name and leaf in EXPERT_WEIGHTS:
-        pieces = _experts(base, changes, name)
+        found = _experts(base, changes, name)
     elif name in changes.tensors:
         tensor = changes.tensors[name]
-        pieces = _rounded(interleave_gate_up(tensor) if leaf == "gate_up_proj_bias" else tensor)
+        found = _rounded(interleave_gate_up(tensor) if leaf == "gate_up_proj_bias" else tensor)
     elif changed and name.endswith(".weight"):
-        pieces = _linear(base, changes, name)
+        found = _linear(base, changes, name)
     else:
-        pieces, changed = iter((mapped_tensor(base, name),)), False
-    for piece in pieces:
+        found, changed = iter((mapped_tensor(base, name),)), False
+    for piece in found:
         if changed and not piece.isfinite().all():
-            raise CheckpointError(f"`{name}` would hold inf or nan: the run diverged; export an earlier checkpoint")
+            raise CheckpointError(_not_finite(name))
         yield piece
 
 
@@ -148,6 +204,10 @@ def _linear(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
 
 def _experts(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
     """A projection's experts one by one, (1, D, O): gate and up in turn, as the checkpoint has them."""
+    if changes.qat and rounds_experts(base, changes, name):
+        for packed in rounded_projection(base, changes, name):
+            yield packed.expand(torch.bfloat16).transpose(1, 2)  # exact
+        return
     changed_EOD = changes.tensors.get(name)
     factors = _factors(changes.lora, name) if changes.lora is not None and name in changes.lora.sites else None
     parts = (name,) if base.layout == "bf16" else (f"{name}_blocks", f"{name}_scales")

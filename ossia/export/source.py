@@ -47,20 +47,21 @@ def open_source(name: str, adapter: str | None, say: Callable[[str], None]) -> S
     if adapter is not None:
         raise UserError(f"{name} is a run folder and brings what it trained; leave --adapter out, or name a model")
     recipe = load_recipe(folder / RECIPE_IN_RUN)
+    qat = recipe.qat is not None
     if recipe.adapter is None and (folder / MODEL_IN_RUN).is_dir():
         return Source(Checkpoint.open(folder / MODEL_IN_RUN), Changes(), recipe)
     base = Checkpoint.open(model_folder(recipe.model))
     if recipe.adapter is not None and (folder / ADAPTER_IN_RUN).is_dir():
-        return Source(base, _adapted(base, folder / ADAPTER_IN_RUN, say), recipe)
+        return Source(base, _adapted(base, folder / ADAPTER_IN_RUN, say, qat), recipe)
     newest = _newest_whole(folder, say)
     if recipe.adapter is not None:
-        return Source(base, _adapted(base, newest, say), recipe)
-    return Source(base, Changes(tensors=TensorsInFile.open(newest / TRAINABLE, base.arch)), recipe)
+        return Source(base, _adapted(base, newest, say, qat), recipe)
+    return Source(base, Changes(tensors=TensorsInFile.open(newest / TRAINABLE, base.arch), qat=qat), recipe)
 
 
-def _adapted(base: Checkpoint, folder: Path, say: Callable[[str], None]) -> Changes:
+def _adapted(base: Checkpoint, folder: Path, say: Callable[[str], None], qat: bool = False) -> Changes:
     say(f"adapter: {folder}")
-    return Changes(load_adapter(folder, base.arch, torch.device("cpu"), base=base))
+    return Changes(load_adapter(folder, base.arch, torch.device("cpu"), base=base), qat=qat)
 
 
 def _newest_whole(run: Path, say: Callable[[str], None]) -> Path:

@@ -63,7 +63,9 @@ class Agreement:
 def changed_model(base: Checkpoint, changes: Changes | None = None) -> Transformer:
     """A model in float32 whose weights stay in their files, with what training changed."""
     weights = Weights(base, "mmap", torch.float32, torch.device("cpu"))
-    model = Transformer(weights, lora=None if changes is None else changes.lora)
+    model = Transformer(
+        weights, lora=None if changes is None else changes.lora, qat=changes is not None and changes.qat
+    )
     if changes is not None and changes.tensors:
         model.trainable = Trainable(changes.tensors)
     return model

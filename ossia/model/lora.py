@@ -18,6 +18,7 @@ from torch import Tensor
 from ossia.config.schema import AdapterConfig
 from ossia.errors import AdapterError
 from ossia.model.arch import Arch
+from ossia.model.packed import Factors
 from ossia.model.weights import Trainable
 
 MODULE_OF = {
@@ -144,6 +145,26 @@ class Lora:
             return None, None
         a = self.trainable.use(f"{module}.lora_A", dtype)
         return a, self.trainable.use(f"{module}.lora_B", dtype, self.spec.scale(site.target))
+
+    def factors(self, module: str, experts: slice = slice(None)) -> Factors | None:
+        """The delta of a module's experts as it is merged: float32, no gradient; None where it has no adapter."""
+        site = self.sites.get(module)
+        if site is None:
+            return None
+        a, b = (self.trainable.tensors[f"{module}.lora_{side}"].detach()[experts] for side in "AB")
+        return Factors(a, b, self.spec.scale(site.target))
+
+    def add_grad(self, module: str, grad_EOD: Tensor) -> None:
+        """Pass a gradient of experts' merged weights on to the factors: dA = s B^T dW, dB = s dW A^T, in float32."""
+        delta = self.factors(module)
+        assert delta is not None
+        grads = torch.empty_like(delta.a), torch.empty_like(delta.b)
+        for expert, grad_OD in enumerate(grad_EOD.unbind()):
+            grad_OD = grad_OD.float() * delta.scale
+            torch.mm(delta.b[expert].t(), grad_OD, out=grads[0][expert])
+            torch.mm(grad_OD, delta.a[expert].t(), out=grads[1][expert])
+        for side, grad in zip("AB", grads, strict=True):
+            self.trainable.add_grad(f"{module}.lora_{side}", grad)
 
     def table(self) -> list[tuple[str, int, int, int]]:
         """(target, rank, matrices, parameters) of each target, for the user to see before step 1."""

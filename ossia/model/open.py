@@ -42,7 +42,7 @@ def open_model(
 
     model    a checkpoint's folder, or owner/name on the Hugging Face hub (extra `hub`; downloaded once, then cached);
              or a run folder: what it trained, its model with its adapter on it or all of its weights
-    adapter  a run folder, or a folder in PEFT's format
+    adapter  a run folder, or a folder in PEFT's format. Of a run with `qat` experts are rounded as in its training
     dtype    of the activations
     weights  where the weights are, see `choose_placement` for `auto`
     device   auto: a CUDA device if there is one
@@ -55,6 +55,7 @@ def open_model(
         model, adapter = _of_run(Path(model).expanduser())
     folder = model_folder(model)
     adapter_path = None if adapter is None else find_adapter(adapter)
+    qat = adapter is not None and _trained_rounded(Path(adapter).expanduser())
     checkpoint, vocabulary = Checkpoint.open(folder), Vocabulary.from_file(folder)
     if vocabulary.size > checkpoint.arch.vocab_size:
         raise CheckpointError(
@@ -65,7 +66,7 @@ def open_model(
     if adapter_path is not None:
         lora = load_adapter(adapter_path, checkpoint.arch, place, base=checkpoint)
     placement = choose_placement(checkpoint, activations, place) if weights == "auto" else weights
-    return Transformer(Weights(checkpoint, placement, activations, place), lora=lora), vocabulary
+    return Transformer(Weights(checkpoint, placement, activations, place), lora=lora, qat=qat), vocabulary
 
 
 def model_folder(model: str) -> Path:
@@ -96,6 +97,10 @@ def model_folder(model: str) -> Path:
 
 def _is_run(folder: Path) -> bool:
     return (folder / RECIPE_IN_RUN).is_file() and not (folder / CONFIG).is_file()
+
+
+def _trained_rounded(run: Path) -> bool:
+    return _is_run(run) and load_recipe(run / RECIPE_IN_RUN).qat is not None
 
 
 def _of_run(run: Path) -> tuple[str, Path | None]:

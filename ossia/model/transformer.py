@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
@@ -20,7 +20,8 @@ from torch import Tensor
 from ossia.kernels import Kernels, pick_kernels
 from ossia.model.arch import Arch
 from ossia.model.lora import Lora
-from ossia.model.weights import Trainable, Weights
+from ossia.model.packed import Packed, packed_experts
+from ossia.model.weights import Trainable, Weights, expert_module, interleave_gate_up, passing_on, split_gate_up
 from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
 from ossia.ops.fused import parts_for
 from ossia.ops.linear import Dropout, Linear, linear
@@ -76,6 +77,8 @@ class Transformer:
                is only used
     backend    of attention; None: the fastest that is exact here
     kernels    of what stands between the matrix products; None: the fastest that is there
+    qat        experts are computed as an MXFP4 export would hold them, what training changed merged in; gradients pass
+               through the rounding as if it weren't there
     """
 
     def __init__(
@@ -85,8 +88,9 @@ class Transformer:
         lora: Lora | None = None,
         backend: Backend | None = None,
         kernels: Kernels | None = None,
+        qat: bool = False,
     ) -> None:
-        self.weights, self.lora = weights, lora
+        self.weights, self.lora, self.qat = weights, lora, qat
         self.trainable = lora.trainable if lora is not None else Trainable()
         self.backend: Backend = backend or pick_backend(weights.device, weights.dtype)
         self.kernels: Kernels = kernels or pick_kernels(weights.device, weights.dtype)
@@ -124,7 +128,7 @@ class Transformer:
 
     def with_adapter(self, lora: Lora | None) -> Transformer:
         """The same weights, computed in the same way, with another adapter, or with none."""
-        return Transformer(self.weights, lora=lora, backend=self.backend, kernels=self.kernels)
+        return Transformer(self.weights, lora=lora, backend=self.backend, kernels=self.kernels, qat=self.qat)
 
     def use_adapter(self, lora: Lora) -> None:
         """Put an adapter on the model; only its tensors are trainable then."""
@@ -191,13 +195,46 @@ class Transformer:
         return (None, None) if self.lora is None else self.lora.pair(module, self.dtype)
 
     def _expert(self, index: int, projection: str, expand: bool) -> Expert:
-        module = f"model.layers.{index}.mlp.experts.{projection}"
+        module = expert_module(index, projection)
         if module in self.trainable:
-            weight, bias = self.tensor(module), self.tensor(f"{module}_bias")
+            bias = self.tensor(f"{module}_bias")
         else:
-            weight = self.weights.expert_weight(index, projection) if expand else torch.empty(0)
             bias = self.weights.expert_bias(index, projection)
-        return Expert(weight, bias, *self._adapter(module))
+        weight = self.expert_weight(index, projection) if expand or module in self.trainable else torch.empty(0)
+        return Expert(weight, bias) if self.qat else Expert(weight, bias, *self._adapter(module))
+
+    def rounds(self, module: str) -> bool:
+        """Whether these experts are computed as an export rounds them; else `qat` is off, or they are in MXFP4."""
+        changed = module in self.trainable or (self.lora is not None and module in self.lora.sites)
+        return self.qat and (changed or self.weights.checkpoint.layout == "bf16")
+
+    def expert_weight(self, index: int, projection: str) -> Tensor:
+        """A projection's experts as they are computed with, (E, O, D); gradients on them where they are on."""
+        module = expert_module(index, projection)
+        if not self.rounds(module):
+            return self.tensor(module) if module in self.trainable else self.weights.expert_weight(index, projection)
+        packed, dtype = self.packed_experts(index, projection), self.dtype
+        if module in self.trainable:
+            return passing_on(packed.expand(dtype), lambda grad: self.trainable.add_grad(module, grad.float()))
+        gate_up = projection == "gate_up_proj"
+        weight_EOD = (Packed(*map(split_gate_up, packed)) if gate_up else packed).expand(dtype)
+        if self.lora is None or module not in self.lora.sites:
+            return weight_EOD
+        return passing_on(weight_EOD, partial(self.lora.add_grad, module))
+
+    def packed_experts(self, index: int, projection: str, experts: slice = slice(None)) -> Packed:
+        """A projection's experts in MXFP4, what training changed merged in; gate and up rows in turn, as a checkpoint
+        has them, unless the weights themselves are trained."""
+        module = expert_module(index, projection)
+        if module in self.trainable:
+            return packed_experts(self.trainable.tensors[module].detach()[experts], None)
+        delta = None if self.lora is None else self.lora.factors(module, experts)
+        if delta is not None and projection == "gate_up_proj":
+            delta = delta._replace(b=interleave_gate_up(delta.b))
+        packed = packed_experts(self.weights.expert_base(index, projection, experts), delta)
+        if experts == slice(None):
+            self.weights.note_read(index)
+        return packed
 
     def layer_forward(
         self,

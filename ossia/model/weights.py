@@ -10,7 +10,7 @@ Letters: E experts, I expert width, O out, D in, G groups of 32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,11 +20,17 @@ from torch import Tensor
 from ossia.kernels import pick_kernels
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import Checkpoint
+from ossia.model.packed import Base, Packed
 from ossia.ops.mxfp4 import dequantize_mxfp4
 
 Placement = Literal["mmap", "resident", "stream", "bf16"]
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 EMBEDDING = "model.embed_tokens.weight"
+
+
+def expert_module(layer: int, projection: str) -> str:
+    """A projection's name in the checkpoint."""
+    return f"model.layers.{layer}.mlp.experts.{projection}"
 
 
 def split_gate_up(x: Tensor) -> Tensor:
@@ -36,6 +42,21 @@ def interleave_gate_up(x: Tensor) -> Tensor:
     """The inverse of `split_gate_up`."""
     gate, up = x.chunk(2, dim=1)
     return torch.stack((gate, up), dim=2).flatten(1, 2)
+
+
+def passing_on(copy: Tensor, pass_on: Callable[[Tensor], None]) -> Tensor:
+    """Where gradients are on, `copy` as a leaf that hands each gradient that reaches it on and keeps none."""
+    if not torch.is_grad_enabled():
+        return copy
+
+    def hand_over(leaf: Tensor) -> None:
+        assert leaf.grad is not None
+        grad, leaf.grad = leaf.grad, None
+        pass_on(grad)
+
+    leaf = copy.detach().requires_grad_()
+    leaf.register_post_accumulate_grad_hook(hand_over)
+    return leaf
 
 
 @dataclass(slots=True)
@@ -55,18 +76,17 @@ class Trainable:
         """`scale` times the tensor in `dtype`: where gradients are on, a leaf that passes its gradient on."""
         master = self.tensors[name]
         copy = (master.detach() * scale if scale != 1.0 else master.detach()).to(dtype)
-        if not torch.is_grad_enabled():
-            return copy
-        copy = copy.detach().requires_grad_()
 
-        def pass_on(leaf: Tensor) -> None:
-            grad = leaf.grad.to(torch.float32)
-            grad = grad * scale if scale != 1.0 else grad
-            master.grad = grad if master.grad is None else master.grad.add_(grad)
-            leaf.grad = None
+        def pass_on(grad: Tensor) -> None:
+            grad = grad.to(torch.float32)
+            self.add_grad(name, grad * scale if scale != 1.0 else grad)
 
-        copy.register_post_accumulate_grad_hook(pass_on)
-        return copy
+        return passing_on(copy, pass_on)
+
+    def add_grad(self, name: str, grad: Tensor) -> None:
+        """Add to a tensor's gradient, which may take the float32 tensor given as its own."""
+        master = self.tensors[name]
+        master.grad = grad if master.grad is None else master.grad.add_(grad)
 
     def zero_grad(self) -> None:
         """Forget all gradients."""
@@ -138,6 +158,19 @@ class Weights:
         one = slice(expert, expert + 1)
         return self._expand(layer, projection, one)[0] if expanded is None else expanded[expert]
 
+    def expert_base(self, layer: int, projection: str, experts: slice = slice(None)) -> Base:
+        """A projection's experts as the checkpoint has them, on the device: packed, or (E, O, D) bfloat16; gate and up
+        rows in turn."""
+        prefix = expert_module(layer, projection)
+        if self.checkpoint.layout == "bf16":
+            return self._packed(layer, prefix, experts).transpose(1, 2)
+        return Packed(*(self._packed(layer, prefix + part, experts) for part in ("_blocks", "_scales")))
+
+    def note_read(self, layer: int) -> None:
+        """What was launched has read what `expert_base` gave."""
+        if self._stream is not None:
+            self._stream.note_read(layer)
+
     def _packed(self, layer: int, name: str, experts: slice) -> Tensor:
         """Some experts' part of a tensor of theirs, as the checkpoint holds it, on the device."""
         if self._stream is None:
@@ -148,12 +181,12 @@ class Weights:
 
     def _expand(self, layer: int, projection: str, experts: slice) -> Tensor:
         weight_EOD = self._expand_packed(layer, projection, experts)
-        if self._stream is not None and experts == slice(None):
-            self._stream.note_read(layer)
+        if experts == slice(None):
+            self.note_read(layer)
         return weight_EOD
 
     def _expand_packed(self, layer: int, projection: str, experts: slice) -> Tensor:
-        prefix = f"model.layers.{layer}.mlp.experts.{projection}"
+        prefix = expert_module(layer, projection)
         if self.checkpoint.layout == "bf16":
             weight_EOD = self._packed(layer, prefix, experts).to(self.dtype).transpose(1, 2)
             return split_gate_up(weight_EOD) if projection == "gate_up_proj" else weight_EOD.contiguous()

@@ -30,14 +30,18 @@ class RunResult:
 def make_trainable(model: Transformer, recipe: Recipe) -> None:
     """Put the recipe's adapter on the model, or make all weights trainable.
 
-    Raises  AdapterError for a target that matches nothing, or an adapter to start from that doesn't fit
+    Raises  AdapterError for a target that matches nothing, or an adapter to start from that doesn't fit;
+            CheckpointError for `qat` where the experts' sizes aren't multiples of 32
     """
     adapter = recipe.adapter
+    if recipe.qat is not None:
+        model.arch.tensor_specs(recipe.qat)  # refuses sizes that the format doesn't have
+        model.qat = True
     if adapter is None:
         if model.weights.checkpoint.layout == "mxfp4":
             print(
                 f"{recipe.model}: MXFP4 experts are expanded to be trained: 4.25 bits a weight become 16 bytes in "
-                "training and 2 bytes in the trained checkpoint",
+                f"training and {'4.25 bits' if recipe.qat else '2 bytes'} in the trained checkpoint",
                 file=sys.stderr,
             )
         model.train_all_weights()
@@ -71,5 +75,5 @@ def save_result(recipe: Recipe, model: Transformer) -> Path:
         return recipe.output / ADAPTER
     path = recipe.output / MODEL
     if not path.exists():  # it appears whole, at the end of a run: a finished run that is resumed has it already
-        write_model(path, model, tokenizer_from=checkpoint)
+        write_model(path, model, tokenizer_from=checkpoint, layout="bf16" if recipe.qat is None else recipe.qat)
     return path

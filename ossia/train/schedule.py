@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ossia.data.pack import Pack
 from ossia.model.transformer import Context, Layer, Transformer
+from ossia.model.weights import expert_module
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.loss import linear_logprob
 from ossia.ops.memory import return_freed_memory
@@ -81,7 +82,10 @@ def forward_backward(
 
 
 def prepares_layers(model: Transformer) -> bool:
-    """Whether a layer's weights take work to be ready: experts to be expanded, or trained float32 to be rounded."""
+    """Whether a layer's weights take work to be ready: experts to be expanded or to be rounded to MXFP4, or trained
+    float32 to be rounded."""
+    if model.qat:
+        return True
     trains_all = bool(model.trainable.tensors) and model.lora is None
     return model.dtype != torch.float32 if trains_all else model.weights.placement != "bf16"
 
@@ -137,16 +141,17 @@ def _layer_major(
 
 
 class _ExpertsApart:
-    """Keeps a layer's expanded experts out of its graph, where they were expanded for this layer alone.
+    """Keeps a layer's expanded experts out of its graph, where they were expanded or rounded for this layer alone.
 
     Autograd would hold them until the layer's backward, a copy for every layer. It gets a note of what it wanted
     instead; the first note that is cashed in backward expands the matrix again, and it goes when the graph goes.
     """
 
     def __init__(self, model: Transformer, layer: Layer) -> None:
-        self._weights, self._layer = model.weights, layer.index
-        experts = {} if model.keeps_experts else {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
-        self._of_address = {expert.weight.data_ptr(): name for name, expert in experts.items()}
+        self._model, self._layer = model, layer.index
+        experts = {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
+        made = (name for name in experts if not model.keeps_experts or model.rounds(expert_module(layer.index, name)))
+        self._of_address = {experts[name].weight.data_ptr(): name for name in made}
         self._again: dict[str, Tensor] = {}
 
     def left_out(self) -> AbstractContextManager[object]:
@@ -162,7 +167,7 @@ class _ExpertsApart:
             return note
         name, shape, strides = note
         if name not in self._again:
-            self._again[name] = self._weights.expert_weight(self._layer, name)
+            self._again[name] = self._model.expert_weight(self._layer, name).detach()
         return self._again[name].as_strided(shape, strides)
 
 

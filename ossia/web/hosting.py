@@ -220,6 +220,9 @@ def _host(
     load: Callable[[Path], Lora] = partial(load_adapter, arch=arch, device=torch.device("cpu"), base=base)
     runs = {name: RunAdapter(name, path, load) for name, path in wanted.adapters.items() if _is_run(path)}
     read = {name: runs[name].first() if name in runs else load(path) for name, path in wanted.adapters.items()}
+    for name in runs:
+        if load_recipe(wanted.adapters[name] / RECIPE_IN_RUN).qat is not None:
+            log.warning("%s: trained with `qat`, served unrounded; its export to hf-mxfp4 is the very model", name)
     loras = {name: None if lora is None else lora.to(model.device) for name, lora in read.items()}
     grammar = GrammarCompiler(vocab, arch.vocab_size) if find_spec("llguidance") else None
     served = Served(

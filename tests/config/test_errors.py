@@ -102,6 +102,27 @@ def with_train(text: str) -> str:
         ("model: m\ndata: []\n", 2, "`data` is an empty list"),
         ("model: m\ndata: [3]\n", 2, "`data.0` is 3 / expected: a section with path, format"),
         ("model: m\ndata: {path: a}\nweights: mmap\n", 3, "`weights` is mmap, which only reads"),
+        (
+            "model: m\ndata: {path: a}\nadapter: {}\nqat: nvfp4\n",
+            4,
+            "`qat` is the text 'nvfp4'; did you mean `mxfp4`? / allowed: mxfp4",
+        ),
+        (
+            "model: m\ndata: {path: a}\nadapter: {targets: [attention]}\nqat: mxfp4\n",
+            4,
+            "`qat` is mxfp4, which rounds trained experts, but `adapter.targets` has none of them; add `experts`",
+        ),
+        (
+            "model: m\ndata: {path: a}\nadapter: {targets: [down_proj], dropout: 0.1}\nqat: mxfp4\n",
+            3,
+            "`adapter.dropout` zeroes inputs of adapters, but `qat` merges those of experts; set it to 0",
+        ),
+        (
+            "model: m\nenv: sort\nmethod: grpo\nmax_length: 2048\ntrain: {steps: 1}\nadapter: {}\nqat: mxfp4\n"
+            "rl: {rollout: 'http://localhost:1/v1'}\n",
+            8,
+            "`rl.rollout` is a server, which samples with an unrounded adapter, not with what `qat` trains",
+        ),
         ("method: dpo\nmodel: m\ndata: {path: a}\n", 1, "`method` is the text 'dpo', which Ossia cannot do yet"),
         ("model: m\ndata: {path: a}\neval:\n  every: 5\n", 4, "`eval.every` needs held-out rows"),
         ("model: m\ndata: {path: a}\nadapter: {rslora: yes}\n", 3, "`adapter.rslora` is the text 'yes'; write true"),

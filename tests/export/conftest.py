@@ -35,7 +35,7 @@ MakeRun = Callable[..., Path]
 def make_run(tmp_path: Path) -> MakeRun:
     """`make_run(model, adapter=..., held_out=...)`: a run folder with its recipe, and nothing trained in it yet."""
 
-    def make(model: Path, *, adapter: dict[str, object] | None = None, held_out: bool = False) -> Path:
+    def make(model: Path, *, adapter: dict[str, object] | None = None, held_out: bool = False, **keys: object) -> Path:
         data = tmp_path / "data.jsonl"
         rows = [
             {"messages": [{"role": "user", "content": f"Say {n}."}, {"role": "assistant", "content": f"{n}!"}]}
@@ -43,6 +43,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         ]
         data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         recipe = {"model": str(model), "data": {"path": str(data)}, "adapter": adapter, "output": str(tmp_path / "run")}
+        recipe |= keys
         if held_out:
             recipe["eval"] = {"split": 0.5}
         run = tmp_path / "run"

@@ -1,15 +1,11 @@
 """Oracle: transformers 5.23.0 and 4.57.6 load Ossia's checkpoints as they are, both layouts, and compute the same.
 
-4.57.6 wants other versions of its companions, so it lives in a folder of its own inside the virtual environment, put
-there the first time this runs, and runs in another process.
+4.57.6 runs in a process of its own, see `old_transformers.py`.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +20,7 @@ from ossia.model.checkpoint import Checkpoint
 from ossia.model.tiny import make_tiny
 from ossia.ops.mxfp4 import dequantize_mxfp4
 from tests.harmony.support import o200k
+from tests.oracle.old_transformers import run_transformers_457
 from tests.shapes import UNUSUAL
 
 CONVERSATION = [
@@ -32,15 +29,6 @@ CONVERSATION = [
     {"role": "assistant", "thinking": "Paris.", "content": "Paris"},
     {"role": "user", "content": "Of Norway?"},
 ]
-OLD = (
-    "transformers==4.57.6",
-    "huggingface_hub==0.36.2",
-    "tokenizers==0.22.2",
-    "requests==2.34.2",
-    "urllib3==2.8.0",
-    "charset-normalizer==3.5.2",
-    "certifi==2026.10.18",
-)
 
 
 class Twins(NamedTuple):
@@ -134,19 +122,8 @@ def test_transformers_523_loads_a_vocabulary_with_padding_rows(small_tokenizer: 
 
 @pytest.fixture(scope="module")
 def old_results(twins: Twins, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What transformers 4.57.6 makes of the twins; installs it on the first run."""
-    site = Path(sys.prefix) / "transformers-4.57.6"
-    if not site.is_dir():
-        part = site.with_suffix(f".{os.getpid()}")
-        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(part), *OLD]
-        subprocess.run(pip, check=True, timeout=240)
-        part.rename(site)
-    folder = tmp_path_factory.mktemp("old")
-    (folder / "conversation.json").write_text(json.dumps(CONVERSATION))
-    script = Path(__file__).with_name("transformers_457.py")
-    command = [sys.executable, script, *twins, folder / "conversation.json", folder / "found.pt"]
-    subprocess.run(list(map(str, command)), check=True, timeout=240, env=os.environ | {"PYTHONPATH": str(site)})
-    return torch.load(folder / "found.pt")
+    """What transformers 4.57.6 makes of the twins."""
+    return run_transformers_457(*twins, CONVERSATION, tmp_path_factory.mktemp("old"))
 
 
 def test_transformers_457_computes_the_same_from_both_layouts(old_results: dict[str, Any]) -> None:

@@ -56,6 +56,13 @@ def test_every_loss_trains_the_adapter_on_what_was_sampled(recipe_of: RecipeOf, 
     assert (recipe.output / "report.html").is_file()
 
 
+@pytest.mark.parametrize("more", ["", "kl: 0.1"], ids=["alone", "beside its reference"])
+def test_rounded_experts_are_sampled_from_as_they_are_trained(rewarded: RecipeFor, tmp_path: Path, more: str) -> None:
+    events, _ = train(load_recipe(rewarded(tmp_path / "run", more=more, steps=3), ["qat=mxfp4"]))
+    assert any(event["grad_norm"] > 0 for event in steps_of(events))
+    assert all(event["mismatch"] < 1e-9 for event in steps_of(events))
+
+
 def test_every_rollout_is_recorded_with_its_reward_and_its_parts(recipe_of: RecipeOf) -> None:
     events, samples = train(recipe_of(steps=2))
     trained = [sample for sample in samples if sample["split"] == "train"]
