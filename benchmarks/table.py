@@ -168,6 +168,38 @@ def gpu_lines() -> Iterator[str]:
         yield ""
 
 
+EXPORT_WORDS = {
+    "hf-bf16-all": "`hf-bf16`, adapters on attention and experts",
+    "gguf-all": "`gguf`, adapters on attention and experts",
+    "gguf-attention": "`gguf`, adapters on attention, experts as they are",
+}
+
+
+def export_lines() -> Iterator[str]:
+    """Exports of the 20b shape, verified."""
+    results = {
+        words: found for name, words in EXPORT_WORDS.items() if (found := load(f"export_20b-{name}")) is not None
+    }
+    if not results:
+        return
+    yield "## Exports of gpt-oss-20b's shape (`benchmarks/export_20b.py`)"
+    yield ""
+    yield "| random weights in MXFP4 | written | to write | to verify | CPU time | its own memory | with mapped pages |"
+    yield "|---|---|---|---|---|---|---|"
+    for words, found in results.items():
+        seconds, cpu = found["seconds"], sum(found["cpu_seconds"].values())
+        own = max(found["peak_anonymous_bytes"].values()) / 1e9
+        yield (
+            f"| {words} | {found['written_bytes'] / 1e9:.1f} GB | {seconds['writing']:.0f} s "
+            f"| {seconds['verifying']:.0f} s | {cpu:.0f} s | {own:.2f} GB "
+            f"| {found['peak_resident_bytes_of_all'] / 1e9:.2f} GB |"
+        )
+    layer = next(iter(results.values()))["config"]["bf16_layer_bytes"] / 1e9
+    yield ""
+    yield f"Peaks, verification included; a layer is {layer:.2f} GB in bfloat16. Threads and the rest: in the results."
+    yield ""
+
+
 def jail_lines() -> Iterator[str]:
     """What the benchmark of the jail found."""
     if (found := load("jail")) is None:
@@ -208,7 +240,7 @@ def page() -> str:
     lines += [*grpo_lines(), *gpu_lines()]
     lines += ["## Generation, side by side in one run (`benchmarks/decode_cpu.py`)", "", *decode_rows(), ""]
     lines += ["## Generation beside llama.cpp (`benchmarks/decode_llamacpp.py`)", "", *llamacpp_rows(), ""]
-    lines += [*serving_lines(), *jail_lines()]
+    lines += [*serving_lines(), *export_lines(), *jail_lines()]
     if demo := load("demo"):
         lines += [
             "## The demo (`benchmarks/demo.py`)",

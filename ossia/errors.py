@@ -45,6 +45,10 @@ class CheckpointError(UserError):
     """A checkpoint folder whose files, names, shapes or types are not those of a gpt-oss model."""
 
 
+class StoppedError(CheckpointError):
+    """A disk that is full, or refuses: what was written whole is kept, and the same command goes on from there."""
+
+
 class AdapterError(UserError):
     """An adapter that doesn't fit the model, or a target that matches nothing."""
 

@@ -6,7 +6,6 @@ folder of the adapter alone.
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,16 +16,17 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ossia.errors import CheckpointError, MissingExtraError, UserError
-from ossia.export.merge import Progress as Report
+from ossia.errors import CheckpointError, Interrupted, MissingExtraError, StoppedError, UserError
 from ossia.export.merge import write_merged
 from ossia.export.source import Source, open_source
-from ossia.export.verify import Agreement, changed_model, compare, fixed_texts, held_out_texts
+from ossia.export.verify import Agreement, PassingWeights, changed_model, compare, fixed_texts, held_out_texts
 from ossia.harmony import Vocabulary
 from ossia.model.arch import Layout
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.peft import load_adapter, save_adapter
 from ossia.model.transformer import Transformer
+from ossia.pieces import Journal
+from ossia.pieces import Progress as Report
 
 _FORMATS: dict[str, Layout] = {"hf-bf16": "bf16", "hf-mxfp4": "mxfp4"}
 # How far an export may be from what was trained: KL divergence in nats, mean over the positions compared. A share of
@@ -58,8 +58,9 @@ def export_model(
     max_kl     how far from what was trained it may be, nats, instead of the bound of `verify_export`
     Returns    the folder or file
     Raises     UserError for what can't be exported; CheckpointError if what was written isn't the model that
-               was trained, see `verify_export`, or can't be written; MissingExtraError for gguf without its package.
-               Nothing is left behind then.
+               was trained, see `verify_export`; MissingExtraError for gguf without its package. Nothing is left behind
+               then. StoppedError where the disk is full: what is whole stays beside `output` under a hidden name, and
+               the same call goes on from there, as after a kill or an interruption
     """
     if to not in (*_FORMATS, "gguf", "peft"):
         raise UserError(f"--to {to}: no such format; allowed: {', '.join((*_FORMATS, 'gguf', 'peft'))}")
@@ -73,28 +74,48 @@ def export_model(
         raise CheckpointError(f"{output} exists already; {what} or remove it first")
     opened = open_source(source, adapter, _say)
     unverified = output.absolute().with_name(f".{output.name}.unverified")
-    _remove(unverified)  # what a killed export left
-    try:
+    if to == "gguf" and not unverified.parent.is_dir():
+        raise CheckpointError(f"{unverified.parent} is no folder; make it first, or name another --output")
+    with _kept_if_stopped(unverified, opened.identity(to=to, gguf_type=gguf_type)) as journal:
         if to == "peft":
             _export_adapter(unverified, opened, source)
         elif to == "gguf":
-            _export_gguf(unverified, opened, output.stem, gguf_type or "bf16", max_kl)
+            _export_gguf(journal, opened, output.stem, gguf_type or "bf16", max_kl)
         else:
-            _export_folder(unverified, opened, _FORMATS[to], max_kl)
+            _export_folder(journal, opened, _FORMATS[to], max_kl)
         unverified.rename(output.absolute())
-    finally:
-        _remove(unverified)
     return output
 
 
-def _export_folder(path: Path, source: Source, layout: Layout, max_kl: float | None) -> None:
-    errors: dict[str, float] = {}
+@contextmanager
+def _kept_if_stopped(path: Path, identity: dict[str, str]) -> Iterator[Journal]:
+    """The journal of a hidden place: both stay for the next try where a full disk or the user stopped the export."""
+    with Journal.open(path, identity, _say) as journal:
+        try:
+            yield journal
+        except StoppedError:
+            raise
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"interrupted; every tensor that is whole is kept in {path}\n"
+                "  next: the same command goes on from there"
+            ) from None
+        except UserError:
+            journal.remove(and_target=True)
+            raise
+        journal.remove(and_target=False)
+
+
+def _export_folder(journal: Journal, source: Source, layout: Layout, max_kl: float | None) -> None:
+    base, changes = source.base, source.changes
     with _bar() as report:
-        write_merged(path, source.base, source.changes, source.base.path, layout, report, errors.__setitem__)
-    rounded = bool(errors) and not source.changes.qat
+        write_merged(journal.target, base, changes, base.path, layout, report, journal.remark, journal)
+    errors = journal.remarks
+    rounded = bool(errors) and not changes.qat
     if errors:
         _tell_rounding(source, errors)
-    verify_export(source, path, _say, min_kl=MIN_KL_ROUNDED if rounded else MIN_KL, max_kl=max_kl)
+    _say(_WRITTEN)
+    verify_export(source, journal.target, _say, min_kl=MIN_KL_ROUNDED if rounded else MIN_KL, max_kl=max_kl)
 
 
 def _tell_rounding(source: Source, errors: Mapping[str, float]) -> None:
@@ -114,14 +135,14 @@ def _tell_rounding(source: Source, errors: Mapping[str, float]) -> None:
         _say(f"  layer {layer}: " + ", ".join(f"{name} {error:.2%}" for name, error in found.items()))
 
 
-def _export_gguf(path: Path, source: Source, name: str, kind: str, max_kl: float | None) -> None:
+def _export_gguf(journal: Journal, source: Source, name: str, kind: str, max_kl: float | None) -> None:
     from ossia.export.gguf import write_gguf
     from ossia.export.gguf_read import gguf_model
 
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path.parent} is no folder; make it first, or name another --output")
+    path = journal.target
     with _bar() as report:
-        write_gguf(path, source.base, source.changes, name=name, dense=kind, progress=report)
+        write_gguf(journal, source.base, source.changes, name=name, dense=kind, progress=report)
+    _say(_WRITTEN)
     _judge(source, gguf_model(path, source.base), _say, MIN_KL_ROUNDED if kind == "q8_0" else MIN_KL, max_kl)
     if not source.base.arch.rope_truncate:
         _say(
@@ -151,13 +172,6 @@ def _bar() -> Iterator[Report]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def verify_export(
     source: Source,
     folder: Path,
@@ -171,7 +185,7 @@ def verify_export(
     Raises  CheckpointError if the folder doesn't open, or its KL divergence from what was trained is over `max_kl`
             nats; None: over MAX_SHARE of that between base and trained, at least `min_kl` and at most MAX_KL
     """
-    return _judge(source, changed_model(Checkpoint.open(folder)), say, min_kl, max_kl)
+    return _judge(source, changed_model(PassingWeights(Checkpoint.open(folder))), say, min_kl, max_kl)
 
 
 def _judge(
@@ -179,10 +193,11 @@ def _judge(
 ) -> Agreement:
     vocab = Vocabulary.from_file(source.base.path)
     packs = [] if source.recipe is None else held_out_texts(source.recipe, vocab)
-    texts = f"{len(packs)} held-out texts" if packs else "fixed texts"
+    texts = f"{sum(len(pack.sources) for pack in packs)} held-out texts" if packs else "fixed texts"
     packs = packs or fixed_texts(vocab)
-    trained = changed_model(source.base, source.changes)
-    found, before = compare(trained, [exported, changed_model(source.base)], packs)
+    base = PassingWeights(source.base)
+    trained = changed_model(base, source.changes)
+    found, before = compare(trained, [exported, changed_model(base)], packs)
     say(f"read back and compared with what was trained, on {texts}: {found}")
     allowed = min(max(MAX_SHARE * before.kl, min_kl), MAX_KL) if max_kl is None else max_kl
     if not found.kl <= allowed:  # written so that nan fails it
@@ -199,6 +214,7 @@ def _judge(
     return found
 
 
+_WRITTEN = "written; reading it back"
 _WHEN_ROUNDED = "train with `qat: mxfp4` (docs/export.md), which learns to live with the rounding, or write hf-bf16"
 _WHEN_NOT = "check that the base model is the one it was trained on, or try an earlier checkpoint"
 

@@ -11,11 +11,10 @@ Letters: E experts, O out, G groups of 32.
 from __future__ import annotations
 
 import math
-import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
 import numpy as np
@@ -25,12 +24,13 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from ossia.errors import CheckpointError, TokenizerError
-from ossia.export.merge import Changes, Progress, mapped_tensor, merged_tensor
+from ossia.export.merge import Changes, mapped_tensor, merged_tensor
 from ossia.harmony.tokenizer_json import SPLIT, TokenizerFile, read_tokenizer_text, tokenizer_file
 from ossia.model.arch import Arch, alternating_layers
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.template import chat_template
 from ossia.model.weights import EXPERT_WEIGHTS
+from ossia.pieces import Journal, Progress, Region, RegionWriter
 
 GgufType = Literal["bf16", "f16", "q8_0", "f32"]
 GGUF_TYPES: tuple[GgufType, ...] = get_args(GgufType)
@@ -88,13 +88,12 @@ def gguf_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class _Place:
-    """A tensor of the file: its type and size, and where its next byte goes."""
+    """A tensor of the file: its type and size."""
 
     kind: GGMLQuantizationType
     shape: tuple[int, ...]
-    position: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -103,7 +102,7 @@ class _Place:
 
 
 def write_gguf(
-    path: Path,
+    journal: Journal,
     base: Checkpoint,
     changes: Changes,
     *,
@@ -111,42 +110,29 @@ def write_gguf(
     dense: GgufType = "bf16",
     progress: Progress | None = None,
 ) -> None:
-    """Write a model and its tokenizer as one GGUF file; whoever calls it removes the file if it fails.
+    """Write a model and its tokenizer as one GGUF file, the journal's target; what is whole in it is kept.
 
     name    what the model is called in it
     dense   type of every matrix that is not an untouched MXFP4 expert or the router; norms, biases, sinks and the
             router are F32
     Raises  CheckpointError for what llama.cpp's gpt-oss can't be (`require_llama_cpp`), a weight that isn't finite, a
-            matrix whose rows Q8_0 can't hold, or a full disk; TokenizerError for a tokenizer that it doesn't know
+            matrix whose rows Q8_0 can't hold; StoppedError for a full disk; TokenizerError for a tokenizer that it
+            doesn't know
     """
     require_llama_cpp(base)
     places = _plan(base, changes, _KINDS[dense])
-    try:
-        needed = sum(place.num_bytes for place in places.values()) + (64 << 20)
-        free = shutil.disk_usage(path.absolute().parent).free
-        if free < needed:
-            raise CheckpointError(f"{path}: needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free there; make room")
-        _write_head(path, base, places, name, _FILE_TYPES[dense] if _all_dense(places) else None)
-        with path.open("r+b") as file:
-            position = path.stat().st_size
-            for place in places.values():
-                place.position = position = GGUFWriter.ggml_pad(position, _ALIGNMENT)
-                position += place.num_bytes
-            total, done = sum(place.num_bytes for place in places.values()), 0
-            file.truncate(GGUFWriter.ggml_pad(position, _ALIGNMENT))
-            for target, raw in _pieces(base, changes, places):
-                place = places[target]
-                file.seek(place.position)
-                file.write(memoryview(raw).cast("B"))
-                place.position += raw.nbytes
-                done += raw.nbytes
-                if progress:
-                    progress(done, total)
-            assert done == total, f"{done} bytes of tensors written, to be {total}"
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise CheckpointError(f"{path}: could not be written: {error.strerror}; make room or name another") from error
+    with journal.growing(sum(place.num_bytes for place in places.values())):
+        head = _head(base, places, name, _FILE_TYPES[dense] if _all_dense(places) else None)
+        regions, position = {}, len(head)
+        for target, place in places.items():
+            regions[target] = Region("", GGUFWriter.ggml_pad(position, _ALIGNMENT), place.num_bytes)
+            position = regions[target].end
+        end = GGUFWriter.ggml_pad(position, _ALIGNMENT)
+        with RegionWriter(journal.target, {"": head}, regions, journal=journal, progress=progress) as writer:
+            for target, raw in _pieces(base, changes, places, journal.whole):
+                if target not in journal.whole:  # a gate may be whole without its up
+                    writer.write(target, memoryview(raw).cast("B"))
+            writer.finish({"": end})
 
 
 _ALIGNMENT = 32  # of tensors in the file, the format's default
@@ -193,10 +179,14 @@ def _all_dense(places: dict[str, _Place]) -> bool:
     return all(place.kind is not GGMLQuantizationType.MXFP4 for place in places.values())
 
 
-def _pieces(base: Checkpoint, changes: Changes, places: dict[str, _Place]) -> Iterator[tuple[str, np.ndarray]]:
-    """The bytes of every tensor, piece by piece; those of one tensor in order."""
+def _pieces(
+    base: Checkpoint, changes: Changes, places: dict[str, _Place], whole: Collection[str]
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The bytes of every tensor that isn't whole yet, piece by piece; those of one tensor in order."""
     for name in base.arch.tensor_specs("bf16"):
         names = gguf_names(name)
+        if all(target in whole for target in names):
+            continue
         kind = places[names[0]].kind
         if kind is GGMLQuantizationType.MXFP4:
             blocks_EOGb, scales_EOG = (mapped_tensor(base, f"{name}_{part}") for part in ("blocks", "scales"))
@@ -237,10 +227,17 @@ def _encoded(rows: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray:
     return full if kind is GGMLQuantizationType.F32 else quantize(full, kind)
 
 
+def _head(base: Checkpoint, places: dict[str, _Place], name: str, file_type: LlamaFileType | None) -> bytes:
+    """Everything before the tensors: metadata, tokenizer, and the list of tensors."""
+    with TemporaryDirectory(prefix="ossia-gguf-") as scratch:  # the package writes to files alone
+        path = Path(scratch) / "head"
+        _write_head(path, base, places, name, file_type)
+        return path.read_bytes()
+
+
 def _write_head(
     path: Path, base: Checkpoint, places: dict[str, _Place], name: str, file_type: LlamaFileType | None
 ) -> None:
-    """Everything before the tensors: metadata, tokenizer, and the list of tensors."""
     writer = GGUFWriter(path, "gpt-oss")
     writer.add_type("model")
     writer.add_name(name)

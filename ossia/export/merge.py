@@ -7,7 +7,7 @@ Letters: E experts, O out, D in.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,15 +21,14 @@ from ossia.model.checkpoint import Checkpoint, write_checkpoint
 from ossia.model.lora import Lora
 from ossia.model.packed import Base, Factors, Packed, merged_experts, pieces, rounded_experts
 from ossia.model.transformer import Transformer
-from ossia.model.weights import EXPERT_WEIGHTS, interleave_gate_up
+from ossia.model.weights import EXPERT_WEIGHTS, expert_module, interleave_gate_up
 from ossia.ops.mxfp4 import dequantize_mxfp4
+from ossia.pieces import Journal, Progress
 
 _PIECE = 1 << 24  # weights of a matrix merged at a time
 
 PACKED = ("blocks", "scales")
 
-Progress = Callable[[int, int], None]
-"""(bytes written, bytes in all)"""
 NoteRounding = Callable[[str, float], None]
 """(a projection's name, relative error of its weights)"""
 
@@ -85,20 +84,48 @@ def write_merged(
     layout: Layout,
     progress: Progress | None = None,
     note: NoteRounding | None = None,
+    journal: Journal | None = None,
 ) -> None:
     """`write_model` without a model in memory: a checkpoint on disk, and what changed.
 
-    note  is told of every projection whose experts are rounded to MXFP4, once it is written
+    note     is told of every projection whose experts are rounded to MXFP4, once it is written
+    journal  as in `write_checkpoint`; what is whole in it is not computed again, and `note` isn't told of it then:
+             it has to be the journal's `remark`
     """
-    tensors = merged_tensors(base, changes, layout, note)
-    write_checkpoint(path, base.arch, tensors, layout, tokenizer_from=tokenizer_from, progress=progress)
+    if journal is not None and layout == "mxfp4":
+        _forget_unremarked(base, changes, journal)
+    tensors = merged_tensors(base, changes, layout, note, () if journal is None else journal.whole)
+    write_checkpoint(
+        path, base.arch, tensors, layout, tokenizer_from=tokenizer_from, progress=progress, journal=journal
+    )
+
+
+def _forget_unremarked(base: Checkpoint, changes: Changes, journal: Journal) -> None:
+    """Have rounded projections written again unless both of their parts and what was noted of them are there."""
+    for layer in range(base.arch.num_layers):
+        for projection in EXPERT_WEIGHTS:
+            module = expert_module(layer, projection)
+            parts = [f"{module}_{part}" for part in PACKED]
+            known = module in journal.remarks and all(part in journal.whole for part in parts)
+            if rounds_experts(base, changes, module) and not known:
+                for part in parts:
+                    journal.whole.pop(part, None)
 
 
 def merged_tensors(
-    base: Checkpoint, changes: Changes, layout: Layout, note: NoteRounding | None = None
+    base: Checkpoint,
+    changes: Changes,
+    layout: Layout,
+    note: NoteRounding | None = None,
+    but: Collection[str] = (),
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the merged checkpoint, in the pieces that `write_checkpoint` takes: slices of the first axis."""
+    """The tensors of the merged checkpoint, in the pieces that `write_checkpoint` takes: slices of the first axis.
+
+    but  names of those that are left out; both parts of a rounded projection or none
+    """
     for name in base.arch.tensor_specs(layout):
+        if name in but:
+            continue
         module, _, leaf = name.rpartition("_")
         if layout == "bf16" or leaf not in PACKED or not rounds_experts(base, changes, module):
             for piece in merged_tensor(base, changes, name):
@@ -129,7 +156,7 @@ def rounded_projection(
         if tensor is not None and module.endswith("gate_up_proj"):
             one = interleave_gate_up(one)
         merged = merged_experts(one, own)
-        if not merged.isfinite().all():
+        if not _is_finite(merged):
             raise CheckpointError(_not_finite(module))
         packed = rounded_experts(one, own, merged)
         if note is not None:
@@ -175,9 +202,15 @@ def merged_tensor(base: Checkpoint, changes: Changes, name: str) -> Iterator[Ten
     else:
         found, changed = iter((mapped_tensor(base, name),)), False
     for piece in found:
-        if changed and not piece.isfinite().all():
+        if changed and not _is_finite(piece.transpose(1, 2) if piece.dim() == 3 else piece):
             raise CheckpointError(_not_finite(name))
         yield piece
+
+
+def _is_finite(piece: Tensor) -> bool:
+    """One pass over a contiguous tensor, where `isfinite` takes nine times as long; a nan is its least and largest."""
+    least, largest = piece.aminmax()
+    return bool(least.isfinite() and largest.isfinite())
 
 
 def mapped_tensor(base: Checkpoint, name: str) -> Tensor:
@@ -208,22 +241,22 @@ def _experts(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
         for packed in rounded_projection(base, changes, name):
             yield packed.expand(torch.bfloat16).transpose(1, 2)  # exact
         return
-    changed_EOD = changes.tensors.get(name)
     factors = _factors(changes.lora, name) if changes.lora is not None and name in changes.lora.sites else None
     parts = (name,) if base.layout == "bf16" else (f"{name}_blocks", f"{name}_scales")
-    held = [mapped_tensor(base, part) for part in parts] if changed_EOD is None else []
+    held = [mapped_tensor(base, part) for part in parts] if name not in changes.tensors else []
     in_turn = interleave_gate_up if name.endswith("gate_up_proj") else lambda x: x
     for expert in range(base.arch.num_experts):
         one = slice(expert, expert + 1)
-        if changed_EOD is not None:
-            yield in_turn(changed_EOD[one]).transpose(1, 2).bfloat16()
+        if name in changes.tensors:  # asked for anew each time: a mapping that is let go of takes its pages along
+            yield in_turn(changes.tensors[name][one]).transpose(1, 2).bfloat16()
             continue
         if factors is None:
             yield _expert(held, one, torch.bfloat16).transpose(1, 2)
             continue
         a_ErD, b_EOr, scale = factors
         weight_1OD = _expert(held, one, torch.float32)
-        yield torch.baddbmm(weight_1OD, in_turn(b_EOr[one]), a_ErD[one], alpha=scale).transpose(1, 2).bfloat16()
+        weight_1OD[0].addmm_(in_turn(b_EOr[one])[0], a_ErD[expert], alpha=scale)
+        yield weight_1OD.transpose(1, 2).bfloat16()
 
 
 def _expert(held: list[Tensor], one: slice, dtype: torch.dtype) -> Tensor:

@@ -5,6 +5,8 @@ Nothing here is loaded but an adapter: weights stay in their files.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from ossia import __version__
 from ossia.config import Recipe, load_recipe
 from ossia.errors import CheckpointError, RunError, UserError
 from ossia.export.merge import Changes
@@ -31,6 +34,51 @@ class Source:
     base: Checkpoint
     changes: Changes
     recipe: Recipe | None = None
+
+    def identity(self, **options: str | None) -> dict[str, str]:
+        """All that decides about the bytes of an export, short: of two that have it in common one can end the other.
+
+        options  what is written and how
+        Returns  texts by key: the base's folder, its files' sizes and times and its texts, what training changed (an
+                 adapter by its bytes), the programs' versions, and the options
+        """
+        base = self.base.path.absolute()
+        texts = [file for file in sorted(base.iterdir()) if file.suffix in (".json", ".jinja")]
+        found = {
+            "ossia": __version__,
+            "torch": torch.__version__,
+            "source": str(base),
+            "weights": _digest(json.dumps([_stamp(file) for file in self.base.files]).encode()),
+            "texts": _digest(*(part for file in texts for part in (file.name.encode(), file.read_bytes()))),
+            "changes": _of_changes(self.changes),
+        }
+        return found | {key: str(value) for key, value in options.items()}
+
+
+def _stamp(file: Path) -> tuple[str, int, int, int]:
+    """What differs once a file was written to or replaced, without reading it."""
+    status = file.stat()
+    return file.name, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _digest(*parts: bytes | memoryview) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _of_changes(changes: Changes) -> str:
+    qat = "qat" if changes.qat else ""
+    if changes.lora is not None:
+        spec, tensors = changes.lora.spec, changes.lora.trainable.tensors
+        what = json.dumps([sorted(spec.targets.items()), spec.rslora, sorted(tensors)])
+        values = (memoryview(tensors[name].numpy()).cast("B") for name in sorted(tensors))
+        return _digest(what.encode(), *values) + qat
+    if isinstance(changes.tensors, TensorsInFile):
+        return _digest(json.dumps([str(changes.tensors.file.absolute()), *_stamp(changes.tensors.file)]).encode()) + qat
+    assert not changes.tensors
+    return "none"
 
 
 def open_source(name: str, adapter: str | None, say: Callable[[str], None]) -> Source:

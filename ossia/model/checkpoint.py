@@ -11,11 +11,11 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,10 +25,10 @@ from ossia.disk import sync_to_disk
 from ossia.errors import CheckpointError, first_few
 from ossia.model.arch import Arch, Layout, TensorSpec
 from ossia.model.template import write_companions
+from ossia.pieces import MARGIN_BYTES, Journal, Progress, Region, RegionWriter
 
 CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 TORCH_DTYPES: Mapping[str, torch.dtype] = {"BF16": torch.bfloat16, "U8": torch.uint8}
-_MARGIN_BYTES = 64 << 20  # beside the weights: tokenizer, configs, file system
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,13 @@ def write_checkpoint(
     *,
     tokenizer_from: Path,
     shard_bytes: float = 5e9,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
+    journal: Journal | None = None,
 ) -> None:
     """Write a checkpoint folder that Ossia, transformers 4.57 and 5.23 load as it is; all of it or nothing.
 
-    It grows in a hidden folder beside `path` and takes its name when everything is on disk.
+    It grows in a hidden folder beside `path` and takes its name when everything is on disk. With a journal it grows in
+    `path` itself, the journal's target, and what is whole stays for the next try.
 
     tensors         (name, tensor) in any order, of exactly `arch.tensor_specs(layout)`; a tensor may come in pieces:
                     successive slices of its first axis under the same name. Any device; only one is held at a time
@@ -103,27 +105,38 @@ def write_checkpoint(
                     tokenizer.json, for which they are made
     shard_bytes     weights up to this size go into one file, more into shards of at most this size
     progress        called with (bytes written, bytes in all) as it goes
-    Raises          CheckpointError if `path` is taken or the disk too small; nothing is left behind
+    journal         what is whole in it already isn't to come again
+    Raises          CheckpointError if `path` is taken or the disk too small, StoppedError with a journal; without one
+                    nothing is left behind
     """
     path = Path(path)
     specs = arch.tensor_specs(layout)
-    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+    total_bytes = sum(spec.num_bytes for spec in specs.values())
+    if journal is None and path.exists() and not (path.is_dir() and not any(path.iterdir())):
         raise CheckpointError(f"{path} exists already; name a new folder or remove it first")
-    needed = sum(spec.num_bytes for spec in specs.values()) + _MARGIN_BYTES
-    with _whole_or_nothing(path, needed) as partial:
+    with _whole_or_nothing(path, total_bytes) if journal is None else _kept(journal, total_bytes) as partial:
         token_ids = write_companions(tokenizer_from, partial, arch.max_positions)
         config = arch.to_config(layout, **token_ids)
         (partial / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         file_of = _plan_files(specs, shard_bytes)
         if len(set(file_of.values())) > 1:
             _write_index(partial, specs, file_of)
-        _write_weights(partial, specs, file_of, tensors, progress)
+        _write_weights(partial, specs, file_of, tensors, progress, journal)
 
 
 @contextmanager
-def _whole_or_nothing(path: Path, needed: int) -> Iterator[Path]:
+def _kept(journal: Journal, total_bytes: int) -> Iterator[Path]:
+    """The journal's own folder, whatever is in it by now."""
+    with journal.growing(total_bytes):
+        journal.target.mkdir(exist_ok=True)
+        yield journal.target
+        sync_to_disk(journal.target)
+
+
+@contextmanager
+def _whole_or_nothing(path: Path, total_bytes: int) -> Iterator[Path]:
     """A hidden sibling folder that becomes `path` on success and disappears on any failure."""
-    target = path.absolute()
+    target, needed = path.absolute(), total_bytes + MARGIN_BYTES
     partial = target.with_name(f".{target.name}.partial")
     done = False
     try:
@@ -172,38 +185,30 @@ def _write_weights(
     specs: Mapping[str, TensorSpec],
     file_of: Mapping[str, str],
     tensors: Iterable[tuple[str, Tensor]],
-    progress: Callable[[int, int], None] | None,
+    progress: Progress | None,
+    journal: Journal | None,
 ) -> None:
     """Headers first, from the specs alone; then every tensor, or piece of one, at its place as it comes."""
-    total_bytes, done_bytes = sum(spec.num_bytes for spec in specs.values()), 0
-    written = dict.fromkeys(specs, 0)
-    with ExitStack() as stack:
-        files = {name: stack.enter_context((folder / name).open("wb")) for name in dict.fromkeys(file_of.values())}
-        start_of: dict[str, int] = {}
-        for file_name, file in files.items():
-            start_of |= _write_header(file, {name: specs[name] for name in specs if file_of[name] == file_name})
+    heads: dict[str, bytes] = {}
+    regions: dict[str, Region] = {}
+    for file in dict.fromkeys(file_of.values()):
+        heads[file], starts = _header({name: spec for name, spec in specs.items() if file_of[name] == file})
+        regions |= {name: Region(file, start, specs[name].num_bytes) for name, start in starts.items()}
+    with RegionWriter(folder, heads, regions, journal=journal, progress=progress) as writer:
         for name, piece in tensors:
             spec = specs[name]
             assert piece.dtype == TORCH_DTYPES[spec.dtype], f"{name}: {piece.dtype}, to be {spec.dtype}"
             assert piece.shape[1:] == spec.shape[1:], f"{name}: rows of {piece.shape}, to be {spec.shape}"
-            raw = piece.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-            assert written[name] + raw.nbytes <= spec.num_bytes, f"{name}: more rows than {spec.shape}"
-            file = files[file_of[name]]
-            file.seek(start_of[name] + written[name])
-            file.write(memoryview(raw))
-            written[name] += raw.nbytes
-            done_bytes += raw.nbytes
-            if progress:
-                progress(done_bytes, total_bytes)
-        short = [name for name, count in written.items() if count != specs[name].num_bytes]
-        assert not short, f"not written, or not to the end: {short}"
-        for file in files.values():
-            file.flush()
-            os.fsync(file.fileno())
+            # a row alone is a matrix, which torch transposes six times as fast as a stack of one
+            raw = (
+                (piece[0] if len(piece) == 1 else piece).detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+            )
+            writer.write(name, memoryview(raw))
+        writer.finish()
 
 
-def _write_header(file: BinaryIO, specs: Mapping[str, TensorSpec]) -> dict[str, int]:
-    """Write a safetensors header; returns where in the file each tensor starts."""
+def _header(specs: Mapping[str, TensorSpec]) -> tuple[bytes, dict[str, int]]:
+    """A safetensors header, and where in the file each tensor starts."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, spec in specs.items():
@@ -211,9 +216,8 @@ def _write_header(file: BinaryIO, specs: Mapping[str, TensorSpec]) -> dict[str, 
         offset += spec.num_bytes
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format wants the data 8-byte aligned
-    file.write(len(text).to_bytes(8, "little") + text)
-    start = file.tell()
-    return {name: start + header[name]["data_offsets"][0] for name in specs}
+    head = len(text).to_bytes(8, "little") + text
+    return head, {name: len(head) + header[name]["data_offsets"][0] for name in specs}
 
 
 def _read_json(file: Path) -> dict[str, Any]:

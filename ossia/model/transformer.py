@@ -23,7 +23,7 @@ from ossia.model.lora import Lora
 from ossia.model.packed import Packed, packed_experts
 from ossia.model.weights import Trainable, Weights, expert_module, interleave_gate_up, passing_on, split_gate_up
 from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
-from ossia.ops.fused import parts_for
+from ossia.ops.fused import Mixture, parts_for
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.moe import Expert, route
 from ossia.ops.rope import Yarn, rope_tables
@@ -247,6 +247,7 @@ class Transformer:
         dropout: Dropout | None = None,
         note_experts: Callable[[Tensor], None] | None = None,
         replay: Tensor | None = None,
+        mixture: Mixture | None = None,
     ) -> Tensor:
         """One layer over one pack.
 
@@ -256,6 +257,7 @@ class Transformer:
         dropout  of the adapters' inputs
         note_experts  is told which experts were chosen, (T, k) int64, or (R, k) with `rows`
         replay   (T, k) int64, or (R, k) with `rows`: experts to use instead, see `ops.moe.route`
+        mixture  of experts, to use instead of the one over expanded weights
         Returns  (T, D), or (R, D) with `rows`
         """
         num_tokens = len(x_TD)
@@ -279,7 +281,7 @@ class Transformer:
         routing = route(logits, a.experts_per_token, replay, self._parts.sort)
         if note_experts is not None:
             note_experts(routing.experts_TK)
-        return self._parts.mixture(
+        return (mixture or self._parts.mixture)(
             x_TD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, adapted
         )
 

@@ -25,17 +25,18 @@ Adapt = Callable[[Tensor, int], Tensor | None]
 """(input of an adapter, which one) -> what the adapter gets instead, or None for the input itself (dropout)."""
 
 
+Mixture = Callable[[Tensor, Tensor, Route, Expert, Expert, float, float, Adapt], Tensor]
+"""(residual_TD, x_TD, routing, gate_up, down, limit, alpha, adapt) -> (T, D), see `ops.moe.mixture`."""
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """One way to compute them; see the functions of the same names.
-
-    mixture  (residual_TD, x_TD, routing, gate_up, down, limit, alpha, adapt) -> (T, D), see `ops.moe.mixture`
-    """
+    """One way to compute them; see the functions of the same names."""
 
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     apply_rope: Callable[[Tensor, Tensor, Tensor], Tensor]
     sort: Sort
-    mixture: Callable[[Tensor, Tensor, Route, Expert, Expert, float, float, Adapt], Tensor]
+    mixture: Mixture
 
 
 TORCH = Parts(rms_norm, apply_rope, sort_by_expert, mixture)

@@ -14,7 +14,7 @@ import pytest
 # made of stories, so they stand on them.
 LAYERS = (
     {"errors", "disk"},
-    {"config", "harmony", "kernels", "remote"},
+    {"config", "harmony", "kernels", "pieces", "remote"},
     {"ops"},
     {"model", "data"},
     {"engine", "train"},
