@@ -71,6 +71,16 @@ class ExportFormat(StrEnum):
     hf_mxfp4 = "hf-mxfp4"
     peft = "peft"
     gguf = "gguf"
+    gguf_lora = "gguf-lora"
+
+
+class AdapterLayout(StrEnum):
+    """How an adapter's file stores experts."""
+
+    rank_major = "rank-major"
+    expert_major = "expert-major"
+    rank_major_transposed = "rank-major-transposed"
+    expert_major_transposed = "expert-major-transposed"
 
 
 class GgufType(StrEnum):
@@ -381,6 +391,10 @@ def export(
     to: Annotated[ExportFormat, typer.Option("--to", help="What to write.")],
     output: Annotated[Path, typer.Option("--output", metavar="PATH", help="A folder (gguf: a file) not there yet.")],
     adapter: AdapterOption = None,
+    adapter_layout: Annotated[
+        AdapterLayout | None,
+        typer.Option("--adapter-layout", help="How the adapter stores experts, where its file reads in two ways."),
+    ] = None,
     gguf_type: Annotated[
         GgufType | None, typer.Option("--gguf-type", help="Of gguf: how matrices other than MXFP4 are stored (bf16).")
     ] = None,
@@ -394,7 +408,12 @@ def export(
         from ossia.export import export_model
 
     kind = None if gguf_type is None else gguf_type.value
-    print(export_model(source, to=to.value, output=output, adapter=adapter, gguf_type=kind, max_kl=max_kl))
+    layout = None if adapter_layout is None else adapter_layout.value
+    print(
+        export_model(
+            source, to=to.value, output=output, adapter=adapter, adapter_layout=layout, gguf_type=kind, max_kl=max_kl
+        )
+    )
 
 
 @command("tiny")
