@@ -16,6 +16,7 @@ import typer
 from ossia.cli.app import command, importing
 from ossia.cli.attack import attack
 from ossia.cli.llama import LlamaGiven, is_gguf, is_gguf_alone, with_llama_options
+from ossia.cli.push import PrivateOption, PushOption, hub_for, push, push_result
 from ossia.errors import UserError
 
 if TYPE_CHECKING:
@@ -402,6 +403,8 @@ def export(
         float | None,
         typer.Option("--max-kl", min=0.0, help="KL divergence from what was trained, in nats, that is not refused."),
     ] = None,
+    push_to: PushOption = None,
+    private: PrivateOption = False,
 ) -> None:
     """Write a model that other programs load. It is verified by reading it back. Prints its folder or file."""
     with importing():
@@ -409,11 +412,15 @@ def export(
 
     kind = None if gguf_type is None else gguf_type.value
     layout = None if adapter_layout is None else adapter_layout.value
-    print(
-        export_model(
-            source, to=to.value, output=output, adapter=adapter, adapter_layout=layout, gguf_type=kind, max_kl=max_kl
-        )
+    hub = hub_for(push_to, private)
+    written = export_model(
+        source, to=to.value, output=output, adapter=adapter, adapter_layout=layout, gguf_type=kind, max_kl=max_kl
     )
+    print(written)
+    push_result(written, hub, source)
+
+
+command("push")(push)
 
 
 @command("tiny")
