@@ -1,7 +1,8 @@
 """A stand-in for the Hugging Face hub: the part of its HTTP API that an upload needs, on loopback, in this process.
 
-It speaks what `huggingface_hub` sends without its Xet extension: whoami, repositories, preupload, the LFS batch with
-its uploads, commits, and files to download. Objects are kept by their hash, as the hub keeps them.
+It speaks what `huggingface_hub` 2.4 sends: whoami, repositories, preupload, the LFS batch with its uploads, commits,
+and files to download. Objects are kept by their hash, as the hub keeps them. Of Xet, which the library takes where its
+extension is installed, it counts what arrives and believes the hashes: such a file is kept as `sha256:...`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
+
+import yaml
 
 TOKEN = "hf_" + "a" * 34
 OWNER = "me"
@@ -42,6 +45,7 @@ class StandIn:
     datasets: dict[str, bool] = field(default_factory=dict)  # name -> private
     objects: dict[str, bytes] = field(default_factory=dict)
     uploads: list[str] = field(default_factory=list)
+    xet_bytes: int = 0
     log: list[str] = field(default_factory=list)
     fail: dict[tuple[str, str], list[int]] = field(default_factory=dict)
 
@@ -98,12 +102,20 @@ class _Handler(BaseHTTPRequestHandler):
                     self.connection.close()
                     return
                 return self._send({"error": "as the test wanted"}, left[0])
-        if path != "/api/whoami-v2" and path.startswith("/lfs/"):
+        if path.startswith("/lfs/"):
             return self._object(path.removeprefix("/lfs/"), body)
+        if path.startswith("/v"):
+            return self._xet(path, len(body))
         if self._who() is None and (method != "GET" or "/datasets/" not in path):
             return self._send({"error": "Invalid credentials in Authorization header"}, 401)
         if path == "/api/whoami-v2":
             return self._send({"type": "user", "name": OWNER, "auth": {"accessToken": {"role": "write"}}})
+        if path.endswith("/xet-write-token/main"):
+            given = {"X_Xet_Cas_Url": self.hub.url, "X_Xet_Access_Token": "x", "X_Xet_Token_Expiration": "9000000000"}
+            return self._send({"accessToken": "x", "exp": 9000000000, "casUrl": self.hub.url}, **given)
+        if path == "/api/validate-yaml":
+            yaml.safe_load(json.loads(body)["content"].split("---\n")[1])
+            return self._send({"errors": [], "warnings": []})
         if path == "/api/repos/create":
             return self._create(json.loads(body))
         if found := re.fullmatch(r"/api/(models|datasets)/([^/]+/[^/]+)", path):
@@ -185,6 +197,14 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.uploads.append(oid)
         self._send(b"")
 
+    def _xet(self, path: str, size: int) -> None:
+        if "/xorbs/" in path:
+            self.hub.xet_bytes += size
+            return self._send({"was_inserted": True})
+        if "/shards" in path:
+            return self._send(b'{"type": "result", "result": 1}\n')
+        return self._send({}, 404)
+
     def _commit(self, name: str, body: bytes) -> None:
         repo = self.hub.repos[name]
         for line in map(json.loads, body.splitlines()):
@@ -194,7 +214,10 @@ class _Handler(BaseHTTPRequestHandler):
             elif line["key"] == "file":
                 repo.files[value["path"]] = base64.b64decode(value["content"])
             elif line["key"] == "lfsFile":
-                repo.files[value["path"]] = self.hub.objects[value["oid"]]
+                known = self.hub.objects
+                if value["oid"] not in known and not self.hub.xet_bytes:
+                    return self._send({"error": f"{value['path']} was never uploaded"}, 400)
+                repo.files[value["path"]] = known.get(value["oid"], f"sha256:{value['oid']}".encode())
             else:
                 return self._send({"error": f"the stand-in doesn't know {line['key']}"}, 501)
         return self._send({"success": True, "commitOid": "1" * 40, "commitUrl": f"{self.hub.url}/{name}/commit/1"})

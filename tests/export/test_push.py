@@ -5,6 +5,7 @@ The hub is a stand-in (tests/export/hub.py): the real one isn't asked here.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Iterator
@@ -117,6 +118,24 @@ def test_every_byte_of_an_export_arrives_with_a_card_in_one_commit(
     assert "README.md" not in [file.name for file in path.parent.rglob("*")]
 
 
+def test_with_xet_the_same_files_arrive_and_a_refusal_is_told(
+    hub: StandIn, exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", False)
+    hub.fail["GET", "/xet-write-token/"] = [403, 1000]
+    with pytest.raises(ServerError, match="once more: ossia push"):
+        push_export(exports["hf-bf16"], opened(hub), base=BASE)
+    assert hub.repos[REPO].files == {}
+    hub.fail.clear()
+    push_export(exports["hf-bf16"], opened(hub), base=BASE)
+    large = [file for file in exports["hf-bf16"].iterdir() if file.suffix == ".safetensors"]
+    for file in large:
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        assert hub.repos[REPO].files[file.name] == f"sha256:{digest}".encode()
+    assert hub.uploads == []
+    assert hub.xet_bytes > sum(file.stat().st_size for file in large) / 2
+
+
 def test_an_adapter_names_its_base_as_the_hub_does_and_is_left_as_it_is_here(
     hub: StandIn, exports: dict[str, Path], tmp_path: Path
 ) -> None:
@@ -217,12 +236,13 @@ def test_a_recipe_shows_numbers_and_plain_words_only() -> None:
             "adapter": {"targets": {"q_proj": {"rank": 4}}},
             "rl": {"rollout": "http://10.0.0.1:8000/v1"},
             "log": {"sinks": ["wandb"]},
+            "train": {"steps": 3},
         }
     )
     shown = yaml.safe_dump(public_recipe(recipe))
     assert "q_proj" in shown
     assert "loss: dapo" in shown
-    for private in ("/", "10.0.0.1", "home", "rewards", "wandb", "runs"):
+    for private in ("/", "10.0.0.1", "home", "score", "wandb", "runs"):
         assert private not in shown, private
 
 
