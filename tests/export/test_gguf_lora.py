@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import xllamacpp
 from gguf import GGUFReader, GGUFWriter
 from torch import Tensor
 
@@ -29,9 +28,10 @@ from ossia.model.checkpoint import CONFIG, Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec
 from ossia.model.open import open_model
 from ossia.model.peft import save_adapter
+from ossia.web.gguf import LlamaOptions, start_llama
 from tests.conftest import MakeTiny
 from tests.export.conftest import EVERYTHING, arch_of, random_lora
-from tests.oracle.model_pairs import documents, pack_of
+from tests.oracle.model_pairs import held_out, pack_of
 from tests.shapes import SHALLOW, UNEQUAL
 
 ROUNDED = dataclasses.replace(SHALLOW, rope_truncate=True, sliding_window=16)
@@ -166,18 +166,6 @@ def test_a_file_that_isnt_such_an_adapter_is_refused(tiny: MakeTiny, tmp_path: P
 # --- llama.cpp --------------------------------------------------------------------------------------------------------
 
 
-def started(base: Path, lora: Path | None) -> Any:
-    """llama.cpp's server in this process; it ends with the object."""
-    params = xllamacpp.CommonParams()
-    params.model.path = str(base)
-    params.hostnames, params.port, params.verbosity = ["127.0.0.1"], 0, 1
-    params.n_parallel, params.n_ctx, params.cpuparams.n_threads = 1, 512, 1
-    params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
-    if lora is not None:
-        params.lora_adapters = [xllamacpp.CommonAdapterLoraInfo(str(lora), 1.0)]
-    return xllamacpp.Server(params)
-
-
 def next_token(server: Any, ids: list[int]) -> int:
     body = {"prompt": ids, "n_predict": 1, "temperature": 0, "ignore_eos": True, "return_tokens": True}
     request = urllib.request.Request(
@@ -194,7 +182,9 @@ def test_llama_cpps_server_applies_the_adapter_experts_router_and_head_included(
     export_model(str(model), to="gguf", output=tmp_path / "base.gguf", gguf_type="f32")
     ours, _ = open_model(str(model), adapter=tmp_path / "adapter", dtype="float32", weights="bf16", device="cpu")
     generator, same, base_same, total = torch.Generator().manual_seed(3), 0, 0, 0
-    adapted, plain = started(tmp_path / "base.gguf", tmp_path / "lora.gguf"), started(tmp_path / "base.gguf", None)
+    exact = LlamaOptions(threads=1, ctx_size=512, parallel=1, cache_type_k="f32", cache_type_v="f32")
+    plain = start_llama(tmp_path / "base.gguf", exact)
+    adapted = start_llama(tmp_path / "base.gguf", dataclasses.replace(exact, lora=[str(tmp_path / "lora.gguf")]))
     for length in (3, 17, 40):
         ids = torch.randint(0, 256, (length,), generator=generator).tolist()
         (answer,) = Engine(ours).generate([Request(ids, Sampling(0), 10)])
@@ -205,6 +195,8 @@ def test_llama_cpps_server_applies_the_adapter_experts_router_and_head_included(
             ids.append(number)
     assert same >= 0.9 * total
     assert base_same < 0.5 * total, "the adapter has to matter"
+    with pytest.raises(UserError, match=r"--lora .*nowhere.gguf: there is no such file"):
+        start_llama(tmp_path / "base.gguf", dataclasses.replace(exact, lora=[str(tmp_path / "nowhere.gguf")]))
 
 
 def rounding_yarn(model: Path, folder: Path) -> Path:
@@ -229,7 +221,7 @@ def test_llama_cpps_logits_are_ours_to_a_few_hundred_thousandths(trained: Path, 
     lora = random_lora(base.arch, chosen, size=0.02)
     exported(model, lora, tmp_path)
     export_model(str(model), to="gguf", output=tmp_path / "base.gguf", gguf_type="f32")
-    (sample,) = documents(base.arch, (100,))
+    (sample,) = held_out(trained, 1)
     pack = pack_of([sample])
     with torch.no_grad():
         ours = changed_model(base, Changes(lora)).logits(pack)

@@ -268,3 +268,22 @@ def test_gate_and_up_apart_keep_their_scaling_with_rslora(tmp_path: Path) -> Non
     wanted = load_file(GOLDEN / "tinker-cookbook-0.6.1" / "deltas.safetensors")
     for name, delta in wanted.items():  # alpha / sqrt(2) instead of alpha / 2
         assert torch.allclose(found[name], delta * 2**0.5, atol=1e-5), name
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_todays_files_are_what_vllm_stacks_into_the_layers_matrices(tmp_path: Path) -> None:
+    """vLLM 0.32 `_stack_moe_lora_weights`: A (E r, in) to (E, r, in); B (out, r E) to (out, r, E) to (E, out, r); gate
+    rows even and up rows odd, as in its fused weight. Its own code was run once on such a file, with equal products."""
+    lora = random_lora(ARCH, LoraSpec({"gate_up_proj": (2, 4.0), "down_proj": (3, 3.0)}))
+    save_adapter(tmp_path / "x", lora, base_model="x")
+    tensors, deltas = load_file(tmp_path / "x" / TENSORS), deltas_of(lora)
+    for layer in range(ARCH.num_layers):
+        owner = f"model.layers.{layer}.mlp.experts"
+        for name, place, scale in (("gate_up_proj", ".base_layer", 2.0), ("down_proj", "", 1.0)):
+            a, b = (tensors.pop(f"base_model.model.{owner}{place}.lora_{side}.weight") for side in "AB")
+            a_Erd = a.reshape(3, -1, a.shape[-1])
+            b_Eor = b.reshape(b.shape[0], -1, 3).permute(2, 0, 1)
+            assert torch.allclose(scale * (b_Eor @ a_Erd).transpose(1, 2), deltas[f"{owner}.{name}"], atol=1e-6)
+    assert tensors == {}
