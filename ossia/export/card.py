@@ -1,13 +1,12 @@
 """The model card of a pushed export: what it is, what it was trained from and how, and how to load it.
 
-It is made of a short list of facts that may be public. Of a recipe only numbers, switches and plain words go in, of
-sections named here; folders, addresses, prompts and rewards never do.
+It is made of a short list of facts that may be public. Of a recipe only the keys named here go in, which hold numbers,
+switches and words of the schema; folders, addresses, prompts and rewards never do.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +35,7 @@ _WHAT: Mapping[Kind, str] = {
     "gguf": "the whole model as a GGUF file, for llama.cpp",
     "gguf-lora": "a LoRA adapter as a GGUF file, for llama.cpp",
 }
-# What of a recipe may be public, by section; "" is its top.
+# What of a recipe may be public, by section; "" is its top. None of these keys takes free text.
 _PUBLIC: Mapping[str, tuple[str, ...]] = {
     "": ("method", "dtype", "weights", "max_length", "qat"),
     "adapter": ("rank", "alpha", "targets", "dropout", "rslora"),
@@ -50,7 +49,6 @@ _PUBLIC: Mapping[str, tuple[str, ...]] = {
         *("kl_estimator", "mismatch", "router_replay", "overlong"),
     ),
 }
-_PLAIN = re.compile(r"[A-Za-z][A-Za-z0-9_.-]{0,31}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,17 +156,9 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
         if section == "rl" and recipe.method == "sft":
             continue
         values = given if section == "" else given.get(section) or {}
-        kept = {key: values[key] for key in keys if values.get(key) is not None and _is_plain(values[key])}
+        kept = {key: values[key] for key in keys if values.get(key) is not None}
         found |= kept if section == "" else {section: kept} if kept else {}
     return found
-
-
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(_is_plain(key) and _is_plain(inner) for key, inner in value.items())
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
-    return value is None or isinstance(value, bool | int | float) or _PLAIN.fullmatch(str(value)) is not None
 
 
 def _use(kind: Kind, repo: str, file: str | None, base: str | None) -> str:

@@ -231,8 +231,8 @@ def test_a_recipe_shows_numbers_and_plain_words_only() -> None:
         {
             "method": "grpo",
             "model": "/data/models/x",
-            "reward": "/home/me/rewards.py:score",
-            "data": {"path": "/home/me/prompts.jsonl"},
+            "reward": "/srv/mine/rewards.py:score",
+            "data": {"path": "/srv/mine/prompts.jsonl"},
             "adapter": {"targets": {"q_proj": {"rank": 4}}},
             "rl": {"rollout": "http://10.0.0.1:8000/v1"},
             "log": {"sinks": ["wandb"]},
@@ -242,18 +242,18 @@ def test_a_recipe_shows_numbers_and_plain_words_only() -> None:
     shown = yaml.safe_dump(public_recipe(recipe))
     assert "q_proj" in shown
     assert "loss: dapo" in shown
-    for private in ("/", "10.0.0.1", "home", "score", "wandb", "runs"):
+    for private in ("/", "10.0.0.1", "srv", "score", "wandb", "runs"):
         assert private not in shown, private
 
 
 @pytest.mark.parametrize("name", ["config.json", "chat_template.jinja", "notes.txt"])
-@pytest.mark.parametrize("text", ["/home", "token"])
+@pytest.mark.parametrize("text", ["folder", "token"])
 def test_a_text_that_names_a_folder_of_this_machine_or_a_token_is_not_pushed(
     hub: StandIn, exports: dict[str, Path], tmp_path: Path, name: str, text: str
 ) -> None:
     shutil.copytree(exports["hf-bf16"], tmp_path / "x")
     file = tmp_path / "x" / name
-    leak = str(tmp_path) if text == "/home" else TOKEN
+    leak = str(tmp_path) if text == "folder" else TOKEN
     if name == "config.json":
         file.write_text(json.dumps({**json.loads(file.read_text()), "note": leak}))
     else:
