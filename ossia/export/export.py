@@ -158,6 +158,8 @@ def _export_gguf_lora(path: Path, source: Source, name: str, given: str, max_kl:
 def _adapter_of(source: Source, given: str) -> Lora:
     if source.changes.lora is None:
         raise UserError(f"{given} brings no adapter: what is there is a model of its own, for --to hf-bf16 or gguf")
+    if source.changes.qat:
+        _say("mind: `qat: mxfp4` trained this adapter under rounding, and who loads it alone adds it unrounded")
     return source.changes.lora
 
 
