@@ -390,7 +390,7 @@ def serve(
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model (with --adapter).")],
     to: Annotated[ExportFormat, typer.Option("--to", help="What to write.")],
-    output: Annotated[Path, typer.Option("--output", metavar="PATH", help="A folder (gguf: a file) not there yet.")],
+    output: Annotated[Path, typer.Option("--output", metavar="PATH", help="A folder (GGUF: a file) not there yet.")],
     adapter: AdapterOption = None,
     adapter_layout: Annotated[
         AdapterLayout | None,

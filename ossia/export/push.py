@@ -20,7 +20,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from ossia.config.check import is_hub_name
-from ossia.errors import CheckpointError, MissingExtraError, ServerError, UserError
+from ossia.errors import CheckpointError, Interrupted, MissingExtraError, ServerError, UserError
 from ossia.export.card import WRITTEN_BY, Kind, Run, license_of, model_card
 from ossia.model.checkpoint import CONFIG
 from ossia.model.peft import CONFIG as ADAPTER_CONFIG
@@ -86,6 +86,8 @@ def _told(hub: Hub, then: str = "") -> Iterator[None]:
 
     try:
         yield
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted; what was uploaded already isn't sent again{then}") from None
     # RuntimeError and ValueError: of an upload's threads and of answers that huggingface_hub doesn't understand
     except (HTTPError, LocalTokenNotFoundError, OSError, RuntimeError, ValueError) as error:
         cause: BaseException = error

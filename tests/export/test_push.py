@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 
 from ossia.cli import app
 from ossia.config import Recipe
-from ossia.errors import MissingExtraError, ServerError, UserError
+from ossia.errors import Interrupted, MissingExtraError, ServerError, UserError
 from ossia.export import export_model
 from ossia.export.card import Kind, Run, model_card, public_recipe
 from ossia.export.push import Hub, kind_of, push_export
@@ -280,6 +280,25 @@ def test_a_wrong_token_a_strange_owner_and_a_name_that_is_none_are_told_before_a
         push_export(exports["hf-bf16"], opened(hub, "openai/mine"), base=BASE)
     assert caught.value.status == 403
     assert hub.uploads == []
+
+
+def test_without_a_token_it_says_how_to_get_one(hub: StandIn, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    with pytest.raises(ServerError, match=r"who you are(.|\n)*run `hf auth login`"):
+        Hub.open(REPO, private=False, endpoint=hub.url)
+
+
+def test_an_interrupted_push_says_how_to_go_on(
+    hub: StandIn, exports: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*given: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("huggingface_hub._commit_api._upload_lfs_files", pressed)
+    with pytest.raises(Interrupted, match=r"isn't sent again\n  kept: .*merged; once more: ossia push"):
+        push_export(exports["hf-bf16"], opened(hub), base=BASE)
+    assert hub.repos[REPO].files == {}
 
 
 def test_a_hub_that_cant_be_reached_is_told() -> None:

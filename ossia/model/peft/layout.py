@@ -1,18 +1,17 @@
 """How a file holds the adapters of experts: told from its keys, its shapes and what it says itself, and made ours.
 
-PEFT's format names no layout, and these exist (each read in the code that wrote it, and run: tests/model/adapters/):
+PEFT's format names no layout. These exist; each was read in the code that writes it, and run (tests/golden/adapters/):
 
 | layout | B's columns, A's rows | written by | told by |
 |---|---|---|---|
-| rank-major | B (out, r E), expert fastest; A (E r, in) | PEFT 0.17 on, Ossia, Unsloth from 2026.9.6 | the default |
-| expert-major | B (out, E r), rank fastest; A (E r, in) | Unsloth 2026.2 to 2026.9.5 | `lora_B_layout`, or nothing |
-| ..., transposed | the same, with in and out the other way round | PEFT 0.19.0 on transformers 5; from 0.19.1 on \
-transformers 4 | shapes, unless in = out |
+| rank-major | B (out, r E), expert fastest; A (E r, in) | PEFT, Ossia, Unsloth from 2026.9.6 | nothing else fits |
+| expert-major | B (out, E r), rank fastest; A (E r, in) | Unsloth 2026.2 to 2026.9.5 | nothing, see below |
+| the same, transposed | in and out the other way round | PEFT 0.19.0 on transformers 5, from 0.19.1 on 4 | shapes |
 | listed | a pair for each expert, `experts.gate_up_projs.3` | Unsloth's 4-bit experts | keys |
 | apart | a pair for each expert, `experts.3.gate_proj` and `.up_proj` | Tinker's cookbook | keys |
 
-Both orders of B have one shape, and Unsloth gives a file of its own a mark only since 2026.9.6: where nothing decides,
-it is an error that names the readings, never a guess.
+Both orders of B have one shape, a square matrix has one shape both ways round, and Unsloth marks its files only since
+2026.9.6: where nothing decides, it is an error that names the readings, never a guess.
 Letters: E experts, r rank, O out, D in.
 """
 
