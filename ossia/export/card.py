@@ -186,8 +186,9 @@ tokenizer = AutoTokenizer.from_pretrained("{repo}")
 model = AutoModelForCausalLM.from_pretrained("{repo}", dtype="auto", device_map="auto")
 """
 _PEFT = """from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Mxfp4Config
 
-model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto", device_map="auto")
+expanded = Mxfp4Config(dequantize=True)  # an adapter on experts needs them in bfloat16
+model = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=expanded, dtype="auto", device_map="auto")
 model = PeftModel.from_pretrained(model, "{repo}")
 """
