@@ -16,10 +16,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ossia.cli.commands import AdapterLayout
 from ossia.errors import AdapterError
 from ossia.model.arch import Arch
 from ossia.model.lora import Lora, LoraSpec
-from ossia.model.peft import CONFIG, TENSORS, LayoutName, load_adapter, save_adapter
+from ossia.model.peft import CONFIG, LAYOUTS, TENSORS, LayoutName, load_adapter, save_adapter
 from ossia.model.weights import interleave_gate_up
 from tests.shapes import UNEQUAL
 
@@ -68,6 +69,10 @@ def test_an_adapter_that_another_program_wrote_adds_what_its_writer_adds(tmp_pat
     again = load_adapter(tmp_path / "today", ARCH, CPU, say=said.append)
     assert same_deltas(again, GOLDEN / writer)
     assert len(said) == bool(WRITERS[writer])
+
+
+def test_the_command_offers_the_layouts_that_there_are() -> None:
+    assert {layout.value for layout in AdapterLayout} == set(LAYOUTS)
 
 
 def test_a_transposed_file_isnt_read_as_if_it_were_straight_by_its_bytes(tmp_path: Path) -> None:
