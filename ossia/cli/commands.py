@@ -16,6 +16,7 @@ import typer
 from ossia.cli.app import command, importing
 from ossia.cli.attack import attack
 from ossia.cli.llama import LlamaGiven, is_gguf, is_gguf_alone, with_llama_options
+from ossia.cli.push import PrivateOption, PushOption, hub_for, push, push_result
 from ossia.errors import UserError
 
 if TYPE_CHECKING:
@@ -71,6 +72,16 @@ class ExportFormat(StrEnum):
     hf_mxfp4 = "hf-mxfp4"
     peft = "peft"
     gguf = "gguf"
+    gguf_lora = "gguf-lora"
+
+
+class AdapterLayout(StrEnum):
+    """How an adapter's file stores experts."""
+
+    rank_major = "rank-major"
+    expert_major = "expert-major"
+    rank_major_transposed = "rank-major-transposed"
+    expert_major_transposed = "expert-major-transposed"
 
 
 class GgufType(StrEnum):
@@ -379,8 +390,12 @@ def serve(
 def export(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model (with --adapter).")],
     to: Annotated[ExportFormat, typer.Option("--to", help="What to write.")],
-    output: Annotated[Path, typer.Option("--output", metavar="PATH", help="A folder (gguf: a file) not there yet.")],
+    output: Annotated[Path, typer.Option("--output", metavar="PATH", help="A folder (GGUF: a file) not there yet.")],
     adapter: AdapterOption = None,
+    adapter_layout: Annotated[
+        AdapterLayout | None,
+        typer.Option("--adapter-layout", help="How the adapter stores experts, where its file reads in two ways."),
+    ] = None,
     gguf_type: Annotated[
         GgufType | None, typer.Option("--gguf-type", help="Of gguf: how matrices other than MXFP4 are stored (bf16).")
     ] = None,
@@ -388,13 +403,24 @@ def export(
         float | None,
         typer.Option("--max-kl", min=0.0, help="KL divergence from what was trained, in nats, that is not refused."),
     ] = None,
+    push_to: PushOption = None,
+    private: PrivateOption = False,
 ) -> None:
     """Write a model that other programs load. It is verified by reading it back. Prints its folder or file."""
     with importing():
         from ossia.export import export_model
 
     kind = None if gguf_type is None else gguf_type.value
-    print(export_model(source, to=to.value, output=output, adapter=adapter, gguf_type=kind, max_kl=max_kl))
+    layout = None if adapter_layout is None else adapter_layout.value
+    hub = hub_for(push_to, private)
+    written = export_model(
+        source, to=to.value, output=output, adapter=adapter, adapter_layout=layout, gguf_type=kind, max_kl=max_kl
+    )
+    print(written)
+    push_result(written, hub, source)
+
+
+command("push")(push)
 
 
 @command("tiny")

@@ -48,6 +48,11 @@ CtxSize = Annotated[
 ]
 Parallel = Annotated[int | None, typer.Option("-np", "--parallel", min=1, help="GGUF: answers generated at once.")]
 
+LoraFiles = Annotated[
+    list[str] | None,
+    typer.Option("--lora", metavar="L.gguf", help="GGUF: an adapter of `--to gguf-lora` on it; several may be."),
+]
+
 
 _OPTIONS: Mapping[str, Any] = MappingProxyType(
     {
@@ -58,6 +63,7 @@ _OPTIONS: Mapping[str, Any] = MappingProxyType(
         "threads": Threads,
         "ctx_size": CtxSize,
         "parallel": Parallel,
+        "lora": LoraFiles,
     }
 )
 LlamaGiven = Mapping[str, Any]

@@ -1,7 +1,7 @@
 """Export, top to bottom: open the source, write it, read it back, compare it, and only then give it its name.
 
-One entry of `_FORMATS` a folder that `Checkpoint.open` makes a model of again; beside them GGUF, a file, and PEFT's
-folder of the adapter alone.
+One entry of `_FORMATS` a folder that `Checkpoint.open` makes a model of again; beside them GGUF, a file, and the
+adapter alone: PEFT's folder, or a GGUF LoRA.
 """
 
 from __future__ import annotations
@@ -17,18 +17,20 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ossia.errors import CheckpointError, Interrupted, MissingExtraError, StoppedError, UserError
-from ossia.export.merge import write_merged
+from ossia.export.merge import Changes, write_merged
 from ossia.export.source import Source, open_source
 from ossia.export.verify import Agreement, PassingWeights, changed_model, compare, fixed_texts, held_out_texts
 from ossia.harmony import Vocabulary
 from ossia.model.arch import Layout
 from ossia.model.checkpoint import Checkpoint
-from ossia.model.peft import load_adapter, save_adapter
+from ossia.model.lora import Lora
+from ossia.model.peft import LayoutName, load_adapter, save_adapter
 from ossia.model.transformer import Transformer
 from ossia.pieces import Journal
 from ossia.pieces import Progress as Report
 
 _FORMATS: dict[str, Layout] = {"hf-bf16": "bf16", "hf-mxfp4": "mxfp4"}
+_FILES = ("gguf", "gguf-lora")
 # How far an export may be from what was trained: KL divergence in nats, mean over the positions compared. A share of
 # what training changed, between what rounding alone does to untrained routers and what nobody should deploy.
 MAX_SHARE = 0.05
@@ -42,6 +44,7 @@ def export_model(
     to: str,
     output: Path,
     adapter: str | None = None,
+    adapter_layout: LayoutName | None = None,
     gguf_type: str | None = None,
     max_kl: float | None = None,
 ) -> Path:
@@ -51,9 +54,10 @@ def export_model(
     to         hf-bf16: a Hugging Face folder with everything merged, in bfloat16; hf-mxfp4: the same with experts in
                MXFP4, their own bytes where they weren't trained, else rounded; gguf: a file for llama.cpp, MXFP4
                experts that weren't trained as they are, the rest merged; peft: the adapter alone, as `peft` and vLLM
-               load it
-    output     a folder, for gguf a file, that isn't there yet
+               load it; gguf-lora: the adapter alone as a file for llama.cpp
+    output     a folder, for gguf and gguf-lora a file, that isn't there yet
     adapter    of a model: a run folder or an adapter's folder
+    adapter_layout  how that one's experts are stored, where its file can be read in two ways: see `load_adapter`
     gguf_type  of gguf: what matrices are written as, "bf16" (None), "f16", "q8_0" or "f32"
     max_kl     how far from what was trained it may be, nats, instead of the bound of `verify_export`
     Returns    the folder or file
@@ -62,25 +66,27 @@ def export_model(
                then. StoppedError where the disk is full: what is whole stays beside `output` under a hidden name, and
                the same call goes on from there, as after a kill or an interruption
     """
-    if to not in (*_FORMATS, "gguf", "peft"):
-        raise UserError(f"--to {to}: no such format; allowed: {', '.join((*_FORMATS, 'gguf', 'peft'))}")
+    if to not in (*_FORMATS, *_FILES, "peft"):
+        raise UserError(f"--to {to}: no such format; allowed: {', '.join((*_FORMATS, *_FILES, 'peft'))}")
     if to != "gguf" and gguf_type is not None:
         raise UserError(f"--gguf-type {gguf_type} is for --to gguf; leave it out")
-    if to == "gguf" and find_spec("gguf") is None:
+    if to in _FILES and find_spec("gguf") is None:
         raise MissingExtraError("writing GGUF needs the package gguf: pip install 'ossia[gguf]'")
     output = Path(output).expanduser()
-    if output.exists() and (to == "gguf" or not output.is_dir() or any(output.iterdir())):
-        what = "name a new file" if to == "gguf" else "name a new folder"
+    if output.exists() and (to in _FILES or not output.is_dir() or any(output.iterdir())):
+        what = "name a new file" if to in _FILES else "name a new folder"
         raise CheckpointError(f"{output} exists already; {what} or remove it first")
-    opened = open_source(source, adapter, _say)
+    opened = open_source(source, adapter, _say, adapter_layout)
     unverified = output.absolute().with_name(f".{output.name}.unverified")
-    if to == "gguf" and not unverified.parent.is_dir():
+    if to in _FILES and not unverified.parent.is_dir():
         raise CheckpointError(f"{unverified.parent} is no folder; make it first, or name another --output")
     with _kept_if_stopped(unverified, opened.identity(to=to, gguf_type=gguf_type)) as journal:
         if to == "peft":
             _export_adapter(unverified, opened, source)
         elif to == "gguf":
             _export_gguf(journal, opened, output.stem, gguf_type or "bf16", max_kl)
+        elif to == "gguf-lora":
+            _export_gguf_lora(unverified, opened, output.stem, source, max_kl)
         else:
             _export_folder(journal, opened, _FORMATS[to], max_kl)
         unverified.rename(output.absolute())
@@ -144,6 +150,10 @@ def _export_gguf(journal: Journal, source: Source, name: str, kind: str, max_kl:
         write_gguf(journal, source.base, source.changes, name=name, dense=kind, progress=report)
     _say(_WRITTEN)
     _judge(source, gguf_model(path, source.base), _say, MIN_KL_ROUNDED if kind == "q8_0" else MIN_KL, max_kl)
+    _tell_of_yarn(source)
+
+
+def _tell_of_yarn(source: Source) -> None:
     if not source.base.arch.rope_truncate:
         _say(
             "mind: llama.cpp rounds YaRN's range outwards, which no key of a GGUF file turns off; "
@@ -151,10 +161,29 @@ def _export_gguf(journal: Journal, source: Source, name: str, kind: str, max_kl:
         )
 
 
-def _export_adapter(path: Path, source: Source, given: str) -> None:
-    lora, base = source.changes.lora, source.base
-    if lora is None:
+def _export_gguf_lora(path: Path, source: Source, name: str, given: str, max_kl: float | None) -> None:
+    from ossia.export.gguf_lora import folded, read_gguf_lora, write_gguf_lora
+
+    lora = _adapter_of(source, given)
+    if factors := folded(lora.spec):
+        each = ", ".join(f"{target} by {factor:g}" for target, factor in factors.items())
+        _say(f"llama.cpp knows one alpha for a file, so the scaling of these is multiplied into their B: {each}")
+    write_gguf_lora(path, source.base, lora, name=name)
+    read = Changes(read_gguf_lora(path, source.base.arch), qat=source.changes.qat)
+    _judge(source, changed_model(source.base, read), _say, MIN_KL, max_kl)
+    _tell_of_yarn(source)
+
+
+def _adapter_of(source: Source, given: str) -> Lora:
+    if source.changes.lora is None:
         raise UserError(f"{given} brings no adapter: what is there is a model of its own, for --to hf-bf16 or gguf")
+    if source.changes.qat:
+        _say("mind: `qat: mxfp4` trained this adapter under rounding, and who loads it alone adds it unrounded")
+    return source.changes.lora
+
+
+def _export_adapter(path: Path, source: Source, given: str) -> None:
+    lora, base = _adapter_of(source, given), source.base
     save_adapter(path, lora, base_model=given if source.recipe is None else source.recipe.model)
     read = load_adapter(path, base.arch, torch.device("cpu"), base=base)
     written, found = lora.trainable.tensors, read.trainable.tensors

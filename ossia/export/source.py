@@ -22,7 +22,7 @@ from ossia.export.merge import Changes
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import CONFIG, Checkpoint
 from ossia.model.open import MODEL_IN_RUN, RECIPE_IN_RUN, model_folder
-from ossia.model.peft import ADAPTER_IN_RUN, find_adapter, load_adapter
+from ossia.model.peft import ADAPTER_IN_RUN, LayoutName, find_adapter, load_adapter
 from ossia.model.weights import EXPERT_WEIGHTS
 from ossia.train.state import TRAINABLE, checkpoint_paths, verify
 
@@ -81,18 +81,23 @@ def _of_changes(changes: Changes) -> str:
     return "none"
 
 
-def open_source(name: str, adapter: str | None, say: Callable[[str], None]) -> Source:
+def open_source(name: str, adapter: str | None, say: Callable[[str], None], layout: LayoutName | None = None) -> Source:
     """What a name means: a run folder (its final adapter or model, else its newest whole checkpoint), or a model.
 
     name     a run folder, a checkpoint's folder, or owner/name on the hub
     adapter  put on a model: a run folder or an adapter's folder
+    layout   how that one's experts are stored, where its file can be read in two ways
     Raises   UserError (CheckpointError, AdapterError, RunError, ...) if something is missing or doesn't fit
     """
     folder = Path(name).expanduser()
     if (folder / CONFIG).is_file() or not (folder / RECIPE_IN_RUN).is_file():
         base = Checkpoint.open(model_folder(name))
-        return Source(base, Changes() if adapter is None else _adapted(base, find_adapter(adapter), say))
-    if adapter is not None:
+        if adapter is not None:
+            return Source(base, _adapted(base, find_adapter(adapter), say, layout=layout))
+        if layout is not None:
+            raise UserError(f"--adapter-layout {layout} says how an --adapter is stored; there is none")
+        return Source(base, Changes())
+    if adapter is not None or layout is not None:
         raise UserError(f"{name} is a run folder and brings what it trained; leave --adapter out, or name a model")
     recipe = load_recipe(folder / RECIPE_IN_RUN)
     qat = recipe.qat is not None
@@ -100,16 +105,24 @@ def open_source(name: str, adapter: str | None, say: Callable[[str], None]) -> S
         return Source(Checkpoint.open(folder / MODEL_IN_RUN), Changes(), recipe)
     base = Checkpoint.open(model_folder(recipe.model))
     if recipe.adapter is not None and (folder / ADAPTER_IN_RUN).is_dir():
-        return Source(base, _adapted(base, folder / ADAPTER_IN_RUN, say, qat), recipe)
+        return Source(base, _adapted(base, folder / ADAPTER_IN_RUN, say, qat=qat), recipe)
     newest = _newest_whole(folder, say)
     if recipe.adapter is not None:
-        return Source(base, _adapted(base, newest, say, qat), recipe)
+        return Source(base, _adapted(base, newest, say, qat=qat), recipe)
     return Source(base, Changes(tensors=TensorsInFile.open(newest / TRAINABLE, base.arch), qat=qat), recipe)
 
 
-def _adapted(base: Checkpoint, folder: Path, say: Callable[[str], None], qat: bool = False) -> Changes:
+def _adapted(
+    base: Checkpoint,
+    folder: Path,
+    say: Callable[[str], None],
+    *,
+    layout: LayoutName | None = None,
+    qat: bool = False,
+) -> Changes:
     say(f"adapter: {folder}")
-    return Changes(load_adapter(folder, base.arch, torch.device("cpu"), base=base), qat=qat)
+    lora = load_adapter(folder, base.arch, torch.device("cpu"), base=base, layout=layout, say=say)
+    return Changes(lora, qat=qat)
 
 
 def _newest_whole(run: Path, say: Callable[[str], None]) -> Path:

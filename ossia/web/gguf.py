@@ -39,6 +39,7 @@ class LlamaOptions:
     cache_type_k, _v f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
     ctx_size         tokens of context of all answers together; 0: the model's
     parallel         answers generated at once
+    lora             files of adapters, added to the model together
     """
 
     override_tensor: Sequence[str] = ()
@@ -48,6 +49,7 @@ class LlamaOptions:
     threads: int | None = None
     ctx_size: int | None = None
     parallel: int | None = None
+    lora: Sequence[str] = ()
 
 
 def run_gguf_server(
@@ -124,6 +126,10 @@ def start_llama(
     if options.override_tensor:
         _check_overrides(options.override_tensor, [one["name"] for one in xllamacpp.get_device_info()])
         params.tensor_buft_overrides = ",".join(options.override_tensor)
+    for file in options.lora:
+        if not Path(file).is_file():
+            raise UserError(f"--lora {file}: there is no such file; name one of `ossia export --to gguf-lora`")
+        params.lora_adapters = [*params.lora_adapters, xllamacpp.CommonAdapterLoraInfo(file, 1.0)]
     if options.n_gpu_layers is not None:
         params.n_gpu_layers = options.n_gpu_layers
     if options.threads is not None:

@@ -27,6 +27,7 @@ COMMANDS = (
     "score",
     "serve",
     "export",
+    "push",
     "tiny",
     "explain",
     "doctor",

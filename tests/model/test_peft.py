@@ -77,7 +77,7 @@ def test_an_adapter_is_replaced_whole_and_anything_else_is_left_alone(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("ossia.model.peft.save_file", full_disk)
+        patch.setattr("ossia.model.peft.write.save_file", full_disk)
         with pytest.raises(AdapterError, match="No space left on device"):
             save_adapter(place, first, base_model="x")
     assert same(load_adapter(place, small, CPU), second)

@@ -19,6 +19,9 @@ from ossia.model.peft import CONFIG, TENSORS, load_adapter, save_adapter
 from ossia.ops.loss import weighted_nll
 from ossia.train.schedule import forward_backward
 from tests.conftest import MakeTiny
+from tests.golden.write_adapters import pefts_deltas, tiny_model
+from tests.model.test_adapter_layouts import ARCH as GOLDEN_ARCH
+from tests.model.test_adapter_layouts import GOLDEN, UNSLOTH, WRITERS
 from tests.oracle.model_pairs import CPU, documents, load, load_transformers, pack_of, relative_error
 from tests.shapes import SHALLOW
 
@@ -187,3 +190,18 @@ def test_gradients_of_every_adapter_tensor_equal_those_of_peft(
     expected = load_adapter(tmp_path / "grads", model.arch, CPU).trainable.tensors
     for key, tensor in lora.trainable.tensors.items():
         assert relative_error(tensor.grad, expected[key]) <= 1e-5, key
+
+
+@pytest.mark.parametrize("writer", [*WRITERS, UNSLOTH])
+def test_what_others_wrote_in_their_layouts_is_in_peft_what_it_was_to_them_once_ossia_saved_it(
+    tmp_path: Path, writer: str
+) -> None:
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    lora = load_adapter(GOLDEN / writer, GOLDEN_ARCH, CPU, layout="expert-major" if writer == UNSLOTH else None)
+    save_adapter(tmp_path / "today", lora, base_model="x")
+    model = PeftModel.from_pretrained(tiny_model(), str(tmp_path / "today"))
+    found, wanted = pefts_deltas(model), load_file(GOLDEN / writer / "deltas.safetensors")
+    assert found.keys() == wanted.keys()
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-6) for name in wanted)
