@@ -120,7 +120,7 @@ class _Bench:
         for turn in turns:
             verdict = self._judge.wait(self._judge.submit(episode, turn))
             if verdict.step is None:
-                if not verdict.done.is_set():
+                if verdict.is_late:
                     return 0.0, _LATE
                 episode.close()
                 return 0.0, verdict.failure or "no step"
