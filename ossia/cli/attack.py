@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -17,6 +18,8 @@ from ossia.errors import UserError
 
 if TYPE_CHECKING:
     from ossia.rl.attacks import Report
+
+_LINE_S = 10.0  # between two lines of progress
 
 
 def attack(
@@ -89,12 +92,25 @@ def _plain(report: Report) -> dict[str, Any]:
 
 @contextmanager
 def _progress() -> Iterator[Callable[[int], None]]:
-    """A bar on stderr, where that is a terminal; yields what to call after each attack with how many there are."""
+    """A bar on stderr, or a line now and then where that is no terminal; yields what to call after each attack with how
+    many there are."""
     with importing():
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+    if not sys.stderr.isatty():
+        done, said = 0, time.monotonic()
+
+        def count(of: int) -> None:
+            nonlocal done, said
+            done += 1
+            if time.monotonic() - said >= _LINE_S and done < of:
+                said = time.monotonic()
+                print(f"attacks: {done} of {of}", file=sys.stderr, flush=True)
+
+        yield count
+        return
     columns = (TextColumn("attacks"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True, disable=not sys.stderr.isatty()) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("attacks", total=None)
         yield lambda of: bar.update(task, advance=1, total=of)

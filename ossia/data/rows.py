@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, NamedTuple, NoReturn, Protocol
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ossia.errors import DataError, RunError
+from ossia.harmony.openai_tools import MOST_LEVELS
 
 Row = dict[str, Any]
 _CHUNK_BYTES = 1 << 22
@@ -100,15 +102,27 @@ _STRICT_DECODER = json.JSONDecoder(object_pairs_hook=_object, parse_constant=_no
 def parse_json(text: str, *, strict: bool = False) -> Any:
     """JSON text in which no object has a key twice.
 
-    strict  whether NaN and Infinity, which Python writes and JSON doesn't have, are refused
+    strict  whether NaN and Infinity, which Python writes and JSON doesn't have, are refused, and a value inside
+            MOST_LEVELS others
     Raises  ValueError with a reason that fits behind a field's name
     """
     try:
-        return (_STRICT_DECODER if strict else _DECODER).decode(text)
+        value = (_STRICT_DECODER if strict else _DECODER).decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at column {error.pos + 1}") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    if strict and _is_deep(value):
+        raise ValueError(f"nested too deeply: a value inside {MOST_LEVELS} others; make it flatter")
+    return value
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        inside = [one.values() if isinstance(one, dict) else one for one in level if isinstance(one, dict | list)]
+        level = list(chain.from_iterable(inside))
+    return bool(level)
 
 
 def row_hash(raw: bytes, seed: int) -> bytes:

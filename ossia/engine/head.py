@@ -210,8 +210,9 @@ class Heads:
             own_L[mine_N] += (a_Nr.float() * b_Vr[ids_L[mine_N]].float()).sum(-1)
         ids_B = drawn.ids_B.index_copy(0, rules.left_L, ids_L)
         logprob_B = drawn.logprob_B.index_copy(0, rules.left_L, logprobs(own_L, logits_LV, lse_L, ids_L))
-        top = dict(zip(rules.left, _top(logits_LV, lse_L, rules.top), strict=True)) if any(rules.top) else {}
-        return Picked(ids_B, ids_B.tolist(), logprob_B.tolist(), top)
+        ids, lps = ids_B.tolist(), logprob_B.tolist()
+        tops = zip(rules.left, _top(logits_LV, lse_L, rules.top), strict=True) if any(rules.top) else ()
+        return Picked(ids_B, ids, lps, {row: _with_own(top, ids[row], lps[row]) for row, top in tops})
 
     def _adapted(self, h_LD: Tensor, adapter_L: Sequence[int]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Of each adapter on the head: its rows (N,) int64, what its A makes of them (N, r), and its B (V, r)."""
@@ -241,7 +242,8 @@ def score_rows(
         if head.lora_a is not None and head.lora_b is not None:
             own += (linear(h, Linear(head.lora_a)).float() * head.lora_b[ids].float()).sum(-1)
         tops = _top(logits, lse, [top] * len(h)) if top and len(h) else [()] * len(h)
-        yield logprobs(own, logits, lse, ids).tolist(), tops
+        found = logprobs(own, logits, lse, ids).tolist()
+        yield found, [_with_own(*one) for one in zip(tops, ids.tolist(), found, strict=True)]
 
 
 def step_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -259,3 +261,8 @@ def _top(logits_LV: Tensor, lse_L: Tensor, wanted: Sequence[int]) -> list[TopTok
         tuple(zip(mine[:count], theirs[:count], strict=True))
         for mine, theirs, count in zip(ids.tolist(), lps, wanted, strict=True)
     ]
+
+
+def _with_own(top: TopTokens, number: int, logprob: float) -> TopTokens:
+    """The likeliest tokens, of which the one that was drawn has the logprob that is told for it, not a rounded one."""
+    return tuple((other, logprob if other == number else found) for other, found in top)

@@ -20,13 +20,14 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 from ossia.errors import HarmonyError
 from ossia.harmony.messages import CHANNELS, CONSTRAIN_JSON, ROLES, WEIGHTS, Conversation, Effort, Message, System
 from ossia.harmony.openai_tools import (
     NAME,
     check_keys,
+    check_texts,
     fail,
     function_called,
     name_of,
@@ -323,10 +324,6 @@ def _text(value: Any, field: str) -> str:
     return "".join(texts)
 
 
-def _no_json(value: object) -> NoReturn:
-    raise TypeError(f"found {seen(value)}")
-
-
 def _arguments(value: Any, field: str) -> str:
     """Arguments as text: a string is kept as it is, an object becomes compact JSON."""
     if isinstance(value, str):
@@ -336,12 +333,11 @@ def _arguments(value: Any, field: str) -> str:
         return "{}"
     if not isinstance(value, Mapping):
         fail(field, f"expected a JSON object or its text, found {seen(value)}")
+    check_texts(value, field)
     try:
-        text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False, default=_no_json)
-    except (TypeError, ValueError, RecursionError) as error:
+        return json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    except (TypeError, ValueError) as error:
         fail(field, f"can't be written as JSON: {error}")
-    check_field(text, field)
-    return text
 
 
 def _check_keys(row: Mapping[str, Any], role: str, field: str) -> None:

@@ -20,7 +20,7 @@ from ossia.harmony.messages import Tool
 from ossia.harmony.vocab import check_field
 
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
-MOST_LEVELS = 64  # of a schema inside a schema
+MOST_LEVELS = 64  # of a schema inside a schema, and of a value inside a value: what Python takes differs by its version
 _FUNCTION = ("name", "description", "parameters", "strict")
 _CALLED = ("name", "arguments")
 # `transformers` adds `return` to a function, and Harmony writes every result as `any`; OpenAI's client adds the other.
@@ -171,11 +171,11 @@ class _Schemas:
                 return self.read(value, field, level + 1)
         elif isinstance(value, list) and key in _SCHEMAS:
             return [self._one(inner, f"{field}[{index}]", level) for index, inner in enumerate(value)]
-        _check_texts(value, field)
+        check_texts(value, field)
         return value
 
     def _one(self, value: Any, field: str, level: int) -> Any:
-        _check_texts(field, field)
+        check_texts(field, field)
         if isinstance(value, Mapping):
             return self.read(value, field, level + 1)
         if not isinstance(value, bool):
@@ -229,19 +229,20 @@ def _nearest_type(name: Any) -> str:
     return f"; did you mean {words[word]}?" if word in words else nearest(word, _TYPES)
 
 
-def _check_texts(value: Any, field: str, level: int = 0) -> None:
-    """Raise HarmonyError, naming the field, for a text anywhere inside `value` that isn't Unicode."""
+def check_texts(value: Any, field: str, level: int = 0) -> None:
+    """Raise HarmonyError, naming the field, for a text anywhere inside `value` that isn't Unicode, for what JSON has no
+    type for, and for a value inside MOST_LEVELS others."""
     if isinstance(value, str):
         check_field(value, field)
     elif level == MOST_LEVELS:
         fail(field, f"a value inside {MOST_LEVELS} others; make it flatter")
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _check_texts(key, field)
-            _check_texts(item, f"{field}.{key}", level + 1)
+            check_texts(key, field)
+            check_texts(item, f"{field}.{key}", level + 1)
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _check_texts(item, f"{field}[{index}]", level + 1)
+            check_texts(item, f"{field}[{index}]", level + 1)
     elif not isinstance(value, int | float | None):
         fail(field, f"can't be written as JSON: found {seen(value)}")
 

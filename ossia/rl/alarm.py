@@ -6,7 +6,7 @@ Rewards have no scale of their own, so each is looked at within the lowest and h
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
@@ -17,18 +17,34 @@ LOST = 0.5  # of what the best mean was above the lowest reward
 ERRORS = 1.5  # standard errors that a loss has to have, so that few samples a step don't make one by chance
 STUCK = 0.75  # of the groups
 JUMP, SHORTER = 0.3, 0.6
+FAILED = 0.25  # of a step's samples
 
 
 @dataclass(frozen=True, slots=True)
 class Warned:
     """What is wrong.
 
-    kind   collapse, stuck (hardly a group has a signal), or cheat (a jump with shorter answers)
+    kind   collapse, stuck (hardly a group has a signal), cheat (a jump with shorter answers), or failing (many samples
+           got no reward)
     words  what was seen, and what to do
     """
 
-    kind: Literal["collapse", "stuck", "cheat"]
+    kind: Literal["collapse", "stuck", "cheat", "failing"]
     words: str
+
+
+def failing(failures: Sequence[str], num_samples: int) -> Warned | None:
+    """Whether the environment failed at more of a step's samples than can be overlooked: a mistake in the reward.
+
+    failures  why, of each sample that got no reward
+    """
+    if len(failures) <= FAILED * num_samples:
+        return None
+    why, times = Counter(failures).most_common(1)[0]
+    return Warned(
+        "failing",
+        f"{len(failures)} of {num_samples} samples got no reward and teach nothing; {times} of them: {why}",
+    )
 
 
 class Alarm:

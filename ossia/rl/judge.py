@@ -10,21 +10,26 @@ import queue
 import threading
 import time
 from dataclasses import dataclass, field
-from types import TracebackType
 
-from ossia.rl.env import Episode, Step, Turn
+from ossia.rl.env import Caught, Env, Episode, Step, Task, Turn
+
+_LOOK_S = 0.05  # between two looks at what has had its time
 
 
 @dataclass(slots=True)
 class Verdict:
-    """What became of one turn: a step, or why there is none. `done` is set once either is known."""
+    """What became of one turn: a step, or why there is none. `done` is set once either is known.
+
+    is_late  the turn had its time; its thread may still be at it
+    """
 
     episode: Episode
     turn: Turn
     step: Step | None = None
     failure: str | None = None
-    started_s: float | None = None
+    started_s: float = 0.0
     seconds: float = 0.0
+    is_late: bool = False
     done: threading.Event = field(default_factory=threading.Event)
 
 
@@ -35,6 +40,8 @@ class Judge:
         self._timeout_s = timeout_s
         self._jobs: queue.SimpleQueue[Verdict | None] = queue.SimpleQueue()
         self._workers = workers
+        self._lock = threading.Lock()  # of `_running` and of who sets a verdict
+        self._running: dict[int, Verdict] = {}
         for _ in range(workers):
             self._hire()
 
@@ -46,12 +53,9 @@ class Judge:
 
     def wait(self, verdict: Verdict) -> Verdict:
         """The verdict once it is known, or once the turn has had its time."""
-        while not verdict.done.wait(0.05 if verdict.started_s is None else self._left(verdict)):
-            if verdict.started_s is not None and self._left(verdict) <= 0:
-                verdict.failure = f"no verdict after {self._timeout_s:g} s"
-                verdict.seconds = self._timeout_s
-                self._hire()  # for the thread that still hangs there
-                break
+        # All that run are watched, not this one alone: it may have to wait for a thread that hangs in another.
+        while not verdict.done.wait(min(_LOOK_S, self._timeout_s)):
+            self._give_up()
         return verdict
 
     def close(self) -> None:
@@ -59,9 +63,18 @@ class Judge:
         for _ in range(self._workers):
             self._jobs.put(None)
 
-    def _left(self, verdict: Verdict) -> float:
-        assert verdict.started_s is not None
-        return max(0.0, verdict.started_s + self._timeout_s - time.monotonic())
+    def _give_up(self) -> None:
+        """Turns that have had their time get no verdict; another thread takes the place of each that hangs there."""
+        now = time.monotonic()
+        with self._lock:
+            late = [one for one in self._running.values() if now - one.started_s >= self._timeout_s]
+            for verdict in late:
+                del self._running[id(verdict)]
+                verdict.failure = f"no verdict after {self._timeout_s:g} s"
+                verdict.seconds, verdict.is_late = self._timeout_s, True
+                verdict.done.set()
+        for _ in late:
+            self._hire()
 
     def _hire(self) -> None:
         threading.Thread(target=self._work, name="judge", daemon=True).start()
@@ -69,29 +82,40 @@ class Judge:
     def _work(self) -> None:
         while (verdict := self._jobs.get()) is not None:
             verdict.started_s = time.monotonic()
-            caught = _Caught()
-            step = None
+            with self._lock:
+                self._running[id(verdict)] = verdict
+            caught = Caught()
+            step: Step | None = None
             with caught:
                 step = verdict.episode.step(verdict.turn)
-            if verdict.failure is not None:
-                return  # too late: this thread's place was taken
-            verdict.seconds = time.monotonic() - verdict.started_s
-            if step is None:
-                verdict.failure = caught.why or "the environment returned no step"
-            verdict.step = step
-            verdict.done.set()
+            with self._lock:
+                if self._running.pop(id(verdict), None) is None:
+                    return  # too late: this thread's place was taken
+                verdict.seconds = time.monotonic() - verdict.started_s
+                if caught.why is not None:
+                    verdict.failure = caught.why
+                elif isinstance(step, Step):
+                    verdict.step = step
+                else:
+                    verdict.failure = f"the environment returned {type(step).__name__}, not a Step"
+                verdict.done.set()
 
 
-class _Caught:
-    """Whatever an environment raises is a result of its own, not an error of the run."""
+class Opened:
+    """An episode that is opened at its first turn, on the judge's thread: so what its environment raises then costs
+    that sample alone too, and the opening of many goes on beside generation."""
 
-    why: str | None = None
+    def __init__(self, env: Env, task: Task, seed: int) -> None:
+        self._env, self._task, self._seed = env, task, seed
+        self._episode: Episode | None = None
 
-    def __enter__(self) -> _Caught:
-        return self
+    def step(self, turn: Turn) -> Step:
+        """See Episode."""
+        if self._episode is None:
+            self._episode = self._env.open(self._task, self._seed)
+        return self._episode.step(turn)
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> bool:
-        if error is None or kind is None or not issubclass(kind, Exception):
-            return False
-        self.why = f"{kind.__name__}: {error}"
-        return True
+    def close(self) -> None:
+        """See Episode."""
+        if self._episode is not None:
+            self._episode.close()

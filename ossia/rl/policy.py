@@ -16,7 +16,7 @@ from ossia.errors import RunError
 from ossia.harmony.render import Renderer
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.transformer import Transformer
-from ossia.rl.alarm import Alarm
+from ossia.rl.alarm import Alarm, failing
 from ossia.rl.batch import Group, PolicyBatch, PolicyLoss, make_batch, rule_of, score_group
 from ossia.rl.judge import Judge
 from ossia.rl.record import SampleLog
@@ -42,6 +42,10 @@ class Sampled:
     def trajectories(self) -> list[Trajectory]:
         """All of them."""
         return [one.trajectory for group in self.groups for one in group.samples]
+
+    def failures(self) -> list[str]:
+        """Why those samples got no reward that got none."""
+        return [t.failure for t in self.trajectories() if t.failure is not None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +146,8 @@ class Policy:
                 f"  next: {lag}dtype float32, rl.router_replay: true, or report this"
             )
         rewards = [[one.reward for one in group.samples if one.reward is not None] for group in sampled.groups]
-        if warning := self.alarm.see(rewards, metrics["answer_tokens"]):
+        seen = self.alarm.see(rewards, metrics["answer_tokens"])
+        if warning := failing(sampled.failures(), len(sampled.trajectories())) or seen:
             metrics |= {"alarm": warning.words, "alarm_kind": warning.kind}
         return metrics
 
@@ -233,8 +238,7 @@ class Policy:
             for name, value in t.metrics.items():
                 parts.setdefault(name, []).append(value)
         return {
-            "reward": fmean(rewards) if rewards else 0.0,
-            "reward_spread": pstdev(rewards) if rewards else 0.0,
+            **({"reward": fmean(rewards), "reward_spread": pstdev(rewards)} if rewards else {}),
             **{f"part_{name}": fmean(values) for name, values in sorted(parts.items())},
             "answer_tokens": num_tokens / len(all_of),
             "malformed": fmean(t.problems > 0 for t in all_of),
@@ -251,7 +255,9 @@ class Policy:
         self.samples.write(self.number, "eval", groups)
         rewards = _rewards(groups)
         if not rewards:
-            raise RunError("no held-out task got a reward: the environment failed at each; see samples.jsonl")
+            why = failing([one.trajectory.failure or "" for group in groups for one in group.samples], len(groups))
+            assert why is not None
+            raise RunError(f"no held-out task got a reward: {why.words}\n  next: mend the reward; see samples.jsonl")
         tokens = fmean(one.trajectory.num_sampled for group in groups for one in group.samples)
         return {"eval_reward": fmean(rewards), "eval_answer_tokens": tokens, "eval_tasks": len(rewards)}
 

@@ -12,7 +12,7 @@ Letters: L layers, k experts a token.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -22,8 +22,8 @@ from ossia.harmony.messages import Message
 from ossia.harmony.parse import StreamParser
 from ossia.harmony.render import Renderer
 from ossia.harmony.vocab import Vocabulary
-from ossia.rl.env import Env, Episode, Task, Turn
-from ossia.rl.judge import Judge, Verdict
+from ossia.rl.env import Caught, Env, Episode, Task, Turn
+from ossia.rl.judge import Judge, Opened, Verdict
 from ossia.rl.sampler import Sampler
 
 
@@ -134,7 +134,7 @@ class Rollout:
             [Trajectory(one, g, version, list(one.ids), [False] * len(one.ids)) for g in range(group)] for one in asked
         ]
         episodes = {
-            id(t): one.env.open(one.task, one.seed) for one, mine in zip(asked, groups, strict=True) for t in mine
+            id(t): Opened(one.env, one.task, one.seed) for one, mine in zip(asked, groups, strict=True) for t in mine
         }
         live = [trajectory for mine in groups for trajectory in mine]
         try:
@@ -142,14 +142,14 @@ class Rollout:
                 judged = self._turn(live, episodes, seed_of, greedy)
                 live = [t for t, verdict in judged if self._settle(t, self._judge.wait(verdict))]
         finally:
-            for episode in episodes.values():
-                episode.close()
+            for trajectory in (t for mine in groups for t in mine):
+                _close(episodes[id(trajectory)], trajectory)
         return groups
 
     def _turn(
         self,
         live: Sequence[Trajectory],
-        episodes: dict[int, Episode],
+        episodes: Mapping[int, Episode],
         seed_of: Callable[[Trajectory], int],
         greedy: bool,
     ) -> list[tuple[Trajectory, Verdict]]:
@@ -186,15 +186,18 @@ class Rollout:
         trajectory.reward_s += verdict.seconds
         step = verdict.step
         if step is None:
-            trajectory.reward, trajectory.finish, trajectory.failure = None, "failed", verdict.failure
-            return False
+            return _failed(trajectory, verdict.failure or "no verdict")
         assert trajectory.reward is not None
         trajectory.reward += step.reward
         for name, value in step.metrics.items():
             trajectory.metrics[name] = trajectory.metrics.get(name, 0.0) + value
         over = step.terminated or step.truncated or trajectory.finish == "length"
         if not over:
-            more = self._renderer.continuation(step.messages)
+            more: list[int] = []
+            with (caught := Caught()):
+                more = self._renderer.continuation(step.messages)
+            if caught.why is not None:
+                return _failed(trajectory, f"its messages can't be rendered: {caught.why}")
             over = (
                 trajectory.turns == self._limits.max_turns
                 or len(trajectory.ids) + len(more) >= self._limits.max_length
@@ -210,13 +213,29 @@ class Rollout:
         return False
 
 
+def _close(episode: Episode, trajectory: Trajectory) -> None:
+    """Let go of an episode; what it raises then costs the sample as well."""
+    caught = Caught()
+    with caught:
+        episode.close()
+    if caught.why is not None and trajectory.failure is None:
+        _failed(trajectory, f"closing: {caught.why}")
+
+
+def _failed(trajectory: Trajectory, why: str) -> bool:
+    """The environment gave no verdict: this sample counts for nothing, and its episode doesn't go on."""
+    trajectory.reward, trajectory.finish, trajectory.failure = None, "failed", why
+    return False
+
+
 def parse_turn(vocab: Vocabulary, ids: Sequence[int]) -> Turn:
     """Sampled ids that follow `<|start|>assistant` as the environment sees them."""
     parser = StreamParser(vocab)
     for number in ids:
         parser.push(number)
     parser.finish()
-    return Turn(tuple(parser.messages), parser.stop, tuple(f"{p.what}: {p.text!r}" for p in parser.problems))
+    problems = tuple(f"{p.what}: {p.text!r}" for p in parser.problems)
+    return Turn(tuple(parser.messages), parser.stop, problems, tuple(ids))
 
 
 def _joined(before: np.ndarray | None, now: np.ndarray) -> np.ndarray:

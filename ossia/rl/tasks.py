@@ -13,11 +13,11 @@ from typing import Any
 
 from ossia.config import HarmonyConfig, Recipe
 from ossia.data.sources import open_rows
-from ossia.errors import DataError, HarmonyError
+from ossia.errors import DataError, HarmonyError, RecipeError
 from ossia.harmony.chat import conversation_from_messages
 from ossia.harmony.messages import System
 from ossia.harmony.render import Renderer
-from ossia.rl.env import Env, Split, Task, validate
+from ossia.rl.env import Caught, Env, Split, Task, validate
 from ossia.rl.envs import load_object, make_env
 from ossia.rl.functions import RewardFunctions
 from ossia.rl.jail import Jails
@@ -44,7 +44,12 @@ def open_envs(recipe: Recipe, jails: Jails) -> list[NamedEnv]:
             validate(named.env, named.name, seed=recipe.train.seed, most=1)
         return envs
     rows = [open_rows(source.path, source.split) for source in recipe.data or ()]
-    functions = {reference.rpartition(":")[2]: load_object(reference) for reference in recipe.reward}
+    names = [reference.rpartition(":")[2] for reference in recipe.reward]
+    if twice := [name for number, name in enumerate(names) if name in names[:number]]:
+        raise RecipeError(
+            f"reward: two functions are called `{twice[0]}`; each is a part of its own\n  next: rename one"
+        )
+    functions = {name: load_object(reference) for name, reference in zip(names, recipe.reward, strict=True)}
     return [NamedEnv("reward", RewardFunctions(rows, functions), 1.0)]
 
 
@@ -86,12 +91,15 @@ class TaskStream:
         # of one task's own, so that no position depends on how the ones before were used
         rng = random.Random(f"{self._split} {self._seed} {self._num_taken}")
         which = rng.choices(range(len(self._envs)), [one.weight for one in self._envs])[0]
-        task = next(self._tasks[which], None)
-        if task is None:
-            self._tasks[which] = self._envs[which].env.tasks(self._split, self._seed)
-            self._taken[which] = 0
+        named, task = self._envs[which], None
+        with (caught := Caught(theirs_alone=True)):
             task = next(self._tasks[which], None)
-        named = self._envs[which]
+            if task is None:
+                self._tasks[which] = named.env.tasks(self._split, self._seed)
+                self._taken[which] = 0
+                task = next(self._tasks[which], None)
+        if caught.why is not None:
+            raise DataError(f"env {named.name}: its tasks fail: {caught.why}\n  next: mend the environment")
         if task is None:
             raise DataError(
                 f"env {named.name}: no {self._split} tasks\n  next: give it some, or take it out of the recipe"

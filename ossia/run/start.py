@@ -8,20 +8,27 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from ossia.config import Recipe
+from ossia.errors import RunError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.open import open_model
 from ossia.model.transformer import Transformer
-from ossia.run.trained import make_trainable, show_trainable
-from ossia.train.events import EventLog, Sink, environment, peak_bytes, write_env
+from ossia.run.trained import ADAPTER, MODEL, make_trainable, show_trainable
+from ossia.train.events import ENV, EVENTS, EventLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, Stream, find_start
 from ossia.train.optim import AdamW, lr_at
+from ossia.train.report.page import RECIPE, REPORT, SAMPLES
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
-from ossia.train.state import SavedState, seed_generators, write_file
+from ossia.train.state import SavedState, checkpoint_paths, seed_generators, write_file
+
+# What a run writes into its folder, besides its events.
+_WRITTEN = (ADAPTER, MODEL, ENV, RECIPE, REPORT, SAMPLES)
+_NAMED = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,21 +55,40 @@ def started(recipe: Recipe, steps: int, *, resume: bool, sink: Sink | None) -> I
 
     resume  go on from the newest whole checkpoint
     sink    hears every event instead of the terminal
-    Raises  RunError as `find_start`; what opening the model raises
+    Raises  RunError as `find_start`, and for a folder that holds what this run would write; what opening the model
+            raises
     """
     folder = recipe.output
+    _check_folder(folder, recipe)
     with EventLog(folder) as log:
         saved = find_start(folder, resume=resume, say=say)
         model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device)
         make_trainable(model, recipe)
         show_trainable(model)
-        write_file(folder / "recipe.yaml", recipe.to_yaml())
+        write_file(folder / RECIPE, recipe.to_yaml())
         start = saved.step if saved else 0
         now = datetime.now().astimezone()
         write_env(folder, environment(model.device), now=now, resumed_from=saved.step if saved else None, say=say)
         log.add(sink or TerminalSink(steps, step=start))
         log.add(*open_sinks(recipe.log.sinks, folder, recipe.model_dump(mode="json"), step=start))
         yield Started(log, saved, model, vocab)
+
+
+def _check_folder(folder: Path, recipe: Recipe) -> None:
+    """Before a folder becomes a run's: refuse one with what the run would write itself, say what else is in it."""
+    if not folder.is_dir() or (folder / EVENTS).exists() or checkpoint_paths(folder):
+        return
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith("."))
+    if taken := [name for name in names if name in _WRITTEN]:
+        raise RunError(
+            f"{folder}: `{taken[0]}` is there already, though no run is: the run would write over it, or take it for "
+            "its own\n  next: choose another `output`, or move it away"
+        )
+    known = recipe.to_yaml()
+    others = [name for name in names if str(folder / name) not in known and Path(name).suffix not in (".yaml", ".yml")]
+    if others:
+        more = f", and {len(others) - _NAMED} more" if len(others) > _NAMED else ""
+        say(f"{folder}: holds what is of no run, and stays as it is: {', '.join(others[:_NAMED])}{more}")
 
 
 def say(text: str) -> None:

@@ -174,8 +174,9 @@ class TerminalSink:
         speed = trained / seconds if seconds else 0.0
         left = human_time((self._steps - self._step) * seconds / len(self._recent))
         memory = human_bytes(event["peak_bytes"])
-        name = "reward" if "reward" in event else "loss"
-        return f"{name} {event[name]:.4f}{held_out}  {speed:,.0f} tok/s  {memory}  {left} left"
+        name = "reward" if "answer_tokens" in event else "loss"
+        value = f"{event[name]:.4f}" if name in event else "none"  # of a step whose samples all failed
+        return f"{name} {value}{held_out}  {speed:,.0f} tok/s  {memory}  {left} left"
 
     def say(self, text: str) -> None:
         """Print a message of the run above the bar."""

@@ -99,5 +99,7 @@ def test_half_a_character_is_told_by_the_rows_own_field(
         inside, last = inside[last], "city"
     text = inside[last]  # inside the quotes where the text is JSON
     inside[last] = text.replace('"}', '\ud83d"}') if text.startswith("{") else f"{text}\ud83d"
-    with pytest.raises(DataError, match=rf"rows0.jsonl:1: {re.escape(field)}: the text has a lone surrogate U\+D83D"):
+    with pytest.raises(
+        DataError, match=rf"rows0.jsonl:1: {re.escape(field)}(.city)?: the text has a lone surrogate U\+D83D"
+    ):
         read(broken, columns=columns)

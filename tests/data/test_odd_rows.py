@@ -29,6 +29,11 @@ def calling(arguments: Any, name: str = "weather") -> dict[str, Any]:
     return calls({"id": "1", "type": "function", "function": {"name": name, "arguments": arguments}})
 
 
+def deep(levels: int) -> Any:
+    """A value inside so many objects."""
+    return json.loads('{"a":' * levels + "1" + "}" * levels)
+
+
 def native(content: str, **keys: Any) -> dict[str, Any]:
     return {"role": "assistant", "channel": "commentary", "content": content, **keys}
 
@@ -146,7 +151,10 @@ RANGE = r"a weight is 0 \(not trained\) or from 1e-09 to 1e\+09"
         (turns(("human", "?"), ("function_call", "[" * 100_000)), r"conversations\[1\].value: .*nested too deeply"),
         (turns(("human", "?"), ("function_call", "9" * 5000)), r"conversations\[1\].value: .*digits"),
         (messages(USER, ANSWER, tools='[{"name": "f", "name": "g"}]'), r"tools: .*the key 'name' stands twice"),
-        (messages(USER, calling(json.loads('{"a":' * 450 + "1" + "}" * 450))), r"nested too deeply"),
+        (messages(USER, calling(deep(64))), r"arguments(\.a){64}: a value inside 64 others; make it flatter"),
+        (messages(USER, calling(deep(450))), r"a value inside 64 others"),
+        (messages(USER, calling(json.dumps(deep(64)))), r"arguments of a call, .*a value inside 64 others"),
+        (messages(USER, ANSWER, tools=json.dumps([deep(64)])), r"tools: .*a value inside 64 others"),
     ],
 )
 def test_a_row_that_nearly_says_something_is_refused_by_its_place_and_field(
@@ -154,6 +162,11 @@ def test_a_row_that_nearly_says_something_is_refused_by_its_place_and_field(
 ) -> None:
     with pytest.raises(DataError, match=r"rows0.jsonl:1: (.*)" + message):
         read(row)
+
+
+def test_arguments_may_be_nested_up_to_the_limit_whichever_python_reads_them(read: Read) -> None:
+    for arguments in (deep(63), json.dumps(deep(63))):
+        read(messages(USER, calling(arguments), RESULT, ANSWER))
 
 
 def test_a_column_that_is_null_or_misspelt_is_told_as_such(read: Read) -> None:

@@ -59,7 +59,7 @@ def test_a_value_that_json_has_no_type_for_is_never_taken_for_text(
         build(layout, rows.row(0), rows.where(0), Encoder(vocab, Renderer(vocab), TrainOn()))
     with pytest.raises(DataError, match=rf"completion: expected text or a list of messages, found a value .*{kind}"):
         open_table(pyarrow.table({"prompt": ["?"], "completion": pyarrow.array([value])})).read(0)
-    with pytest.raises(DataError, match=rf"arguments: can't be written as JSON: found TableValue <{kind}; store"):
+    with pytest.raises(DataError, match=rf"arguments.x: can't be written as JSON: found TableValue <{kind}; store"):
         open_table(pyarrow.table(calling({"x": value}))).read(0)
 
 

@@ -335,6 +335,15 @@ def test_the_likeliest_tokens_come_with_their_logprobs(tiny: MakeTiny) -> None:
     assert [top[0][1] for top in three.top] == pytest.approx(three.logprobs, abs=1e-5)
 
 
+def test_in_bf16_too_a_token_has_one_logprob_wherever_it_is_told(tiny: MakeTiny) -> None:
+    model = load(tiny(NARROW), placement="bf16", dtype=torch.bfloat16)
+    (prompt,) = random_prompts((9,))
+    (found,) = Engine(model).generate([Request(prompt, GREEDY, 8, top_logprobs=3)])
+    assert [dict(top)[number] for top, number in zip(found.top, found.ids, strict=True)] == found.logprobs
+    (scored,) = Engine(model).session().score([[*prompt, *found.ids]], top=250)
+    assert all(dict(token.top)[token.id] == token.logprob for token in scored[1:] if token.id in dict(token.top))
+
+
 def test_a_stop_text_ends_a_request_wherever_its_tokens_begin(tiny: MakeTiny, small_tokenizer) -> None:
     model, vocab = load(tiny(NARROW), placement="bf16"), Vocabulary.from_file(small_tokenizer)
     (prompt,) = random_prompts((6,))

@@ -146,7 +146,7 @@ BROKEN: list[tuple[Any, str, str]] = [
     ),
     (
         [user("Q"), assistant(tool_calls=[call("a", {"x": {1}})])],
-        "messages[1].tool_calls[0].function.arguments",
+        "messages[1].tool_calls[0].function.arguments.x",
         "as JSON",
     ),
     (

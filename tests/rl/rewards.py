@@ -68,3 +68,63 @@ class Talking(Parity):
 
     def open(self, task: Task, seed: int) -> Talk:  # type: ignore[override]
         return Talk(3)
+
+
+class Astray:
+    """An episode that says something other than messages, or fails at its end."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def step(self, turn: Turn) -> Step:
+        if self._number == 1:
+            return Step(({"role": "user", "content": "more"},), 0.5, terminated=False)  # type: ignore[arg-type]
+        return Step(reward=float(len(said(turn)) % 2))
+
+    def close(self) -> None:
+        if self._number == 2:
+            raise OSError("gone")
+
+
+class Everywhere(Parity):
+    """Fails wherever else an environment can."""
+
+    def open(self, task: Task, seed: int) -> Astray:  # type: ignore[override]
+        number = int(task.name.split()[-1]) % 4
+        if number == 0 and task.name.startswith("train"):
+            raise RuntimeError("no room")
+        return Astray(number)
+
+    def examples(self, task: Task) -> tuple[Turn, Sequence[Turn]]:
+        return final("odd"), ()
+
+
+class Never(Parity):
+    """Fails at every sample."""
+
+    def open(self, task: Task, seed: int) -> OneStep:
+        def verdict(turn: Turn) -> tuple[float, dict[str, float]]:
+            raise NameError("zipp")
+
+        return OneStep(verdict)
+
+
+class Untried(Parity):
+    """Its examples fail."""
+
+    def examples(self, task: Task) -> tuple[Turn, Sequence[Turn]]:
+        raise KeyError("gold")
+
+
+class Unlisted(Parity):
+    """Its tasks fail, after a few."""
+
+    def tasks(self, split: Split, seed: int) -> Iterator[Task]:
+        for number, task in enumerate(super().tasks(split, seed)):
+            if number == 4:
+                raise OSError("no file")
+            yield task
+
+
+class Nothing:
+    """No environment."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ossia.rl.alarm import Alarm
+from ossia.rl.alarm import Alarm, failing
 
 Step = tuple[list[list[float]], float]
 
@@ -69,3 +69,12 @@ def test_what_it_remembers_goes_on() -> None:
         first.see(*one)
     second = Alarm(**first.state())
     assert [second.see(*one) for one in steps[12:]] == [whole.see(*one) for one in steps[12:]]
+
+
+def test_rewards_that_fail_are_told_once_they_are_too_many_to_overlook() -> None:
+    assert failing(["a"] * 4, 16) is None
+    warned = failing(["a", "b", "b", "c", "b"], 16)
+    assert warned is not None
+    assert warned.kind == "failing"
+    assert "5 of 16 samples" in warned.words
+    assert "3 of them: b" in warned.words

@@ -16,6 +16,7 @@ from ossia.errors import RecipeError, RewardError
 from ossia.harmony import Message
 from ossia.rl.env import Env, OneStep, Split, Task, Turn, final, validate
 from ossia.rl.envs import ENVS, make_env
+from ossia.rl.envs.squares import Squares
 from ossia.rl.jail import Jails, probe_level
 
 EXACT = ("sort", "reverse", "add", "count", "tool_python")  # one right text, worth 1
@@ -121,8 +122,12 @@ def test_an_environment_of_ones_own_is_named_by_its_file(tmp_path: Path) -> None
 
 def test_an_environment_of_ones_own_that_runs_code_is_given_the_jails(tmp_path: Path, jails: Jails) -> None:
     file = tmp_path / "mine.py"
-    file.write_text("def make(n, jails):\n    return (n, jails)\n")
-    assert make_env(f"{file}:make", {"n": 3}, jails) == (3, jails)
+    file.write_text(
+        "from ossia.rl.envs.squares import Squares\ndef make(n, jails):\n    return Squares(jails, calls=n)\n"
+    )
+    env = make_env(f"{file}:make", {"n": 3}, jails)
+    assert isinstance(env, Squares)
+    assert (env.calls, env.jails) == (3, jails)
 
 
 class Generous:

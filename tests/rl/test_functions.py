@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from ossia.data.sources import open_rows
 from ossia.errors import DataError, RecipeError
 from ossia.rl.env import Turn, final
 from ossia.rl.functions import RewardFunctions
+from ossia.rl.jail import Jails
+from ossia.rl.tasks import open_envs
 from tests.conftest import MakeTiny
 from tests.rl.test_grpo import Quiet, lines
 from tests.shapes import LEAST
@@ -68,12 +71,63 @@ def test_a_prompt_of_messages_gets_its_completion_as_a_message(tmp_path: Path) -
     env.open(next(env.tasks("train", 0)), 0).step(final("5"))
     assert seen["prompts"] == [messages[:1]]
     assert seen["completions"] == [[{"role": "assistant", "content": "5"}]]
-    assert set(seen) == {"prompts", "completions", "level"}
+    assert set(seen) == {"prompts", "completions", "completion_ids", "level"}
 
 
 def test_a_function_may_not_apply_to_a_row(tmp_path: Path) -> None:
     env = env_of(tmp_path, [{"prompt": str(n), "kind": "text", "answer": "x"} for n in range(20)], "of_code", "length")
     assert env.open(next(env.tasks("train", 0)), 0).step(final("ab")).metrics == {"length": -0.2}
+
+
+def test_a_function_gets_the_sampled_ids_if_it_takes_them_and_may_be_async(tmp_path: Path) -> None:
+    async def later(completions: list[str], **columns: Any) -> list[float]:
+        return [float(len(completions))]
+
+    def lengths(prompts: Any, completions: Any, completion_ids: list[list[int]], answer: Any) -> list[float]:
+        return [float(len(ids)) for ids in completion_ids]
+
+    def strict(prompts: Any, completions: Any, answer: Any) -> list[float]:
+        return [0.25]
+
+    rows = open_rows(str(rows_file(tmp_path, [{"prompt": str(n), "answer": "x"} for n in range(20)])))
+    env = RewardFunctions([rows], {"later": later, "lengths": lengths, "strict": strict})
+    turn = replace(final("ab"), ids=(1, 2, 3))
+    step = env.open(next(env.tasks("train", 0)), 0).step(turn)
+    assert step.metrics == {"later": 1.0, "lengths": 3.0, "strict": 0.25}
+
+
+def test_a_function_that_the_rows_can_not_call_is_told_before_anything_is_sampled(tmp_path: Path) -> None:
+    rows = open_rows(str(rows_file(tmp_path, [{"prompt": "?", "answer": "x"}])))
+
+    def other(completions: Any, solution: Any, **columns: Any) -> list[float]:
+        return [0.0]
+
+    def closed(prompts: Any, completions: Any) -> list[float]:
+        return [0.0]
+
+    with pytest.raises(RecipeError, match=r"`other` can't be called .*'solution'\n  given.*: .*completion_ids, answer"):
+        RewardFunctions([rows], {"other": other})
+    with pytest.raises(RecipeError, match=r"`closed` can.t be called .*answer"):
+        RewardFunctions([rows], {"closed": closed})
+    with pytest.raises(RecipeError, match="`three` is 3; expected: a function"):
+        RewardFunctions([rows], {"three": 3})  # type: ignore[dict-item]
+
+
+def test_two_functions_of_one_name_are_refused_and_a_broken_file_is_told(tmp_path: Path) -> None:
+    rows_file(tmp_path, [{"prompt": "?", "answer": "x"}])
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(FUNCTIONS)
+    (tmp_path / "broken.py").write_text("import no_such_thing\n")
+    base = {"method": "grpo", "model": "m", "adapter": {"rank": 2}, "data": str(tmp_path / "prompts.jsonl")}
+
+    def envs(*references: str) -> None:
+        recipe = recipe_from_dict({**base, "reward": list(references), "train": {"steps": 1}})
+        open_envs(recipe, Jails())
+
+    with pytest.raises(RecipeError, match="two functions are called `length`"):
+        envs(f"{tmp_path}/a.py:length", f"{tmp_path}/b.py:length")
+    with pytest.raises(RecipeError, match=r"broken.py can't be loaded: ModuleNotFoundError.*\(broken.py:1\)"):
+        envs(f"{tmp_path}/broken.py:f")
 
 
 def test_every_row_is_trained_or_held_out_and_none_is_both(tmp_path: Path) -> None:

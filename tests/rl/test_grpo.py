@@ -13,7 +13,7 @@ import torch
 
 from ossia import grpo
 from ossia.config import Recipe, load_recipe
-from ossia.errors import RunError
+from ossia.errors import RunError, UserError
 from ossia.rl.rollout import Rollout
 from tests.rl.conftest import RecipeFor
 from tests.train.small_run import Death, forkserver
@@ -92,8 +92,49 @@ def test_failures_of_an_environment_cost_those_samples_alone(recipe_of: RecipeOf
     events, samples = train(recipe_of(env="Failing", steps=2))
     failed = [sample for sample in samples if sample["failure"] and sample["split"] == "train"]
     assert steps_of(events)[-1]["reward_failures"] == len(failed) > 0
-    assert {sample["failure"] for sample in failed} == {"ValueError: odd"}
+    assert {sample["failure"].partition(" (rewards.py:")[0] for sample in failed} == {"ValueError: odd"}
     assert all(sample["reward"] is None and sample["advantage"] is None for sample in failed)
+
+
+def test_an_environment_that_fails_to_open_to_speak_or_to_close_costs_those_samples_alone(recipe_of: RecipeOf) -> None:
+    events, samples = train(recipe_of(env="Everywhere", steps=4))
+    failed = {sample["failure"].partition(" (")[0] for sample in samples if sample["failure"]}
+    assert failed == {
+        "RuntimeError: no room",
+        "its messages can't be rendered: AttributeError: 'dict' object has no attribute 'content'",
+        "closing: OSError: gone",
+    }
+    assert any(sample["reward"] is not None for sample in samples)
+    last = steps_of(events)[-1]
+    assert last["alarm_kind"] == "failing"
+    assert last["reward_failures"] == sum(bool(one["failure"]) for one in samples if one["split"] == "train")
+
+
+def test_a_reward_that_fails_at_every_sample_is_told_and_is_no_reward_of_nothing(recipe_of: RecipeOf) -> None:
+    events, _ = train(recipe_of(env="Never", held_out=0, steps=2))
+    for event in steps_of(events):
+        assert "reward" not in event
+        assert event["alarm_kind"] == "failing"
+        assert "12 of 12 samples got no reward" in event["alarm"]
+        assert "12 of them: NameError: zipp (rewards.py:" in event["alarm"]
+
+
+def test_no_held_out_reward_at_all_ends_the_run_with_the_reason(recipe_of: RecipeOf) -> None:
+    with pytest.raises(RunError, match=r"no held-out task got a reward: 2 of 2 .* NameError: zipp"):
+        train(recipe_of(env="Never"))
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ("Untried", r"its own tasks and examples fail: KeyError: 'gold' \(rewards.py:\d+\)"),
+        ("Unlisted", r"its tasks fail: OSError: no file \(rewards.py:\d+\)"),
+        ("Nothing", "is Nothing; expected: an environment"),
+    ],
+)
+def test_code_of_the_users_that_fails_is_told_as_the_users(recipe_of: RecipeOf, env: str, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        train(recipe_of(env=env))
 
 
 def test_several_updates_a_batch_leave_the_policy_that_sampled(recipe_of: RecipeOf) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,12 +12,12 @@ import torch
 
 from ossia.config import Recipe
 from ossia.data.pack import Pack
-from ossia.engine import Engine
+from ossia.engine import Completion, Engine
 from ossia.harmony import Renderer
 from ossia.model.lora import Lora, LoraSpec
 from ossia.model.open import open_model
 from ossia.rl.batch import Group, PolicyLoss, Scored, make_batch, rule_of, score_group
-from ossia.rl.env import Turn
+from ossia.rl.env import OneStep, Task, Turn
 from ossia.rl.envs import make_env
 from ossia.rl.jail import Jails
 from ossia.rl.judge import Judge
@@ -24,6 +25,7 @@ from ossia.rl.rollout import Limits, Rollout, Trajectory
 from ossia.rl.sampler import EngineSampler
 from ossia.rl.tasks import NamedEnv, TaskStream
 from ossia.train.schedule import forward_backward
+from tests.rl.rewards import Parity
 
 RecipeOf = Callable[..., Recipe]
 
@@ -66,6 +68,30 @@ def test_what_the_environment_said_is_in_the_context_and_never_trained(talked) -
         assert "result 2<|end|><|start|>assistant" in theirs
         assert "result" not in vocab.decode(t.sampled_ids())
         assert t.reward == 0.25 * t.turns
+
+
+def test_answers_are_judged_while_others_are_still_sampled(recipe_of: RecipeOf) -> None:
+    recipe, judged, seen = recipe_of(), threading.Event(), []
+
+    class Telling(Parity):
+        def open(self, task: Task, seed: int) -> OneStep:
+            return OneStep(lambda turn: (judged.set() or 1.0, {}))
+
+    class Patient(EngineSampler):
+        def answers(self) -> Iterator[tuple[int, Completion]]:
+            for number, answer in super().answers():
+                if seen:  # the second one isn't given before the first one was judged
+                    assert judged.wait(20)
+                seen.append(number)
+                yield number, answer
+
+    model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights="auto", device="cpu")
+    tasks = TaskStream([NamedEnv("env", Telling(), 1.0)], "train", 0, Renderer(vocab), recipe.harmony, 200)
+    judge = Judge(1, 30.0)
+    rollout = Rollout(Patient(Engine(model, vocab=vocab).session()), vocab, judge, Limits(8, 1, 256), routes=False)
+    (group,) = rollout.sample(tasks.take(1), 3, version=0, seed_of=lambda t: t.sample)
+    judge.close()
+    assert [t.reward for t in group] == [1.0] * 3
 
 
 def advantaged(groups: list[list[Trajectory]]) -> list[Group]:

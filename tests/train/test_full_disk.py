@@ -97,6 +97,7 @@ def test_a_small_file_that_a_full_disk_refuses_is_told_and_the_older_one_stays(
 ) -> None:
     recipe = load_recipe(recipe_for(tmp_path / "run"))
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "events.jsonl").touch()  # a run was begun there
     (tmp_path / "run" / name).write_text("")
     (tmp_path / "run" / f".{name}").symlink_to("/dev/full")  # where it grows before it takes its name
     with pytest.raises(RunError, match=rf"can't save {tmp_path / 'run' / name}: No space left on device\n  needed: "):

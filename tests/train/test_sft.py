@@ -185,6 +185,27 @@ def test_a_folder_that_another_process_trains_into_is_told_before_weights_are_re
         sft.run(recipe)
 
 
+def test_files_of_others_in_a_new_runs_folder_are_told_and_none_is_written_over(
+    make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    for name in ("notes.txt", "rows.jsonl", "my.yaml", ".hidden"):
+        (folder / name).touch()
+    recipe = make([say_row(1)], {"steps": 1}, output=str(folder))
+    with pytest.raises(Ended):
+        sft.run(recipe, sink=EndAtStart())
+    assert f"{folder}: holds what is of no run, and stays as it is: notes.txt, rows.jsonl\n" in capsys.readouterr().err
+    other = tmp_path / "other"
+    (other / "model").mkdir(parents=True)  # perhaps the model to train; the trained one goes there
+    monkeypatch.setattr(start, "open_model", None)
+    with pytest.raises(
+        RunError, match=r"other: `model` is there already, though no run is: the run would write over it"
+    ):
+        sft.run(make([say_row(1)], {"steps": 1}, output=str(other)))
+    assert [path.name for path in other.iterdir()] == ["model"]
+
+
 def test_a_step_that_is_no_whole_number_of_packs_is_said(
     make: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

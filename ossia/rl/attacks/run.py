@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -27,6 +28,7 @@ _START = "import json, sys; sys.path[:] = json.loads(sys.argv[2]); from ossia.rl
 _READY_S = 300.0  # imports, and honest answers in a slow environment
 _FOUND = {"reward", "failed", "earned", "touched", "honest", "broke", "broke_why", "seconds", "task"}
 _GO_S = 1.0
+_LATE_S = 3.0  # that a sign of life may be late
 _TURNS = 8  # judged for one attack, at most: its own, an honest answer's, and what that is compared with
 _MOST_SAID = 2000  # characters of a process's last words
 
@@ -115,13 +117,13 @@ def attack(
     }
     with ExitStack() as held:
         benches: SimpleQueue[_Judging] = SimpleQueue()
-        first = held.enter_context(_Judging(order, timeout_s * _TURNS))
+        first = held.enter_context(_Judging(order, timeout_s))
         fits = [attacks[name] for name in first.known["fits"] if name in attacks]
         if not fits:
             raise RewardError(f"env {env}: none of {len(attacks)} attacks is one on {first.known['target']}")
         benches.put(first)
         for _ in range(min(workers, len(fits)) - 1):
-            benches.put(held.enter_context(_Judging(order, timeout_s * _TURNS)))
+            benches.put(held.enter_context(_Judging(order, timeout_s)))
 
         def judge(numbered: tuple[int, Attack]) -> Result:
             bench = benches.get()
@@ -150,8 +152,10 @@ def attack(
 class _Judging:
     """A `worker`, started anew whenever an attack was its end; a context manager."""
 
-    def __init__(self, order: dict[str, Any], most_s: float) -> None:
-        self._order, self._most_s = order, most_s
+    def __init__(self, order: dict[str, Any], timeout_s: float) -> None:
+        self._order = order
+        # a program that lets no other thread run can't be timed in there
+        self._most_s, self._quiet_s = timeout_s * _TURNS, timeout_s + _LATE_S
         self._held = ExitStack()
         self.known: dict[str, Any] = {}
 
@@ -166,7 +170,7 @@ class _Judging:
 
     def judge(self, attack: Attack, number: int) -> Result:
         """What comes of one attack."""
-        said = self._ask({"name": attack.name, "number": number}, self._most_s)
+        said = self._ask({"name": attack.name, "number": number}, self._most_s, self._quiet_s)
         found = said.get("result") if said is not None else None
         if found is None and said == {"result": None}:
             return Result(attack, run=False, failed="it fits no task's question")
@@ -207,7 +211,7 @@ class _Judging:
             )
         self._held.callback(_end, process)
         self._held.callback(self._near.close)
-        known = self._ask(self._order, _READY_S)
+        known = self._ask(self._order, _READY_S, _READY_S)
         if known is None:
             raise RewardError(f"env {self._order['env']}: the process that judges ended: {self._last_words()}")
         if "error" in known:
@@ -215,13 +219,17 @@ class _Judging:
         self._held.callback(shutil.rmtree, known["folder"], ignore_errors=True)  # of one that couldn't itself
         self.known = self.known or known
 
-    def _ask(self, question: dict[str, Any], most_s: float) -> dict[str, Any] | None:
-        """The answer; None where there is none in time, or none that is one."""
-        self._near.settimeout(most_s)
+    def _ask(self, question: dict[str, Any], most_s: float, quiet_s: float) -> dict[str, Any] | None:
+        """The answer; None where there is none in time, or none that is one.
+
+        quiet_s  without a sign of life; most_s: with them
+        """
+        end = time.monotonic() + most_s
         try:
             self._near.sendall(json.dumps(question).encode() + b"\n")
             data = bytearray()
-            while not data.endswith(b"\n"):
+            while not (data.endswith(b"\n") and data.strip()):
+                self._near.settimeout(max(0.01, min(quiet_s, end - time.monotonic())))
                 part = self._near.recv(1 << 16)
                 if not part:
                     return None

@@ -6,10 +6,12 @@ A process of its own because an environment without a jail would be ended, stopp
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import socket
 import sys
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +122,7 @@ class _Bench:
         for turn in turns:
             verdict = self._judge.wait(self._judge.submit(episode, turn))
             if verdict.step is None:
-                if not verdict.done.is_set():
+                if verdict.is_late:
                     return 0.0, _LATE
                 episode.close()
                 return 0.0, verdict.failure or "no step"
@@ -134,20 +136,21 @@ class _Bench:
 def main() -> None:
     """Make the environment, say what is known of it, judge what is asked for."""
     with socket.socket(fileno=int(sys.argv[1])) as channel, channel.makefile("rw", encoding="ascii") as lines:
-        order = json.loads(lines.readline())
+        order, said = json.loads(lines.readline()), _Said(lines)
         attacks = {attack.name: attack for attack in read_attacks([Path(folder) for folder in order["folders"]])}
         with Jails() as jails, Outside() as outside:
             try:
                 env = make_env(order["env"], order["options"], jails)
                 bench = _Bench(env, order["env"], order["seed"], order["timeout_s"])
             except OssiaError as error:
-                _say(lines, {"error": str(error)})
+                said.say({"error": str(error)})
                 return
+            threading.Thread(target=said.live, name="live", daemon=True).start()
             outside.settle()
-            _say(lines, _known(bench, attacks, jails) | {"folder": outside.words["FOLDER"]})
+            said.say(_known(bench, attacks, jails) | {"folder": outside.words["FOLDER"]})
             for line in lines:
                 asked = json.loads(line)
-                _say(lines, {"result": bench.attack(attacks[asked["name"]], asked["number"], outside)})
+                said.say({"result": bench.attack(attacks[asked["name"]], asked["number"], outside)})
 
 
 def _known(bench: _Bench, attacks: Mapping[str, Attack], jails: Jails) -> dict[str, Any]:
@@ -161,9 +164,27 @@ def _known(bench: _Bench, attacks: Mapping[str, Attack], jails: Jails) -> dict[s
     }
 
 
-def _say(lines: Any, said: dict[str, Any]) -> None:
-    lines.write(json.dumps(said) + "\n")
-    lines.flush()
+class _Said:
+    """What is said on the channel: answers, and an empty line every second for as long as threads can run here."""
+
+    def __init__(self, lines: Any) -> None:
+        self._lines, self._lock = lines, threading.Lock()
+
+    def say(self, answer: dict[str, Any]) -> None:
+        """A line with an answer."""
+        self._write(json.dumps(answer))
+
+    def live(self) -> None:
+        """Never returns while somebody listens."""
+        with contextlib.suppress(OSError, ValueError):
+            while True:
+                self._write("")
+                time.sleep(1)
+
+    def _write(self, text: str) -> None:
+        with self._lock:
+            self._lines.write(text + "\n")
+            self._lines.flush()
 
 
 if __name__ == "__main__":

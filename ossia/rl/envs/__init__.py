@@ -13,7 +13,7 @@ from typing import Any
 
 from ossia.config.keys import nearest
 from ossia.errors import RecipeError
-from ossia.rl.env import Env
+from ossia.rl.env import Caught, Env
 from ossia.rl.envs import gym
 from ossia.rl.envs.game2048 import Game2048
 from ossia.rl.envs.kernel_c import KernelC
@@ -94,10 +94,20 @@ def _adapted(name: str, load: Callable[..., Env], theirs: str, options: Mapping[
 
 def _made(name: str, maker: Callable[..., Env], options: Mapping[str, Any], jails: Jails) -> Env:
     held = {"jails": jails} if "jails" in inspect.signature(maker).parameters else {}
-    try:
-        return maker(**options, **held)
-    except TypeError as error:
-        raise RecipeError(f"env: `{name}` can't be made with {dict(options)}: {error}") from error
+    made: Any = None
+    with (caught := Caught(theirs_alone=True)):
+        try:
+            made = maker(**options, **held)
+        except TypeError as error:
+            raise RecipeError(f"env: `{name}` can't be made with {dict(options)}: {error}") from error
+    if caught.why is not None:
+        raise RecipeError(f"env: `{name}` can't be made: {caught.why}")
+    if not isinstance(made, Env):
+        raise RecipeError(
+            f"env: `{name}` is {type(made).__name__}; expected: an environment, with tasks, open and examples\n"
+            "  next: see docs/rl.md, Own rewards; a reward function goes into `reward:`"
+        )
+    return made
 
 
 def load_object(reference: str) -> Any:
@@ -118,7 +128,10 @@ def _load_module(where: str, reference: str) -> ModuleType:
         assert spec is not None
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+        with (caught := Caught()):
+            spec.loader.exec_module(module)
+        if caught.why is not None:
+            raise RecipeError(f"`{reference}`: {where} can't be loaded: {caught.why}")
         return module
     try:
         return importlib.import_module(where)

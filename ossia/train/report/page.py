@@ -107,7 +107,10 @@ def _tiles(steps: Sequence[Event], evals: Sequence[Event]) -> str:
         after = f"{first[key]:.4f} {_when(first['step'])}" if len(evals) > 1 else ""
         tiles.append((title, f"{last[key]:.4f}", after))
     if is_rewarded(steps):
-        tiles.append(("Reward", f"{steps[-1]['reward']:.4f}", f"{steps[0]['reward']:.4f} in step {steps[0]['step']:,}"))
+        judged = [e for e in steps if "reward" in e]  # a step whose samples all failed has none
+        if judged:
+            before = f"{judged[0]['reward']:.4f} in step {judged[0]['step']:,}"
+            tiles.append(("Reward", f"{judged[-1]['reward']:.4f}", before))
     if steps:
         last, trained = steps[-1], sum(e["trained"] for e in steps)
         tokens, seconds = sum(e["tokens"] for e in steps), sum(e["step_s"] for e in steps)

@@ -17,7 +17,7 @@ Record = Mapping[str, Any]
 
 def is_rewarded(steps: Sequence[Event]) -> bool:
     """Whether these are the steps of a run from rewards."""
-    return bool(steps) and "reward" in steps[0]
+    return any("answer_tokens" in event for event in steps[:1])
 
 
 def reward_charts(steps: Sequence[Event], evals: Sequence[Event]) -> list[str]:

@@ -18,7 +18,7 @@ from queue import SimpleQueue
 import pytest
 
 from ossia.errors import DataError, RewardError
-from ossia.rl.attacks import PROGRAMS, as_text, attack, read_attacks
+from ossia.rl.attacks import PROGRAMS, as_text, attack, read_attacks, run
 from ossia.rl.attacks.outside import Outside
 from ossia.rl.attacks.target import find_target
 from ossia.rl.env import Task, final
@@ -62,6 +62,13 @@ def test_an_environment_without_a_jail_is_found_out_and_spared_what_would_hurt(t
     assert all(results[name].held and results[name].run for name in HARMLESS)
     assert not any(results[name].run for name in ("system/kill-everybody", "resources/fork-bomb"))
     assert f"{len(FOUND)} of {len(FOUND) + len(HARMLESS)} attacks got through" in text
+
+
+def test_a_program_that_lets_no_other_thread_run_is_given_up_after_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "_TURNS", 100)  # with signs of life a process may have these, and this one gives none
+    report = attack(NAIVE, {}, only=lambda one: one.name == "time/regular-expression", timeout_s=1.0)
+    (result,) = report.results
+    assert result.touched == ("ended, stopped or confused the process that judges",)
 
 
 def ossia(*words: str, cwd: Path) -> subprocess.CompletedProcess[str]:
