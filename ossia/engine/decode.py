@@ -195,7 +195,7 @@ class TorchDecoder:
         layers = self._layers[adapter]
         for index, lane in enumerate(self._lanes):
             if index == len(layers):
-                layer = model.fetch(index, expand=model.keeps_experts)
+                layer = model.fetch(index)
                 if self._fused:
                     layers.append(FusedLayer(model, layer, lane))
                 else:
@@ -365,8 +365,10 @@ class _ExpertViews:
     """One projection's experts, each on its own: views of the expanded weights, or expanded when they are asked for."""
 
     def __init__(self, expert: Expert, expand: Callable[[int], Tensor] | None) -> None:
-        self._expand = expand
-        self._weights = None if expand is not None else [weight_OI.t() for weight_OI in expert.weight.unbind()]
+        self._expand, self._weights = expand, None
+        if expand is None:
+            assert isinstance(expert.weight, Tensor)
+            self._weights = [weight_OI.t() for weight_OI in expert.weight.unbind()]
         self._biases, self._fan_out = expert.bias.unbind(), expert.bias.shape[1]
         self._adapters = None
         if expert.lora_a is not None and expert.lora_b is not None:

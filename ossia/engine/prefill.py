@@ -116,7 +116,7 @@ class Prefill:
                     routes_TLk[slice(None) if rows is None else rows.cpu().numpy(), index] = experts_Tk.cpu().numpy()
 
             attend = writer[lane].attention(index, context, model)
-            layer = self._fetch(parts[0][0].adapter, index)
+            layer = self._fetch(parts[0][0].adapter, index, len(ids))
             x_TD = model.layer_forward(layer, x_TD, context, rows=rows, attend=attend, note_experts=note)
         for (prompt, count), hidden_D, (start, end) in zip(
             parts, x_TD, pairwise(segments.starts.tolist()), strict=True
@@ -126,11 +126,11 @@ class Prefill:
             if routes_TLk is not None and prompt.wants_routes:
                 prompt.routes.append(routes_TLk[start:end])
 
-    def _fetch(self, adapter: int, index: int) -> Layer:
+    def _fetch(self, adapter: int, index: int, num_tokens: int) -> Layer:
         layers, model = self._layers[adapter], self._models[adapter]
         if index < len(layers):
             return layers[index]
-        layer = model.fetch(index)
+        layer = model.fetch(index, experts_at_once=model.experts_at_once(num_tokens))
         if model.keeps_experts:
             layers.append(layer)
         return layer

@@ -25,7 +25,7 @@ from ossia.model.weights import Trainable, Weights, expert_module, interleave_ga
 from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
 from ossia.ops.fused import parts_for
 from ossia.ops.linear import Dropout, Linear, linear
-from ossia.ops.moe import Expert, route
+from ossia.ops.moe import Expanding, Expert, experts_at_once, route
 from ossia.ops.rope import Yarn, rope_tables
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
@@ -48,6 +48,12 @@ class Layer:
     router: Linear
     gate_up: Expert
     down: Expert
+
+    def let_go(self) -> None:
+        """Forget experts that were expanded for this layer; they will be expanded again if they are needed again."""
+        for expert in (self.gate_up, self.down):
+            if isinstance(expert.weight, Expanding):
+                expert.weight.let_go()
 
 
 class PackedTokens(Protocol):
@@ -164,10 +170,10 @@ class Transformer:
         segments = Segments(pack.starts.cpu(), self.device, None if pack.unfold is None else pack.unfold.cpu())
         return Context(segments, *rope_tables(self.yarn, segments.positions_T, self.dtype))
 
-    def fetch(self, index: int, *, expand: bool = True) -> Layer:
+    def fetch(self, index: int, *, experts_at_once: int | None = None) -> Layer:
         """Layer `index` ready to compute with; gradients on its trainable parts where they are on.
 
-        expand  False: its experts' weights are left out (0 elements), for who reads them one at a time
+        experts_at_once  of packed experts, how many are expanded together; None: all, when they are first multiplied
         """
         name = f"model.layers.{index}"
         sliding = self.arch.layer_types[index] == "sliding_attention"
@@ -187,20 +193,25 @@ class Transformer:
             sinks_H=self.tensor(f"{name}.self_attn.sinks"),
             post_norm_D=self.tensor(f"{name}.post_attention_layernorm.weight"),
             router=part("mlp.router"),
-            gate_up=self._expert(index, "gate_up_proj", expand),
-            down=self._expert(index, "down_proj", expand),
+            gate_up=self._expert(index, "gate_up_proj", experts_at_once),
+            down=self._expert(index, "down_proj", experts_at_once),
         )
 
     def _adapter(self, module: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
         return (None, None) if self.lora is None else self.lora.pair(module, self.dtype)
 
-    def _expert(self, index: int, projection: str, expand: bool) -> Expert:
+    def _expert(self, index: int, projection: str, at_once: int | None) -> Expert:
         module = expert_module(index, projection)
         if module in self.trainable:
             bias = self.tensor(f"{module}_bias")
         else:
             bias = self.weights.expert_bias(index, projection)
-        weight = self.expert_weight(index, projection) if expand or module in self.trainable else torch.empty(0)
+        weight: Tensor | Expanding
+        # rounded ones pass their gradient on, so autograd has to know them
+        if torch.is_grad_enabled() if self.rounds(module) else self.keeps_experts:
+            weight = self.expert_weight(index, projection)
+        else:
+            weight = Expanding(partial(self._expand, index, projection), self.arch.num_experts, at_once)
         return Expert(weight, bias) if self.qat else Expert(weight, bias, *self._adapter(module))
 
     def rounds(self, module: str) -> bool:
@@ -213,14 +224,33 @@ class Transformer:
         module = expert_module(index, projection)
         if not self.rounds(module):
             return self.tensor(module) if module in self.trainable else self.weights.expert_weight(index, projection)
-        packed, dtype = self.packed_experts(index, projection), self.dtype
+        weight_EOD = self._expand(index, projection, slice(None))
         if module in self.trainable:
-            return passing_on(packed.expand(dtype), lambda grad: self.trainable.add_grad(module, grad.float()))
-        gate_up = projection == "gate_up_proj"
-        weight_EOD = (Packed(*map(split_gate_up, packed)) if gate_up else packed).expand(dtype)
+            return passing_on(weight_EOD, lambda grad: self.trainable.add_grad(module, grad.float()))
         if self.lora is None or module not in self.lora.sites:
             return weight_EOD
         return passing_on(weight_EOD, partial(self.lora.add_grad, module))
+
+    def _expand(self, index: int, projection: str, experts: slice) -> Tensor:
+        """Some experts or all, expanded or rounded on the spot, without gradients."""
+        module = expert_module(index, projection)
+        if not self.rounds(module):
+            return self.weights.expert_weight(index, projection, None if experts == slice(None) else experts)
+        packed = self.packed_experts(index, projection, experts)
+        if projection == "gate_up_proj" and module not in self.trainable:
+            packed = Packed(*map(split_gate_up, packed))
+        return packed.expand(self.dtype)
+
+    def experts_at_once(self, tokens: int) -> int | None:
+        """The default for a step of `tokens` tokens: see `ops.moe.experts_at_once`; None, all, on a CPU.
+
+        There expanding is what takes the time, and a part would be expanded once more for the layer's backward.
+        """
+        if self.device.type == "cpu":
+            return None
+        a, size = self.arch, self.dtype.itemsize
+        rows_bytes = tokens * a.experts_per_token * (2 * a.hidden_size + 3 * a.intermediate_size) * size
+        return experts_at_once(a.num_experts, 2 * a.intermediate_size * a.hidden_size * size, rows_bytes)
 
     def packed_experts(self, index: int, projection: str, experts: slice = slice(None)) -> Packed:
         """A projection's experts in MXFP4, what training changed merged in; gate and up rows in turn, as a checkpoint

@@ -150,47 +150,50 @@ class Weights:
         bias_EO = self.get(f"model.layers.{layer}.mlp.experts.{projection}_bias")
         return split_gate_up(bias_EO) if projection == "gate_up_proj" else bias_EO
 
-    def expert_weight(self, layer: int, projection: str, expert: int | None = None) -> Tensor:
-        """(E, O, D) in the computation's dtype, or (O, D) of one expert; expanded on the spot unless `bf16`."""
+    def expert_weight(self, layer: int, projection: str, expert: int | slice | None = None) -> Tensor:
+        """(E, O, D) in the computation's dtype, of some experts or all; (O, D) of one; expanded on the spot unless
+        `bf16`."""
         expanded = self._expanded.get((layer, projection))
-        if expert is None:
-            return self._expand(layer, projection, slice(None)) if expanded is None else expanded
-        one = slice(expert, expert + 1)
-        return self._expand(layer, projection, one)[0] if expanded is None else expanded[expert]
+        if expanded is not None:
+            return expanded if expert is None else expanded[expert]
+        if isinstance(expert, int):
+            return self._expand(layer, projection, slice(expert, expert + 1), alone=True)[0]
+        return self._expand(layer, projection, slice(None) if expert is None else expert)
 
     def expert_base(self, layer: int, projection: str, experts: slice = slice(None)) -> Base:
         """A projection's experts as the checkpoint has them, on the device: packed, or (E, O, D) bfloat16; gate and up
-        rows in turn."""
-        prefix = expert_module(layer, projection)
+        rows in turn. Some of them are fetched alone, see `_packed`."""
+        prefix, alone = expert_module(layer, projection), experts != slice(None)
         if self.checkpoint.layout == "bf16":
-            return self._packed(layer, prefix, experts).transpose(1, 2)
-        return Packed(*(self._packed(layer, prefix + part, experts) for part in ("_blocks", "_scales")))
+            return self._packed(layer, prefix, experts, alone).transpose(1, 2)
+        return Packed(*(self._packed(layer, prefix + part, experts, alone) for part in ("_blocks", "_scales")))
 
     def note_read(self, layer: int) -> None:
         """What was launched has read what `expert_base` gave."""
         if self._stream is not None:
             self._stream.note_read(layer)
 
-    def _packed(self, layer: int, name: str, experts: slice) -> Tensor:
-        """Some experts' part of a tensor of theirs, as the checkpoint holds it, on the device."""
+    def _packed(self, layer: int, name: str, experts: slice, alone: bool) -> Tensor:
+        """Some experts' part of a tensor of theirs, as the checkpoint holds it, on the device.
+
+        alone  the layer's other experts won't be asked for: they aren't sent along
+        """
         if self._stream is None:
             return self.raw(name)[experts].to(self.device)
-        if experts == slice(None):
-            return self._stream.layer(layer)[name]
-        return self._stream.host[layer][name][experts].to(self.device)
+        return (self._stream.host[layer][name] if alone else self._stream.layer(layer)[name])[experts].to(self.device)
 
-    def _expand(self, layer: int, projection: str, experts: slice) -> Tensor:
-        weight_EOD = self._expand_packed(layer, projection, experts)
-        if experts == slice(None):
+    def _expand(self, layer: int, projection: str, experts: slice, *, alone: bool = False) -> Tensor:
+        weight_EOD = self._expand_packed(layer, projection, experts, alone)
+        if not alone:
             self.note_read(layer)
         return weight_EOD
 
-    def _expand_packed(self, layer: int, projection: str, experts: slice) -> Tensor:
+    def _expand_packed(self, layer: int, projection: str, experts: slice, alone: bool) -> Tensor:
         prefix = expert_module(layer, projection)
         if self.checkpoint.layout == "bf16":
-            weight_EOD = self._packed(layer, prefix, experts).to(self.dtype).transpose(1, 2)
+            weight_EOD = self._packed(layer, prefix, experts, alone).to(self.dtype).transpose(1, 2)
             return split_gate_up(weight_EOD) if projection == "gate_up_proj" else weight_EOD.contiguous()
-        blocks, scales = (self._packed(layer, prefix + part, experts) for part in ("_blocks", "_scales"))
+        blocks, scales = (self._packed(layer, prefix + part, experts, alone) for part in ("_blocks", "_scales"))
         if pick_kernels(self.device, self.dtype) == "triton":
             from ossia.kernels.gpu.dequant import dequantize
 

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ossia.kernels import Kernels, passes_for
-from ossia.kernels.cpu.grouped import grouped_mm
 from ossia.ops.linear import rms_norm
-from ossia.ops.moe import Expert, Route, Sort, adapter_part, mixture, sort_by_expert
+from ossia.ops.moe import Expert, Route, Sort, adapter_part, base_part, mixture, sort_by_expert
 from ossia.ops.rope import apply_rope
 
 Adapt = Callable[[Tensor, int], Tensor | None]
@@ -90,10 +89,10 @@ def _mixture(
     ends_E = routing.ends_E
     expert_N = routing.experts_TK.flatten().index_select(0, routing.order_N)
     x_ND = _ToExperts.apply(passes, x_TD, routing.token_N, routing.row_TK)
-    h_NJ = grouped_mm(x_ND, gate_up.weight.transpose(1, 2), ends_E)
+    h_NJ = base_part(x_ND, gate_up, ends_E)
     h_NJ, extra_NJ = passes.together(h_NJ, adapter_part(x_ND, gate_up, ends_E, adapt(x_ND, 5)))
     hidden_NI = _Swiglu.apply(passes, h_NJ, extra_NJ, gate_up.bias, expert_N, ends_E, limit, alpha)
-    y_ND = grouped_mm(hidden_NI, down.weight.transpose(1, 2), ends_E)
+    y_ND = base_part(hidden_NI, down, ends_E)
     y_ND, extra_ND = passes.together(y_ND, adapter_part(hidden_NI, down, ends_E, adapt(hidden_NI, 6)))
     return _Combine.apply(passes, residual_TD, y_ND, extra_ND, down.bias, routing.weights_TK, routing)
 

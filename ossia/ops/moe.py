@@ -8,7 +8,7 @@ Letters: T tokens, E experts, K experts per token, N = T * K routed rows sorted 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +69,43 @@ def route(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None = None, sort: 
     return Route(chosen_TK.softmax(-1), experts_TK, order_N, order_N // top_k, row_TK, ends_E)
 
 
+class Expanding:
+    """One projection's frozen experts, packed: some of them are expanded at a time, multiplied with and let go.
+
+    Autograd holds none of them: backward, which needs them for the input's gradient alone, expands them again.
+
+    expand       a range of experts -> (its length, out, in)
+    num_experts  E
+    at_once      experts expanded together. From `num_experts` on, the first use expands all and keeps them for the
+                 next ones, until `let_go`
+    """
+
+    def __init__(self, expand: Callable[[slice], Tensor], num_experts: int, at_once: int | None = None) -> None:
+        assert at_once is None or at_once > 0, at_once
+        self._expand, self.num_experts = expand, num_experts
+        self.at_once = num_experts if at_once is None else min(at_once, num_experts)
+        self._all: Tensor | None = None
+
+    def parts(self, ends_E: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, weight (E', out, in) and the experts' ends among these rows; a part without rows isn't expanded."""
+        if self.at_once == self.num_experts:
+            if self._all is None:
+                self._all = self._expand(slice(None))
+            yield slice(None), self._all, ends_E
+            return
+        ends, start = ends_E.tolist(), 0  # a GPU is waited for here
+        for first in range(0, self.num_experts, self.at_once):
+            experts = slice(first, min(first + self.at_once, self.num_experts))
+            end = ends[experts.stop - 1]
+            if end > start:
+                yield slice(start, end), self._expand(experts), ends_E[experts] - start
+            start = end
+
+    def let_go(self) -> None:
+        """Forget what is expanded."""
+        self._all = None
+
+
 @dataclass(frozen=True, slots=True)
 class Expert:
     """One projection of all experts, with its adapter where there is one.
@@ -76,10 +113,55 @@ class Expert:
     weight  (E, out, in); bias (E, out); lora_a (E, r, in); lora_b (E, out, r), already scaled
     """
 
-    weight: Tensor
+    weight: Tensor | Expanding
     bias: Tensor
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
+
+
+def experts_at_once(num_experts: int, expert_bytes: int, rows_bytes: int) -> int:
+    """How many experts to expand together, where memory is the device's and scarce: as many as take no more bytes than
+    the rows that are multiplied with them.
+
+    So the scratch never more than doubles what a step needs beside its weights, and it is all experts, one product and
+    nothing to wait for, from the number of tokens on where that no longer counts.
+
+    expert_bytes  of one expanded expert's larger matrix
+    rows_bytes    of a layer's activations between its experts' products, over all tokens of the step
+    """
+    return max(1, min(num_experts, rows_bytes // expert_bytes))
+
+
+def base_part(x_ND: Tensor, expert: Expert, ends_E: Tensor, product: Product = grouped_mm) -> Tensor:
+    """What the weights alone make of each row, (N, out). Arguments as of `project`."""
+    if isinstance(expert.weight, Expanding):
+        return _InParts.apply(x_ND, expert.weight, expert.bias.shape[-1], ends_E, product)
+    return product(x_ND, expert.weight.transpose(1, 2), ends_E)
+
+
+class _InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, weight, fan_out, ends_E, product):
+        ctx.weight, ctx.fan_in, ctx.product = weight, x_ND.shape[1], product
+        ctx.save_for_backward(ends_E)
+        return _multiply_in_parts(x_ND, weight, fan_out, ends_E, lambda x, w, ends: product(x, w.transpose(1, 2), ends))
+
+    @staticmethod
+    def backward(ctx, grad_NO):
+        (ends_E,) = ctx.saved_tensors
+        return _multiply_in_parts(grad_NO, ctx.weight, ctx.fan_in, ends_E, ctx.product), None, None, None, None
+
+
+def _multiply_in_parts(x_ND: Tensor, weight: Expanding, width: int, ends_E: Tensor, product: Product) -> Tensor:
+    """(N, width): each row times its expert's weight, as `product` takes it."""
+    out_NW = None
+    for rows, weight_EOD, ends in weight.parts(ends_E):
+        part = product(x_ND[rows], weight_EOD, ends)
+        if len(part) == len(x_ND):
+            return part
+        out_NW = part.new_empty(len(x_ND), width) if out_NW is None else out_NW
+        out_NW[rows] = part
+    return x_ND.new_empty(len(x_ND), width) if out_NW is None else out_NW
 
 
 def project(
@@ -95,7 +177,7 @@ def project(
     lora_x_ND  the adapter's input where it differs from x (dropout)
     Returns    (N, out)
     """
-    y = product(x_ND, expert.weight.transpose(1, 2), ends_E)
+    y = base_part(x_ND, expert, ends_E, product)
     if (extra := adapter_part(x_ND, expert, ends_E, lora_x_ND, product)) is not None:
         y = y + extra
     counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)

@@ -68,17 +68,21 @@ def forward_backward(
     *,
     recompute: bool,
     dropout_seed: int | None = None,
+    experts_at_once: int | None = None,
 ) -> float:
     """Add the gradient of the step's loss to `model.trainable`; returns the loss.
 
     loss_of    called once a micro-batch that has counted rows; the parts add up to the step's loss
     recompute  keep only each layer's input and compute the layer again in backward
     dropout_seed  of this step, where the adapter has dropout
+    experts_at_once  packed experts that are expanded together; None: `Transformer.experts_at_once`
     """
     drops = [_dropout(model, dropout_seed, m) for m in range(len(packs))]
     numbered = list(enumerate(packs))
     together = [numbered] if prepares_layers(model) else [[one] for one in numbered]
-    return sum(_layer_major(model, some, loss_of, recompute, drops) for some in together)
+    if experts_at_once is None:
+        experts_at_once = model.experts_at_once(sum(pack.num_tokens for pack in packs))
+    return sum(_layer_major(model, some, loss_of, recompute, experts_at_once, drops) for some in together)
 
 
 def prepares_layers(model: Transformer) -> bool:
@@ -95,6 +99,7 @@ def _layer_major(
     packs: Sequence[tuple[int, Pack]],
     loss_of: LossOfLogprobs,
     recompute: bool,
+    experts_at_once: int | None,
     drops_of: Sequence[Dropout | None],
 ) -> float:
     """`forward_backward` of some of the micro-batches, each with its number."""
@@ -109,14 +114,16 @@ def _layer_major(
         # the last layer's backward comes at once, so its graph costs nothing to keep
         graph = not recompute or index == last
         del layer  # before the next is there
-        layer = model.fetch(index)
-        apart = nullcontext() if index == last else _ExpertsApart(model, layer).left_out()
+        layer = model.fetch(index, experts_at_once=experts_at_once)
+        apart = nullcontext() if index == last else _RoundedApart(model, layer).left_out()
         with torch.set_grad_enabled(graph), apart:
             inputs = [x.detach().requires_grad_(graph and (index > 0 or embedded.trained)) for x in xs]
             outputs = [
                 model.layer_forward(layer, x, micro.context, dropout=drop, **micro.in_layer(index, last))
                 for x, micro, drop in zip(inputs, micros, drops, strict=True)
             ]
+        if index != last:
+            layer.let_go()  # what the graph refers to expands its experts again
         kept.append((inputs, outputs if graph else None))
         xs = outputs
     if prepares_layers(model):
@@ -126,7 +133,7 @@ def _layer_major(
     for index in range(last, -1, -1):
         inputs, outputs = kept.pop()
         layer = None  # before the next is there
-        layer = model.fetch(index) if outputs is None else None
+        layer = model.fetch(index, experts_at_once=experts_at_once) if outputs is None else None
         for m, (x, micro) in enumerate(zip(inputs, micros, strict=True)):
             if outputs is None:
                 x.requires_grad_(index > 0 or embedded.trained)
@@ -140,18 +147,18 @@ def _layer_major(
     return loss
 
 
-class _ExpertsApart:
-    """Keeps a layer's expanded experts out of its graph, where they were expanded or rounded for this layer alone.
+class _RoundedApart:
+    """Keeps a layer's rounded experts out of its graph, where they were rounded for this layer alone.
 
     Autograd would hold them until the layer's backward, a copy for every layer. It gets a note of what it wanted
-    instead; the first note that is cashed in backward expands the matrix again, and it goes when the graph goes.
+    instead; the first note that is cashed in backward rounds the matrix again, and it goes when the graph goes.
     """
 
     def __init__(self, model: Transformer, layer: Layer) -> None:
         self._model, self._layer = model, layer.index
         experts = {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
-        made = (name for name in experts if not model.keeps_experts or model.rounds(expert_module(layer.index, name)))
-        self._of_address = {experts[name].weight.data_ptr(): name for name in made}
+        rounded = {name: one.weight for name, one in experts.items() if model.rounds(expert_module(layer.index, name))}
+        self._of_address = {weight.data_ptr(): name for name, weight in rounded.items() if isinstance(weight, Tensor)}
         self._again: dict[str, Tensor] = {}
 
     def left_out(self) -> AbstractContextManager[object]:
@@ -177,8 +184,9 @@ def forward_logprobs(model: Transformer, packs: Sequence[Pack]) -> list[Tensor]:
     micros = [Micro.of(model, pack) for pack in packs]
     xs = [model.embed(micro.pack.ids) for micro in micros]
     last = model.arch.num_layers - 1
+    experts_at_once = model.experts_at_once(sum(pack.num_tokens for pack in packs))
     for index in range(model.arch.num_layers):
-        layer = model.fetch(index)
+        layer = model.fetch(index, experts_at_once=experts_at_once)
         for m, micro in enumerate(micros):
             xs[m] = model.layer_forward(layer, xs[m], micro.context, **micro.in_layer(index, last))
     head = model.head()
