@@ -25,7 +25,7 @@ from ossia.model.weights import Trainable, Weights, expert_module, interleave_ga
 from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
 from ossia.ops.fused import parts_for
 from ossia.ops.linear import Dropout, Linear, linear
-from ossia.ops.moe import Expanding, Expert, experts_at_once, route
+from ossia.ops.moe import Expanding, Expert, route
 from ossia.ops.rope import Yarn, rope_tables
 
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
@@ -74,6 +74,21 @@ class Context:
     segments: Segments
     cos_TF: Tensor
     sin_TF: Tensor
+
+
+def experts_at_once(arch: Arch, device_type: str, tokens: int) -> int | None:
+    """How many packed experts a step of `tokens` tokens expands together, by default; None: all.
+
+    On a GPU, where memory is scarce, as many as take no more bytes than the rows that are multiplied with them: so the
+    scratch never more than doubles what a layer needs beside its weights, and it is all experts, one product and
+    nothing to wait for, from the number of tokens on where that no longer counts. On a CPU all: there expanding is what
+    takes the time, and a part is expanded once more for its layer's backward.
+    """
+    if device_type == "cpu":
+        return None
+    row = 2 * arch.hidden_size + 3 * arch.intermediate_size  # gathered, gate and up, hidden, the output
+    fitting = tokens * arch.experts_per_token * row // (2 * arch.intermediate_size * arch.hidden_size)
+    return max(1, min(fitting, arch.num_experts))
 
 
 class Transformer:
@@ -242,15 +257,8 @@ class Transformer:
         return packed.expand(self.dtype)
 
     def experts_at_once(self, tokens: int) -> int | None:
-        """The default for a step of `tokens` tokens: see `ops.moe.experts_at_once`; None, all, on a CPU.
-
-        There expanding is what takes the time, and a part would be expanded once more for the layer's backward.
-        """
-        if self.device.type == "cpu":
-            return None
-        a, size = self.arch, self.dtype.itemsize
-        rows_bytes = tokens * a.experts_per_token * (2 * a.hidden_size + 3 * a.intermediate_size) * size
-        return experts_at_once(a.num_experts, 2 * a.intermediate_size * a.hidden_size * size, rows_bytes)
+        """The default for a step of `tokens` tokens, see `experts_at_once`."""
+        return experts_at_once(self.arch, self.device.type, tokens)
 
     def packed_experts(self, index: int, projection: str, experts: slice = slice(None)) -> Packed:
         """A projection's experts in MXFP4, what training changed merged in; gate and up rows in turn, as a checkpoint

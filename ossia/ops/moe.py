@@ -119,19 +119,6 @@ class Expert:
     lora_b: Tensor | None = None
 
 
-def experts_at_once(num_experts: int, expert_bytes: int, rows_bytes: int) -> int:
-    """How many experts to expand together, where memory is the device's and scarce: as many as take no more bytes than
-    the rows that are multiplied with them.
-
-    So the scratch never more than doubles what a step needs beside its weights, and it is all experts, one product and
-    nothing to wait for, from the number of tokens on where that no longer counts.
-
-    expert_bytes  of one expanded expert's larger matrix
-    rows_bytes    of a layer's activations between its experts' products, over all tokens of the step
-    """
-    return max(1, min(num_experts, rows_bytes // expert_bytes))
-
-
 def base_part(x_ND: Tensor, expert: Expert, ends_E: Tensor, product: Product = grouped_mm) -> Tensor:
     """What the weights alone make of each row, (N, out). Arguments as of `project`."""
     if isinstance(expert.weight, Expanding):

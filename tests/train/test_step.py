@@ -17,13 +17,14 @@ from ossia.errors import RunError
 from ossia.model.arch import SHAPES
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec
-from ossia.model.transformer import Context, Layer, Transformer
+from ossia.model.transformer import Context, Layer, Transformer, experts_at_once
 from ossia.model.weights import Placement, Stream, Weights
 from ossia.ops.loss import weighted_nll
 from ossia.train.optim import AdamW
 from ossia.train.schedule import Micro, forward_backward, logprobs
 from ossia.train.step import evaluate_loss, train_step
 from tests.conftest import MakeTiny
+from tests.storages import peak_bytes
 
 SHAPE = dataclasses.replace(
     SHAPES["demo"], hidden_size=64, intermediate_size=32, num_experts=8, head_dim=32, num_heads=4, num_kv_heads=2
@@ -63,7 +64,12 @@ def model_of(
 
 
 def gradients(
-    model: Transformer, packs: list[Pack], *, recompute: bool = True, dropout_seed: int | None = None
+    model: Transformer,
+    packs: list[Pack],
+    *,
+    recompute: bool = True,
+    dropout_seed: int | None = None,
+    experts_at_once: int | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
     total = float(sum(pack.weights.sum() for pack in packs))
     model.trainable.zero_grad()
@@ -73,6 +79,7 @@ def gradients(
         lambda logp, m, rows: weighted_nll(logp, packs[m].weights[rows], total),
         recompute=recompute,
         dropout_seed=dropout_seed,
+        experts_at_once=experts_at_once,
     )
     return loss, {name: tensor.grad.clone() for name, tensor in model.trainable.tensors.items()}
 
@@ -148,6 +155,41 @@ def test_kept_activations_keep_no_expanded_experts_but_the_last_layers(
     assert model.arch.num_layers > 2
     assert alive == [2]
     assert len(expanded) == 4 * model.arch.num_layers - 2
+
+
+@pytest.mark.parametrize("placement", ["mmap", "resident", "stream"])
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_experts_expanded_in_parts_give_the_bits_of_all_at_once(
+    tiny: MakeTiny, placement: Placement, recompute: bool, at_once: int
+) -> None:
+    packs = pack_samples(samples((60, 61, 3)), 70)
+    expected = gradients(model_of(tiny, placement="bf16"), packs, recompute=recompute)
+    found = gradients(model_of(tiny, placement=placement), packs, recompute=recompute, experts_at_once=at_once)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_experts_expanded_in_parts_take_the_memory_of_a_part(tiny: MakeTiny, recompute: bool) -> None:
+    packs = pack_samples(samples((12,)), 70)
+    wide = dataclasses.replace(SHAPE, intermediate_size=256)
+    model = Transformer(Weights(Checkpoint.open(tiny(wide)), "mmap", torch.float32, torch.device("cpu")))
+    model.use_adapter(Lora.fresh(wide, LoraSpec({"q_proj": (4, 8.0)}), seed=0, device=torch.device("cpu")))
+    peaks = {}
+    for at_once in (1, 2, 8):
+        peaks[at_once] = peak_bytes(lambda n=at_once: gradients(model, packs, recompute=recompute, experts_at_once=n))
+    one_expert = 2 * wide.intermediate_size * wide.hidden_size * 4  # of gate_up; down's is half of that
+    # all: both matrices of the layer; a part: one of them, beside what expanding it takes
+    saved = peaks[8] - peaks[1]
+    assert saved >= (8 + 4 - 3) * one_expert
+    assert peaks[1] < peaks[2] < peaks[8]
+
+
+def test_a_gpu_expands_parts_of_the_experts_for_few_tokens_and_all_for_many() -> None:
+    arch = SHAPES["20b"]
+    assert [experts_at_once(arch, "cuda", tokens) for tokens in (1, 2048, 4096, 16384)] == [1, 7, 14, 32]
+    assert experts_at_once(arch, "cpu", 1) is None
 
 
 def test_every_placement_gives_the_same_gradient(tiny: MakeTiny) -> None:
