@@ -296,6 +296,9 @@ class Recipe(Section):
     """Where the weights are while training: `resident` on the device, packed, `stream` experts in the machine's memory,
     sent to the GPU layer by layer, `mmap` in the checkpoint's files, `bf16` expanded to bfloat16; `auto` takes what
     fits."""
+    attention: Literal["auto", "reference", "cpu", "flash", "fa3", "fa4", "triton"] = "auto"
+    """What computes attention: `flash`, FlashAttention 2 of torch; `fa3` and `fa4`, where they are installed; `triton`,
+    our kernels; `cpu`, torch's for CPU; `reference`, slow; `auto` takes the fastest. Tried before the first step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU where there is one."""
     adapter: AdapterConfig | None = Field(None, json_schema_extra=words("left out: all weights are trained"))

@@ -18,6 +18,7 @@ from ossia.model.checkpoint import CONFIG, Checkpoint
 from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
+from ossia.ops.attention import Backend, Place, check_backend
 from ossia.ops.memory import machine_memory
 
 WeightsChoice = Literal["auto", "resident", "stream", "mmap", "bf16"]
@@ -37,6 +38,7 @@ def open_model(
     dtype: torch.dtype | DtypeName = "bfloat16",
     weights: WeightsChoice = "auto",
     device: DeviceChoice = "auto",
+    attention: Backend | Literal["auto"] = "auto",
 ) -> tuple[Transformer, Vocabulary]:
     """Open a checkpoint and its tokenizer, with an adapter on it if one is named.
 
@@ -46,7 +48,9 @@ def open_model(
     dtype    of the activations
     weights  where the weights are, see `choose_placement` for `auto`
     device   auto: a CUDA device if there is one
-    Raises   CheckpointError, TokenizerError, AdapterError, MissingExtraError; UserError for a device that isn't there
+    attention  its backend, see `ops.attention.backends`
+    Raises   CheckpointError, TokenizerError, AdapterError, MissingExtraError; UserError for a device that isn't there,
+             or attention that it can't compute in that way
     """
     _one_of("weights", weights, get_args(WeightsChoice))
     activations = DTYPES[_one_of("dtype", dtype, tuple(DTYPES))] if isinstance(dtype, str) else dtype
@@ -66,7 +70,11 @@ def open_model(
     if adapter_path is not None:
         lora = load_adapter(adapter_path, checkpoint.arch, place, base=checkpoint)
     placement = choose_placement(checkpoint, activations, place) if weights == "auto" else weights
-    return Transformer(Weights(checkpoint, placement, activations, place), lora=lora, qat=qat), vocabulary
+    backend = None
+    if attention != "auto":
+        backend = check_backend(attention, Place.of(place, activations, checkpoint.arch.head_dim))
+    placed = Weights(checkpoint, placement, activations, place)
+    return Transformer(placed, lora=lora, backend=backend, qat=qat), vocabulary
 
 
 def model_folder(model: str) -> Path:

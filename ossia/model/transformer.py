@@ -22,7 +22,8 @@ from ossia.model.arch import Arch
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed, packed_experts
 from ossia.model.weights import Trainable, Weights, expert_module, interleave_gate_up, passing_on, split_gate_up
-from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
+from ossia.ops.attention import Backend, Place, Segments, check_backend, pick_backend, sink_attention
+from ossia.ops.attention.probe import Probed
 from ossia.ops.fused import parts_for
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.moe import Expanding, Expert, route
@@ -100,6 +101,7 @@ class Transformer:
     kernels    of what stands between the matrix products; None: the fastest that is there
     qat        experts are computed as an MXFP4 export would hold them, what training changed merged in; gradients pass
                through the rounding as if it weren't there
+    probed     what trying the attention on the device found, where somebody has
     """
 
     def __init__(
@@ -113,8 +115,9 @@ class Transformer:
     ) -> None:
         self.weights, self.lora, self.qat = weights, lora, qat
         self.trainable = lora.trainable if lora is not None else Trainable()
-        self.backend: Backend = backend or pick_backend(weights.device, weights.dtype)
+        self.backend: Backend = pick_backend(self.place) if backend is None else check_backend(backend, self.place)
         self.kernels: Kernels = kernels or pick_kernels(weights.device, weights.dtype)
+        self.probed: Probed | None = None
         self._parts = parts_for(self.kernels)
 
     @property
@@ -128,6 +131,11 @@ class Transformer:
     @property
     def device(self) -> torch.device:
         return self.weights.device
+
+    @property
+    def place(self) -> Place:
+        """Where its attention runs."""
+        return Place.of(self.device, self.dtype, self.arch.head_dim)
 
     @cached_property
     def yarn(self) -> Yarn:

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from typing import Any
 
@@ -16,6 +16,7 @@ from ossia.config import Recipe
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.open import open_model
 from ossia.model.transformer import Transformer
+from ossia.run.attention import settle_attention
 from ossia.run.trained import make_trainable, show_trainable
 from ossia.train.events import EventLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, Stream, find_start
@@ -53,9 +54,12 @@ def started(recipe: Recipe, steps: int, *, resume: bool, sink: Sink | None) -> I
     folder = recipe.output
     with EventLog(folder) as log:
         saved = find_start(folder, resume=resume, say=say)
-        model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device)
+        model, vocab = open_model(
+            recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device, attention=recipe.attention
+        )
         make_trainable(model, recipe)
         show_trainable(model)
+        settle_attention(model, automatic=recipe.attention == "auto", say=say)
         write_file(folder / "recipe.yaml", recipe.to_yaml())
         start = saved.step if saved else 0
         now = datetime.now().astimezone()
@@ -114,6 +118,7 @@ def job_of(
             "parameters_trained": model.trainable.num_parameters,
             "placement": model.weights.placement,
             "attention_backend": model.backend,
+            "attention_probe": None if model.probed is None else asdict(model.probed),
         },
         resume_with=recipe.resume_command,
         clock=time.perf_counter,

@@ -12,7 +12,7 @@ from ossia.data.pack import Pack
 from ossia.model.lora import TARGETS
 from ossia.model.transformer import Transformer
 from ossia.model.weights import split_gate_up
-from ossia.ops.attention import _include_sink
+from ossia.ops.attention.sinks import include_sink
 from ossia.ops.fused import TORCH, parts_for
 from ossia.ops.loss import _take_in_torch, linear_logprob, weighted_nll
 from ossia.ops.moe import Expert, route
@@ -98,7 +98,7 @@ def test_a_sink_taken_in_afterwards() -> None:
     from ossia.kernels.gpu.rows import include_sink_
 
     out, lse, sinks = random(9, 20, 16, seed=0), random(20, 9, seed=1, scale=5), random(20, seed=2, scale=3)
-    expected, expected_lse = _include_sink(out, lse.t(), sinks)
+    expected, expected_lse = include_sink(out, lse.t(), sinks)
     include_sink_(out, lse, sinks)
     assert error(out, expected) <= 1e-6
     assert error(lse, expected_lse.t()) <= 1e-6
