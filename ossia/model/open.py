@@ -5,6 +5,7 @@ Training, evaluation, chat, generation and export all open models here, so `auto
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,7 +18,7 @@ from ossia.model.arch import Arch
 from ossia.model.checkpoint import CONFIG, Checkpoint
 from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
-from ossia.model.weights import Placement, Weights
+from ossia.model.weights import EMBEDDING, HEAD, Placement, Weights
 from ossia.ops.attention import Backend, Place, check_backend
 from ossia.ops.memory import machine_memory
 
@@ -73,7 +74,7 @@ def open_model(
     backend = None
     if attention != "auto":
         backend = check_backend(attention, Place.of(place, activations, checkpoint.arch.head_dim))
-    placed = Weights(checkpoint, placement, activations, place)
+    placed = Weights(checkpoint, placement, activations, place, _on_host(checkpoint, placement, place))
     return Transformer(placed, lora=lora, backend=backend, qat=qat), vocabulary
 
 
@@ -125,8 +126,8 @@ def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
 
     CPU   bf16 where the expanded experts take less than a quarter of the machine's memory, else mmap
     CUDA  bf16 where all weights, experts expanded, fit into half of the device's free memory (activations, gradients
-          and adapters need the rest); resident where the packed ones fit beside an expanded layer and 2 GB; stream
-          where the packed experts take less than nine tenths of the machine's free memory; else mmap
+          and adapters need the rest); resident where the packed ones but the embedding fit beside 2 GB; stream where
+          the packed experts take less than nine tenths of the machine's free memory; else mmap
     """
     arch = checkpoint.arch
     experts_bytes = expanded_expert_bytes(arch, dtype)
@@ -138,17 +139,41 @@ def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
         machine_memory()[1],
         packed=checkpoint.num_bytes,
         expanded=experts_bytes + _other_bytes(checkpoint),
-        layer=experts_bytes // arch.num_layers,
+        embedding=checkpoint.specs[EMBEDDING].num_bytes,
     )
 
 
-def _gpu_placement(free: int, machine: int, *, packed: int, expanded: int, layer: int) -> Placement:
-    """Of bytes free on the device and on the machine; bytes of all weights, packed and expanded, and of one layer's."""
+def _gpu_placement(free: int, machine: int, *, packed: int, expanded: int, embedding: int) -> Placement:
+    """Of bytes free on the device and on the machine; bytes of all weights, packed and expanded, and the embedding's."""
     if expanded < free / 2:
         return "bf16"
-    if packed + layer + _WORKING_BYTES < free:
+    if packed - embedding + _WORKING_BYTES < free:
         return "resident"
     return "stream" if packed < 0.9 * machine else "mmap"
+
+
+def _on_host(checkpoint: Checkpoint, placement: Placement, device: torch.device) -> frozenset[str]:
+    if device.type != "cuda" or placement not in ("resident", "stream"):
+        return frozenset()
+    packed = checkpoint.num_bytes
+    if placement == "stream":
+        experts = packed - _other_bytes(checkpoint)
+        packed -= experts - 2 * experts // checkpoint.arch.num_layers
+    sizes = {name: checkpoint.specs[name].num_bytes for name in (EMBEDDING, HEAD)}
+    return on_host_where_full(torch.cuda.mem_get_info(device)[0], packed, sizes)
+
+
+def on_host_where_full(free: int, placed: int, sizes: Mapping[str, int]) -> frozenset[str]:
+    """Which of embedding and head wait in the machine's memory: first the one whose rows are only looked up, then both.
+
+    free    bytes of the device; placed  bytes of the weights that would be on it; sizes  of which these
+    """
+    found: frozenset[str] = frozenset()
+    for name in (EMBEDDING, HEAD):
+        if placed - sum(sizes[one] for one in found) + _WORKING_BYTES < free:
+            break
+        found |= {name}
+    return found
 
 
 _WORKING_BYTES = 2 << 30  # a step of a few thousand tokens, and what a CUDA context takes

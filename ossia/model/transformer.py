@@ -21,7 +21,15 @@ from ossia.kernels import Kernels, pick_kernels
 from ossia.model.arch import Arch
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed, packed_experts
-from ossia.model.weights import Trainable, Weights, expert_module, interleave_gate_up, passing_on, split_gate_up
+from ossia.model.weights import (
+    HEAD,
+    Trainable,
+    Weights,
+    expert_module,
+    interleave_gate_up,
+    passing_on,
+    split_gate_up,
+)
 from ossia.ops.attention import Backend, Place, Segments, check_backend, pick_backend, sink_attention
 from ossia.ops.attention.probe import Probed
 from ossia.ops.fused import parts_for
@@ -337,9 +345,15 @@ class Transformer:
 
         return attend
 
-    def head(self) -> Linear:
-        """The output projection: (V, D), no bias, with its adapter where it has one."""
-        return Linear(self.tensor("lm_head.weight"), None, *self._adapter("lm_head"))
+    def head(self, *, where_it_is: bool = False) -> Linear:
+        """The output projection: (V, D), no bias, with its adapter where it has one.
+
+        where_it_is  a frozen head without an adapter stays where the weights have it, for who walks it in blocks
+        """
+        frozen = HEAD not in self.trainable and (self.lora is None or "lm_head" not in self.lora.sites)
+        if where_it_is and frozen and self.weights.raw(HEAD).device.type != self.device.type:
+            return Linear(self.weights.raw(HEAD))
+        return Linear(self.tensor(HEAD), None, *self._adapter("lm_head"))
 
     def final_norm(self, x_TD: Tensor) -> Tensor:
         """The hidden states that the head reads."""

@@ -3,7 +3,7 @@
 `mmap`: in the checkpoint's file, experts as packed bytes. `resident`: the same bytes copied to the device. `stream`:
 experts in the machine's memory, two layers of them at a time on the device (`Stream`), and the embedding's rows sent as
 they are looked up. `bf16`: experts expanded once, to the activations' dtype. All give the same numbers: MXFP4 expands
-without rounding.
+without rounding. Where a GPU is nearly full, embedding and head may wait in the machine's memory too (`on_host`).
 Experts are computed as (experts, out, in), gate_up's gate rows before its up rows; the checkpoint interleaves the two.
 Letters: E experts, I expert width, O out, D in, G groups of 32.
 """
@@ -25,7 +25,7 @@ from ossia.ops.mxfp4 import dequantize_mxfp4
 
 Placement = Literal["mmap", "resident", "stream", "bf16"]
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def expert_module(layer: int, projection: str) -> str:
@@ -99,10 +99,23 @@ class Trainable:
 
 
 class Weights:
-    """A checkpoint's tensors, placed."""
+    """A checkpoint's tensors, placed.
 
-    def __init__(self, checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype, device: torch.device) -> None:
+    on_host  of the embedding and the head, those that stay in the machine's memory where the device is a GPU: the
+             embedding's rows are sent as they are looked up (with `stream` always), the head's as the loss walks them
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        placement: Placement,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_host: frozenset[str] = frozenset(),
+    ) -> None:
         self.checkpoint, self.placement, self.dtype, self.device = checkpoint, placement, dtype, device
+        self.on_host = on_host | {EMBEDDING} if placement == "stream" else on_host
+        assert self.on_host <= {EMBEDDING, HEAD}, on_host
         self._held: dict[str, Tensor] = {}
         self._expanded: dict[tuple[int, str], Tensor] = {}
         self._stream: Stream | None = None
@@ -114,11 +127,12 @@ class Weights:
             ]
             host = [{name: _host_copy(checkpoint.tensor(name), device) for name in names} for names in layers]
             self._stream = Stream(host, device)
-            self._held[EMBEDDING] = checkpoint.tensor(EMBEDDING).cpu()
         for name in checkpoint.specs:
-            if placement == "stream" and (_is_expert_weight(name) or name == EMBEDDING):
+            if placement == "stream" and _is_expert_weight(name):
                 continue
-            if placement in ("resident", "stream") or not _is_expert_weight(name):
+            if name in self.on_host:
+                self._held[name] = _host_copy(checkpoint.tensor(name), device)
+            elif placement in ("resident", "stream") or not _is_expert_weight(name):
                 self._held[name] = self._placed(name)
         if placement == "bf16":
             for layer in range(self.arch.num_layers):

@@ -189,7 +189,7 @@ def forward_logprobs(model: Transformer, packs: Sequence[Pack]) -> list[Tensor]:
         layer = model.fetch(index, experts_at_once=experts_at_once)
         for m, micro in enumerate(micros):
             xs[m] = model.layer_forward(layer, xs[m], micro.context, **micro.in_layer(index, last))
-    head = model.head()
+    head = model.head(where_it_is=True)
     return [logprobs(model, micro, x, head) for micro, x in zip(micros, xs, strict=True)]
 
 
@@ -222,7 +222,7 @@ def _head_backward(
     drops: Sequence[Dropout | None],
 ) -> tuple[float, list[Tensor]]:
     """The loss, and its gradient in the last layer's outputs."""
-    head = model.head()
+    head = model.head(where_it_is=True)
     loss, grads = 0.0, []
     for m, (micro, x) in enumerate(zip(micros, xs, strict=True)):
         leaf = x.detach().requires_grad_()

@@ -199,3 +199,18 @@ def test_log_probabilities_on_a_gpu_are_those_of_float64() -> None:
     expected.sum().backward()
     assert error(logp.double().detach(), expected.detach()) <= 3e-3  # logits of up to 50 are rounded to bfloat16
     assert error(leaf.grad.double(), exact.grad) <= 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+def test_a_head_in_the_machines_memory_gives_the_bits_of_one_on_the_gpu() -> None:
+    hidden, head = random(5000, 64, seed=0, dtype=torch.bfloat16), random(20_000, 64, seed=1, dtype=torch.bfloat16)
+    targets = torch.randint(20_000, (5000,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    results = []
+    for place in (head, head.cpu().pin_memory(), head.cpu()):
+        leaf = hidden.clone().requires_grad_()
+        logp = linear_logprob(leaf, place, targets)
+        logp.sum().backward()
+        results.append((logp.detach(), leaf.grad))
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))

@@ -18,7 +18,7 @@ from ossia.model.arch import SHAPES
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec
 from ossia.model.transformer import Context, Layer, Transformer, experts_at_once
-from ossia.model.weights import Placement, Stream, Weights
+from ossia.model.weights import EMBEDDING, HEAD, Placement, Stream, Weights
 from ossia.ops.loss import weighted_nll
 from ossia.train.optim import AdamW
 from ossia.train.schedule import Micro, forward_backward, logprobs
@@ -196,9 +196,13 @@ def test_every_placement_gives_the_same_gradient(tiny: MakeTiny) -> None:
     packs = pack_samples(samples((60, 61)), 70)
     expected = gradients(model_of(tiny), packs)
     placements: tuple[Placement, ...] = ("resident", "stream", "bf16")
+    base = model_of(tiny)
     for placement in placements:
-        found = gradients(model_of(tiny, placement=placement), packs)
-        assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+        for on_host in (frozenset(), frozenset({EMBEDDING, HEAD})):
+            weights = Weights(base.weights.checkpoint, placement, torch.float32, torch.device("cpu"), on_host)
+            found = gradients(Transformer(weights, lora=base.lora), packs)
+            assert found[0] == expected[0]
+            assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
 
 
 @pytest.mark.parametrize("recompute", [True, False])
