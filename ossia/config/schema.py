@@ -247,8 +247,9 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0 saves once, at the end."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep; older ones are removed."""
-    recompute: Literal["auto", "always", "never"] = "auto"
-    """Whether activations are computed again in the backward pass (less memory) or kept (less time)."""
+    recompute: Literal["auto", "always", "never", "offload"] = "auto"
+    """Whether activations are computed again in the backward pass (less memory) or kept (less time); `offload`: again,
+    from layers' inputs that wait in the machine's memory, for the longest steps on a GPU."""
     threads: int | None = Field(None, ge=1, le=1024, json_schema_extra=words("torch's own choice"))
     """CPU threads; more than the machine has cores are slower, not faster."""
 

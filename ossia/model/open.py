@@ -144,7 +144,7 @@ def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
 
 
 def _gpu_placement(free: int, machine: int, *, packed: int, expanded: int, embedding: int) -> Placement:
-    """Of bytes free on the device and on the machine; bytes of all weights, packed and expanded, and the embedding's."""
+    """Of bytes free on the device and on the machine; of all weights, packed and expanded, and of the embedding."""
     if expanded < free / 2:
         return "bf16"
     if packed - embedding + _WORKING_BYTES < free:

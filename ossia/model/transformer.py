@@ -34,9 +34,10 @@ from ossia.ops.attention import Backend, Place, Segments, check_backend, pick_ba
 from ossia.ops.attention.probe import Probed
 from ossia.ops.fused import parts_for
 from ossia.ops.linear import Dropout, Linear, linear
-from ossia.ops.moe import Expanding, Expert, route
+from ossia.ops.moe import Expanding, Expert, in_chunks, route
 from ossia.ops.rope import Yarn, rope_tables
 
+_MASKS_APART = 1 << 20  # between the names of two chunks' dropout masks: more than a model has
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
 """(q_THd, k_TKd, v_TKd, sinks_H, window) -> (T, H, d)"""
 
@@ -57,6 +58,13 @@ class Layer:
     router: Linear
     gate_up: Expert
     down: Expert
+
+    @property
+    def trained_after_attention(self) -> bool:
+        """Whether anything between the attention's output and the layer's takes a gradient."""
+        parts = (self.router, self.gate_up, self.down)
+        found = [x for part in parts for x in (part.weight, part.bias, part.lora_a, part.lora_b)]
+        return any(isinstance(x, Tensor) and x.requires_grad for x in (self.post_norm_D, *found))
 
     def let_go(self) -> None:
         """Forget experts that were expanded for this layer; they will be expanded again if they are needed again."""
@@ -98,6 +106,16 @@ def experts_at_once(arch: Arch, device_type: str, tokens: int) -> int | None:
     row = 2 * arch.hidden_size + 3 * arch.intermediate_size  # gathered, gate and up, hidden, the output
     fitting = tokens * arch.experts_per_token * row // (2 * arch.intermediate_size * arch.hidden_size)
     return max(1, min(fitting, arch.num_experts))
+
+
+def tokens_at_once(arch: Arch, itemsize: int, free: int) -> int:
+    """How many tokens go through a layer's experts together, where a GPU has `free` bytes beside what lies on it.
+
+    What lies between, forward and backward, may take a quarter of them. A multiple of 1,024: at least 1,024 rows keep a
+    GPU busy, and each expert's matrix is read once for all of them.
+    """
+    rows = arch.experts_per_token * (2 * arch.hidden_size + 3 * arch.intermediate_size)
+    return max(1, free // 4 // (2 * rows * itemsize) // 1024) * 1024
 
 
 class Transformer:
@@ -301,6 +319,8 @@ class Transformer:
         dropout: Dropout | None = None,
         note_experts: Callable[[Tensor], None] | None = None,
         replay: Tensor | None = None,
+        tokens_at_once: int | None = None,
+        values: bool = True,
     ) -> Tensor:
         """One layer over one pack.
 
@@ -310,6 +330,8 @@ class Transformer:
         dropout  of the adapters' inputs
         note_experts  is told which experts were chosen, (T, k) int64, or (R, k) with `rows`
         replay   (T, k) int64, or (R, k) with `rows`: experts to use instead, see `ops.moe.route`
+        tokens_at_once  that go through the experts together, see `ops.moe.in_chunks`; None: all. Not with note_experts
+        values   False: only the gradient is wanted of the result, whose numbers may mean nothing
         Returns  (T, D), or (R, D) with `rows`
         """
         num_tokens = len(x_TD)
@@ -328,14 +350,24 @@ class Transformer:
             attended, x_TD = attended[rows], x_TD[rows]
         x_TD = x_TD + linear(attended, layer.o, adapted(attended, 3))
 
-        normed = self._parts.rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
-        logits = linear(normed, layer.router, adapted(normed, 4))
-        routing = route(logits, a.experts_per_token, replay, self._parts.sort)
-        if note_experts is not None:
-            note_experts(routing.experts_TK)
-        return self._parts.mixture(
-            x_TD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, adapted
-        )
+        def through_experts(x_TD: Tensor, which: slice, chunk: int) -> Tensor:
+            def adapted(x: Tensor, slot: int) -> Tensor | None:
+                # no chunk has another's mask
+                return None if dropout is None else dropout(x, layer.index * 8 + slot + chunk * _MASKS_APART)
+
+            normed = self._parts.rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
+            logits = linear(normed, layer.router, adapted(normed, 4))
+            routing = route(logits, a.experts_per_token, None if replay is None else replay[which], self._parts.sort)
+            if note_experts is not None:
+                note_experts(routing.experts_TK)
+            return self._parts.mixture(
+                x_TD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, adapted
+            )
+
+        if tokens_at_once is None or len(x_TD) <= tokens_at_once:
+            return through_experts(x_TD, slice(None), 0)
+        assert note_experts is None
+        return in_chunks(x_TD, through_experts, tokens_at_once, values=values, trained=layer.trained_after_attention)
 
     def _attend(self, context: Context) -> Attend:
         scale = self.arch.head_dim**-0.5

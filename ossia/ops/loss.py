@@ -33,8 +33,8 @@ def linear_logprob(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     """ln p(target) of every row under softmax(h @ head.T).
 
     h_ND       (N, D) hidden states after the final norm, any floating dtype
-    head_VD    (V, D) of h's dtype; gets a gradient if it asks for one. One that is frozen may be in the machine's memory
-               while h is on a GPU, and of another dtype: its blocks are sent as they are needed
+    head_VD    (V, D) of h's dtype; gets a gradient if it asks for one. One that is frozen may be in the machine's
+               memory while h is on a GPU, and of another dtype: its blocks are sent as they are needed
     targets_N  (N,) int64 in [0, V)
     Returns    (N,) float32, natural log; differentiable in h and head
     """

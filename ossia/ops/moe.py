@@ -212,6 +212,60 @@ class _ClampedSwiglu(torch.autograd.Function):
         return dh, None, None
 
 
+class _InChunks(torch.autograd.Function):
+    """`in_chunks`: keeps its input alone, and computes each chunk again for its backward."""
+
+    @staticmethod
+    def forward(ctx, x_TD, compute, at_once, values, anchor):
+        ctx.compute, ctx.at_once = compute, at_once
+        ctx.save_for_backward(x_TD)
+        return _each_chunk(x_TD, compute, at_once) if values else torch.empty_like(x_TD)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        (x_TD,) = ctx.saved_tensors
+        dx_TD = torch.empty_like(x_TD)
+        for number, rows in enumerate(_chunks(len(x_TD), ctx.at_once)):
+            leaf = x_TD[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                out = ctx.compute(leaf, rows, number)
+            torch.autograd.backward(out, grad_TD[rows])
+            dx_TD[rows] = leaf.grad
+        return dx_TD, None, None, None, None
+
+
+def in_chunks(
+    x_TD: Tensor,
+    compute: Callable[[Tensor, slice, int], Tensor],
+    at_once: int,
+    *,
+    values: bool,
+    trained: bool,
+) -> Tensor:
+    """What `compute` makes of each token, a number of tokens at a time, so that what lies between stays small.
+
+    compute  (tokens, which, number of the chunk) -> as many rows of the same width; called again in backward, where
+             leaves that it uses get their gradients
+    values   False: nobody reads the result, it is there for its gradient; its numbers mean nothing
+    trained  whether it uses any, which ask for a backward even where x doesn't
+    Returns  (T, D)
+    """
+    if not torch.is_grad_enabled():
+        return _each_chunk(x_TD, compute, at_once)
+    return _InChunks.apply(x_TD, compute, at_once, values, torch.empty(0, requires_grad=trained))
+
+
+def _chunks(num_tokens: int, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, num_tokens)) for start in range(0, num_tokens, at_once)]
+
+
+def _each_chunk(x_TD: Tensor, compute: Callable[[Tensor, slice, int], Tensor], at_once: int) -> Tensor:
+    out_TD = torch.empty_like(x_TD)
+    for number, rows in enumerate(_chunks(len(x_TD), at_once)):
+        out_TD[rows] = compute(x_TD[rows], rows, number)
+    return out_TD
+
+
 def clamped_swiglu(h_NI: Tensor, limit: float, alpha: float) -> Tensor:
     """(up + 1) * gate * sigmoid(alpha * gate), gate clamped above and up on both sides.
 

@@ -4,8 +4,8 @@ A layer's weights are fetched (expanded from MXFP4, cast, later streamed or gath
 many micro-batches there are, and only one layer is ready at a time. Where there is nothing to make ready, one
 micro-batch goes through all layers and back before the next, so that only its activations are kept. Autograd works
 inside a layer; between layers go plain tensors. Kept are each layer's inputs (`recompute`) or its graph, from which
-expanded experts are left out: they are expanded again for the layer's backward. The gradient equals that of plain
-autograd.
+expanded experts are left out: they are expanded again for the layer's backward. The inputs may wait in the machine's
+memory (`offload`). The gradient equals that of plain autograd.
 Letters: T tokens of a pack, D hidden, R rows whose prediction counts, M micro-batches.
 """
 
@@ -24,6 +24,7 @@ from ossia.model.weights import expert_module
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.loss import linear_logprob
 from ossia.ops.memory import return_freed_memory
+from ossia.train.offload import Away, Offload
 
 LossOfLogprobs = Callable[[Tensor, int, Tensor], Tensor]
 """(logp_R float32, micro-batch, rows_R) -> its part of the step's loss, ()."""
@@ -67,22 +68,39 @@ def forward_backward(
     loss_of: LossOfLogprobs,
     *,
     recompute: bool,
+    offload: bool = False,
     dropout_seed: int | None = None,
     experts_at_once: int | None = None,
+    tokens_at_once: int | None = None,
 ) -> float:
     """Add the gradient of the step's loss to `model.trainable`; returns the loss.
 
     loss_of    called once a micro-batch that has counted rows; the parts add up to the step's loss
     recompute  keep only each layer's input and compute the layer again in backward
+    offload    and have these inputs wait in the machine's memory; only with `recompute`
     dropout_seed  of this step, where the adapter has dropout
     experts_at_once  packed experts that are expanded together; None: `Transformer.experts_at_once`
+    tokens_at_once   of a pack, that go through a layer's experts together; None: all. Only with `recompute`
     """
     drops = [_dropout(model, dropout_seed, m) for m in range(len(packs))]
     numbered = list(enumerate(packs))
     together = [numbered] if prepares_layers(model) else [[one] for one in numbered]
     if experts_at_once is None:
-        experts_at_once = model.experts_at_once(sum(pack.num_tokens for pack in packs))
-    return sum(_layer_major(model, some, loss_of, recompute, experts_at_once, drops) for some in together)
+        tokens = sum(pack.num_tokens for pack in packs)
+        experts_at_once = model.experts_at_once(tokens if tokens_at_once is None else min(tokens, tokens_at_once))
+    assert recompute or not (offload or tokens_at_once)
+    plan = _Plan(recompute, Offload(model.device) if offload else None, experts_at_once, tokens_at_once)
+    return sum(_layer_major(model, some, loss_of, plan, drops) for some in together)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a step is to be computed, see `forward_backward`."""
+
+    recompute: bool
+    offload: Offload | None
+    experts_at_once: int | None
+    tokens_at_once: int | None
 
 
 def prepares_layers(model: Transformer) -> bool:
@@ -98,8 +116,7 @@ def _layer_major(
     model: Transformer,
     packs: Sequence[tuple[int, Pack]],
     loss_of: LossOfLogprobs,
-    recompute: bool,
-    experts_at_once: int | None,
+    plan: _Plan,
     drops_of: Sequence[Dropout | None],
 ) -> float:
     """`forward_backward` of some of the micro-batches, each with its number."""
@@ -112,32 +129,53 @@ def _layer_major(
     layer = None
     for index in range(model.arch.num_layers):
         # the last layer's backward comes at once, so its graph costs nothing to keep
-        graph = not recompute or index == last
+        graph = not plan.recompute or index == last
         del layer  # before the next is there
-        layer = model.fetch(index, experts_at_once=experts_at_once)
+        layer = model.fetch(index, experts_at_once=plan.experts_at_once)
         apart = nullcontext() if index == last else _RoundedApart(model, layer).left_out()
         with torch.set_grad_enabled(graph), apart:
             inputs = [x.detach().requires_grad_(graph and (index > 0 or embedded.trained)) for x in xs]
             outputs = [
-                model.layer_forward(layer, x, micro.context, dropout=drop, **micro.in_layer(index, last))
+                model.layer_forward(
+                    layer,
+                    x,
+                    micro.context,
+                    dropout=drop,
+                    tokens_at_once=plan.tokens_at_once,
+                    **micro.in_layer(index, last),
+                )
                 for x, micro, drop in zip(inputs, micros, drops, strict=True)
             ]
         if index != last:
             layer.let_go()  # what the graph refers to expands its experts again
-        kept.append((inputs, outputs if graph else None))
+        away = None if graph or plan.offload is None else plan.offload.send(inputs)
+        kept.append(_Kept(inputs if away is None else [], outputs if graph else None, away))
         xs = outputs
     if prepares_layers(model):
         return_freed_memory(model.device)  # what the layers needed on the way; their kept activations stand between
     loss, grads = _head_backward(model, micros, xs, lambda logp, m, rows: loss_of(logp, numbers[m], rows), drops)
-    del xs, outputs, layer
+    del xs, inputs, outputs, layer
     for index in range(last, -1, -1):
-        inputs, outputs = kept.pop()
+        one = kept.pop()
+        inputs, outputs = one.inputs, one.outputs
+        if plan.offload is not None:
+            inputs = plan.offload.take(one.away) if one.away is not None else inputs
+            if kept and kept[-1].away is not None:
+                plan.offload.call_back(kept[-1].away)  # while this layer is differentiated
         layer = None  # before the next is there
-        layer = model.fetch(index, experts_at_once=experts_at_once) if outputs is None else None
+        layer = model.fetch(index, experts_at_once=plan.experts_at_once) if outputs is None else None
         for m, (x, micro) in enumerate(zip(inputs, micros, strict=True)):
             if outputs is None:
                 x.requires_grad_(index > 0 or embedded.trained)
-                y = model.layer_forward(layer, x, micro.context, dropout=drops[m], **micro.in_layer(index, last))
+                y = model.layer_forward(
+                    layer,
+                    x,
+                    micro.context,
+                    dropout=drops[m],
+                    tokens_at_once=plan.tokens_at_once,
+                    values=False,
+                    **micro.in_layer(index, last),
+                )
             else:
                 y, outputs[m] = outputs[m], None
             if y.requires_grad:
@@ -176,6 +214,15 @@ class _RoundedApart:
         if name not in self._again:
             self._again[name] = self._model.expert_weight(self._layer, name).detach()
         return self._again[name].as_strided(shape, strides)
+
+
+@dataclass(slots=True)
+class _Kept:
+    """What a layer left for its backward: its inputs, here or away, and its outputs where they have a graph."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor | None] | None
+    away: Away | None
 
 
 @torch.no_grad()
