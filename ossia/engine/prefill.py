@@ -71,7 +71,7 @@ class Prefill:
     def embed(self, ids_T: Tensor) -> Tensor:
         """Rows of the embedding, looked up where it lies. Returns (T, D)."""
         rows_TD = F.embedding(ids_T.to(self._table_VD.device), self._table_VD)
-        return rows_TD.to(device=self._models[0].device, dtype=self._models[0].dtype)
+        return rows_TD.to(device=self._models[0].device, dtype=self._models[0].residual_dtype)
 
     def run(self, parts: Sequence[tuple[Prompt, int]]) -> None:
         """Take each prompt's next so many tokens into the cache, which has room for them."""

@@ -33,9 +33,19 @@ from ossia.model.weights import (
 from ossia.ops.attention import Backend, Place, Segments, check_backend, pick_backend, sink_attention
 from ossia.ops.attention.probe import Probed
 from ossia.ops.fused import parts_for
-from ossia.ops.linear import Dropout, Linear, linear
+from ossia.ops.linear import Dropout, Linear, linear, wide_linear
 from ossia.ops.moe import Expanding, Expert, in_chunks, route
 from ossia.ops.rope import Yarn, rope_tables
+
+
+def router_logits(normed_TD: Tensor, router: Linear, lora_x_TD: Tensor | None = None) -> Tensor:
+    """(T, E), as the released model computes them in the activations' dtype; in float32 under float16."""
+    if normed_TD.dtype != torch.float16:
+        return linear(normed_TD, router, lora_x_TD)
+    parts = (router.weight, router.bias, router.lora_a, router.lora_b)
+    wide = Linear(*(None if part is None else part.float() for part in parts))
+    return linear(normed_TD.float(), wide, None if lora_x_TD is None else lora_x_TD.float())
+
 
 _MASKS_APART = 1 << 20  # between the names of two chunks' dropout masks: more than a model has
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
@@ -144,7 +154,7 @@ class Transformer:
         self.backend: Backend = pick_backend(self.place) if backend is None else check_backend(backend, self.place)
         self.kernels: Kernels = kernels or pick_kernels(weights.device, weights.dtype)
         self.probed: Probed | None = None
-        self._parts = parts_for(self.kernels)
+        self._parts = parts_for(self.kernels, weights.dtype)
 
     @property
     def arch(self) -> Arch:
@@ -157,6 +167,11 @@ class Transformer:
     @property
     def device(self) -> torch.device:
         return self.weights.device
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Of what goes from layer to layer: float32 under float16, whose range a few tokens' activations are beyond."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
 
     @property
     def place(self) -> Place:
@@ -208,11 +223,11 @@ class Transformer:
         return self.trainable.use(name, self.dtype) if name in self.trainable else self.weights.get(name)
 
     def embed(self, ids_T: Tensor) -> Tensor:
-        """Rows of the embedding. Returns (T, D)."""
+        """Rows of the embedding. Returns (T, D) of `residual_dtype`."""
         table_VD = self.weights.raw("model.embed_tokens.weight")
         if "model.embed_tokens.weight" in self.trainable:
-            return F.embedding(ids_T, self.tensor("model.embed_tokens.weight"))
-        return F.embedding(ids_T.to(table_VD.device), table_VD).to(device=self.device, dtype=self.dtype)
+            return F.embedding(ids_T, self.tensor("model.embed_tokens.weight")).to(self.residual_dtype)
+        return F.embedding(ids_T.to(table_VD.device), table_VD).to(device=self.device, dtype=self.residual_dtype)
 
     def context(self, pack: PackedTokens) -> Context:
         """Positions, document boundaries and rotary tables of a pack."""
@@ -348,7 +363,7 @@ class Transformer:
         attended = (attend or self._attend(context))(q, k, v, layer.sinks_H, layer.window).reshape(num_tokens, -1)
         if rows is not None:
             attended, x_TD = attended[rows], x_TD[rows]
-        x_TD = x_TD + linear(attended, layer.o, adapted(attended, 3))
+        x_TD = x_TD + wide_linear(attended, layer.o, adapted(attended, 3))
 
         def through_experts(x_TD: Tensor, which: slice, chunk: int) -> Tensor:
             def adapted(x: Tensor, slot: int) -> Tensor | None:
@@ -356,7 +371,7 @@ class Transformer:
                 return None if dropout is None else dropout(x, layer.index * 8 + slot + chunk * _MASKS_APART)
 
             normed = self._parts.rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
-            logits = linear(normed, layer.router, adapted(normed, 4))
+            logits = router_logits(normed, layer.router, adapted(normed, 4))
             routing = route(logits, a.experts_per_token, None if replay is None else replay[which], self._parts.sort)
             if note_experts is not None:
                 note_experts(routing.experts_TK)

@@ -8,7 +8,7 @@ Letters as in `ops.moe`; J = 2 I.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -58,11 +58,13 @@ class Passes(Protocol):
     rotate: Callable[..., Tensor]
 
 
-def parts_for(kernels: Kernels) -> Parts:
-    """The parts by name."""
+def parts_for(kernels: Kernels, dtype: torch.dtype = torch.float32) -> Parts:
+    """The parts by name, for activations of a dtype."""
     if kernels == "torch":
         return TORCH
     passes = passes_for(kernels)
+    if dtype == torch.float16:  # the fused sum of experts knows no outputs beyond it
+        return replace(TORCH, rms_norm=partial(_rms_norm, passes), apply_rope=partial(_apply_rope, passes))
     sort = passes.sort if kernels == "c" else sort_by_expert  # a GPU is best served by torch's own
     return Parts(partial(_rms_norm, passes), partial(_apply_rope, passes), sort, partial(_mixture, passes))
 

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.kernels.cpu.grouped import Product, grouped_mm, plain_grouped_mm
+from ossia.ops.linear import NARROW
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +168,7 @@ def project(
     y = base_part(x_ND, expert, ends_E, product)
     if (extra := adapter_part(x_ND, expert, ends_E, lora_x_ND, product)) is not None:
         y = y + extra
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)
-    return y + expert.bias.repeat_interleave(counts_E, dim=0, output_size=len(x_ND))
+    return y + _of_rows(expert.bias, ends_E, len(x_ND))
 
 
 def adapter_part(
@@ -201,7 +201,7 @@ class _ClampedSwiglu(torch.autograd.Function):
     def backward(ctx, grad):
         (h_NI,) = ctx.saved_tensors
         gate_raw, up_raw = h_NI.chunk(2, dim=-1)
-        gate, up = gate_raw.clamp(max=ctx.limit), up_raw.clamp(-ctx.limit, ctx.limit)
+        gate, up = gate_raw.clamp(_lowest(h_NI), ctx.limit), up_raw.clamp(-ctx.limit, ctx.limit)
         share = (gate * ctx.alpha).sigmoid_()
         glu = gate * share
         dh = torch.empty_like(h_NI)
@@ -276,17 +276,45 @@ def clamped_swiglu(h_NI: Tensor, limit: float, alpha: float) -> Tensor:
     return _ClampedSwiglu.apply(h_NI, limit, alpha)
 
 
+def _lowest(h_NI: Tensor) -> float:
+    """Below which a gate is minus infinity, whose product with its sigmoid, 0, is no number: float16 gets there."""
+    return torch.finfo(h_NI.dtype).min
+
+
 def clamped_swiglu_only(h_NI: Tensor, limit: float, alpha: float) -> Tensor:
     """`clamped_swiglu` without a gradient: the call of an autograd function costs a decode step more than the maths."""
     gate, up = h_NI.chunk(2, dim=-1)
-    gate = gate.clamp(max=limit)
+    gate = gate.clamp(_lowest(h_NI), limit)
     return (gate * alpha).sigmoid_().mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
+
+
+def project_wide(
+    x_ND: Tensor,
+    expert: Expert,
+    ends_E: Tensor,
+    lora_x_ND: Tensor | None = None,
+    product: Product = plain_grouped_mm,
+) -> Tensor:
+    """`project` onto the residual stream, see `ops.linear.wide_linear`; float32 where x is float16."""
+    if x_ND.dtype != torch.float16:
+        return project(x_ND, expert, ends_E, lora_x_ND, product)
+    x_ND, lora_x_ND = x_ND * NARROW, None if lora_x_ND is None else lora_x_ND * NARROW
+    y = base_part(x_ND, expert, ends_E, product)
+    if (extra := adapter_part(x_ND, expert, ends_E, lora_x_ND, product)) is not None:
+        y = y + extra
+    return y.float() / NARROW + _of_rows(expert.bias, ends_E, len(x_ND)).float()
+
+
+def _of_rows(bias_EO: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
+    """(N, O): the bias of each row's expert."""
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)
+    return bias_EO.repeat_interleave(counts_E, dim=0, output_size=num_rows)
 
 
 def combine(y_ND: Tensor, routing: Route) -> Tensor:
     """Weighted sum of each token's expert outputs, in the order of its choices (deterministic). Returns (T, D)."""
     y_TKD = y_ND[routing.row_TK.flatten()].view(*routing.row_TK.shape, y_ND.shape[-1])
-    return torch.einsum("tkd,tk->td", y_TKD, routing.weights_TK)
+    return torch.einsum("tkd,tk->td", y_TKD, routing.weights_TK.to(y_TKD.dtype))
 
 
 def mixture(
@@ -307,5 +335,5 @@ def mixture(
     gathered_ND = x_TD[routing.token_N]
     hidden_NI = project(gathered_ND, gate_up, routing.ends_E, adapt(gathered_ND, 5), grouped_mm)
     hidden_NI = clamped_swiglu(hidden_NI, limit, alpha)
-    y_ND = project(hidden_NI, down, routing.ends_E, adapt(hidden_NI, 6), grouped_mm)
+    y_ND = project_wide(hidden_NI, down, routing.ends_E, adapt(hidden_NI, 6), grouped_mm)
     return residual_TD + combine(y_ND, routing)

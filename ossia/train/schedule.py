@@ -72,6 +72,7 @@ def forward_backward(
     dropout_seed: int | None = None,
     experts_at_once: int | None = None,
     tokens_at_once: int | None = None,
+    loss_scale: float = 1.0,
 ) -> float:
     """Add the gradient of the step's loss to `model.trainable`; returns the loss.
 
@@ -80,6 +81,8 @@ def forward_backward(
     offload    and have these inputs wait in the machine's memory; only with `recompute`
     dropout_seed  of this step, where the adapter has dropout
     experts_at_once  packed experts that are expanded together; None: `Transformer.experts_at_once`
+    loss_scale       gradients on their way are that much larger, for a dtype in which they would be rounded to nothing;
+                     those that are added to `model.trainable` are not
     tokens_at_once   of a pack, that go through a layer's experts together; None: all. Only with `recompute`
     """
     drops = [_dropout(model, dropout_seed, m) for m in range(len(packs))]
@@ -90,7 +93,13 @@ def forward_backward(
         experts_at_once = model.experts_at_once(tokens if tokens_at_once is None else min(tokens, tokens_at_once))
     assert recompute or not (offload or tokens_at_once)
     plan = _Plan(recompute, Offload(model.device) if offload else None, experts_at_once, tokens_at_once)
-    return sum(_layer_major(model, some, loss_of, plan, drops) for some in together)
+    if loss_scale == 1.0:
+        return sum(_layer_major(model, some, loss_of, plan, drops) for some in together)
+    loss = sum(_layer_major(model, some, lambda *given: loss_of(*given) * loss_scale, plan, drops) for some in together)
+    for tensor in model.trainable.tensors.values():
+        if tensor.grad is not None:
+            tensor.grad.div_(loss_scale)
+    return loss / loss_scale
 
 
 @dataclass(frozen=True, slots=True)
