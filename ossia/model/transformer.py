@@ -272,7 +272,7 @@ class Transformer:
             bias = self.weights.expert_bias(index, projection)
         weight: Tensor | Expanding
         # rounded ones pass their gradient on, so autograd has to know them
-        if torch.is_grad_enabled() if self.rounds(module) else self.keeps_experts:
+        if self.keeps_experts or (self.rounds(module) and torch.is_grad_enabled()):
             weight = self.expert_weight(index, projection)
         else:
             weight = Expanding(partial(self._expand, index, projection), self.arch.num_experts, at_once)
