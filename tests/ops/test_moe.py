@@ -11,6 +11,7 @@ from ossia.ops.moe import (
     Expert,
     base_part,
     clamped_swiglu,
+    clamped_swiglu_only,
     combine,
     project,
     route,
@@ -176,3 +177,14 @@ def test_all_experts_expanded_together_stay_for_the_next_product_until_they_are_
     packed.let_go()
     base_part(torch.ones(6, 16), Expert(packed, torch.zeros(E, 8)), ends_E)
     assert len(asked) == 2
+
+
+def test_sums_beyond_float16_give_a_finite_output_and_gradient() -> None:
+    beyond = torch.inf
+    h = torch.tensor([[-beyond, beyond, 1.0, beyond, -beyond, beyond]], dtype=torch.float16).requires_grad_()
+    out = clamped_swiglu(h, 7.0, 1.702)
+    out.backward(torch.ones_like(out))
+    assert out.isfinite().all()
+    assert h.grad.isfinite().all()
+    assert float(out[0, 0]) == 0  # a gate of minus infinity is closed
+    assert torch.equal(out, clamped_swiglu_only(h.detach(), 7.0, 1.702))
