@@ -87,14 +87,18 @@ class Expanding:
         self.at_once = num_experts if at_once is None else min(at_once, num_experts)
         self._all: Tensor | None = None
 
-    def parts(self, ends_E: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    def ends_here(self, ends_E: Tensor) -> list[int] | None:
+        """The experts' ends as `parts` needs them, for which a GPU is waited for; None where it needs none."""
+        return None if self.at_once == self.num_experts else ends_E.tolist()
+
+    def parts(self, ends_E: Tensor, ends: list[int] | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Rows, weight (E', out, in) and the experts' ends among these rows; a part without rows isn't expanded."""
-        if self.at_once == self.num_experts:
+        if ends is None:
             if self._all is None:
                 self._all = self._expand(slice(None))
             yield slice(None), self._all, ends_E
             return
-        ends, start = ends_E.tolist(), 0  # a GPU is waited for here
+        start = 0
         for first in range(0, self.num_experts, self.at_once):
             experts = slice(first, min(first + self.at_once, self.num_experts))
             end = ends[experts.stop - 1]
@@ -130,21 +134,28 @@ def base_part(x_ND: Tensor, expert: Expert, ends_E: Tensor, product: Product = g
 class _InParts(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_ND, weight, fan_out, ends_E, product):
-        ctx.weight, ctx.fan_in, ctx.product = weight, x_ND.shape[1], product
+        ctx.weight, ctx.fan_in, ctx.product, ctx.ends = weight, x_ND.shape[1], product, weight.ends_here(ends_E)
         ctx.save_for_backward(ends_E)
-        return _multiply_in_parts(x_ND, weight, fan_out, ends_E, lambda x, w, ends: product(x, w.transpose(1, 2), ends))
+
+        def turned(x_ND: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
+            return product(x_ND, weight_EOD.transpose(1, 2), ends_E)
+
+        return _multiply_in_parts(x_ND, weight, fan_out, ends_E, ctx.ends, turned)
 
     @staticmethod
     def backward(ctx, grad_NO):
         (ends_E,) = ctx.saved_tensors
-        return _multiply_in_parts(grad_NO, ctx.weight, ctx.fan_in, ends_E, ctx.product), None, None, None, None
+        dx_ND = _multiply_in_parts(grad_NO, ctx.weight, ctx.fan_in, ends_E, ctx.ends, ctx.product)
+        return dx_ND, None, None, None, None
 
 
-def _multiply_in_parts(x_ND: Tensor, weight: Expanding, width: int, ends_E: Tensor, product: Product) -> Tensor:
-    """(N, width): each row times its expert's weight, as `product` takes it."""
+def _multiply_in_parts(
+    x_ND: Tensor, weight: Expanding, width: int, ends_E: Tensor, ends: list[int] | None, product: Product
+) -> Tensor:
+    """(N, width): each row times its expert's weight, as `product` takes it. ends  see `Expanding.ends_here`"""
     out_NW = None
-    for rows, weight_EOD, ends in weight.parts(ends_E):
-        part = product(x_ND[rows], weight_EOD, ends)
+    for rows, weight_EOD, ends_of_part in weight.parts(ends_E, ends):
+        part = product(x_ND[rows], weight_EOD, ends_of_part)
         if len(part) == len(x_ND):
             return part
         out_NW = part.new_empty(len(x_ND), width) if out_NW is None else out_NW

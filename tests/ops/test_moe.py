@@ -186,5 +186,5 @@ def test_sums_beyond_float16_give_a_finite_output_and_gradient() -> None:
     out.backward(torch.ones_like(out))
     assert out.isfinite().all()
     assert h.grad.isfinite().all()
-    assert float(out[0, 0]) == 0  # a gate of minus infinity is closed
+    assert out.tolist()[0][0] == 0  # a gate of minus infinity is closed
     assert torch.equal(out, clamped_swiglu_only(h.detach(), 7.0, 1.702))
