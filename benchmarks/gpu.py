@@ -32,13 +32,16 @@ from ossia.data.pack import Pack
 from ossia.data.sample import Sample
 from ossia.engine import Engine
 from ossia.engine.cache import Cache
+from ossia.errors import UserError
 from ossia.harmony.o200k import write_o200k_harmony
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.arch import SHAPES, Arch
 from ossia.model.lora import Lora, LoraSpec
+from ossia.model.open import DTYPES, DtypeName
 from ossia.model.tiny import _distribution  # the same spread of values as `ossia tiny` draws
 from ossia.model.transformer import Transformer
-from ossia.model.weights import Placement, Weights
+from ossia.model.weights import EMBEDDING, HEAD, Placement, Weights
+from ossia.ops.attention import Backend
 from ossia.ops.mxfp4 import dequantize_mxfp4
 from ossia.rl.env import OneStep, Split, Task
 from ossia.rl.policy import Policy
@@ -56,7 +59,14 @@ _UNIFORM_CODE_RMS = math.sqrt((0.25 + 1 + 2.25 + 4 + 9 + 16 + 36) / 8)
 
 @dataclass(frozen=True)
 class Train:
-    """A step: the tokens of each pack, of each document in it, and how many packs."""
+    """A step: the tokens of each pack, of each document in it, and how many packs.
+
+    on_host         embedding, or embedding and head, in the machine's memory: as where a GPU is full
+    offload         layers' inputs too
+    tokens_at_once  that go through a layer's experts together; None: all
+    whole           a layer's experts expanded together, whatever the number of tokens
+    attention       its backend; None: the default
+    """
 
     shape: str
     pack: int
@@ -67,6 +77,12 @@ class Train:
     recompute: bool = True
     steps: int = 3
     peer: bool = False
+    on_host: tuple[str, ...] = ()
+    offload: bool = False
+    tokens_at_once: int | None = None
+    whole: bool = False
+    attention: Backend | None = None
+    dtype: DtypeName = "bfloat16"
 
 
 @dataclass(frozen=True)
@@ -112,6 +128,18 @@ CASES: dict[str, Train | Decode | Grpo] = {
     "train-2k": Train("20b", 2048, 2048, 1, "resident"),
     "train-64k": Train("20b", 65536, 65536, 1, "resident", steps=1),
     "train-120b": Train("120b", 4096, 4096, 1, "resident", steps=2),
+    # not yet measured
+    "train-2k-whole": Train("20b", 2048, 2048, 1, "resident", whole=True),
+    "train-2k-host": Train("20b", 2048, 2048, 1, "resident", on_host=(EMBEDDING,)),
+    "train-2k-stream-host": Train("20b", 2048, 2048, 1, "stream", on_host=(EMBEDDING, HEAD)),
+    "train-16k-stream-host": Train("20b", 16384, 4096, 1, "stream", on_host=(EMBEDDING, HEAD), tokens_at_once=4096),
+    "train-64k-chunks": Train("20b", 65536, 65536, 1, "resident", steps=1, tokens_at_once=16384),
+    "train-64k-offload": Train("20b", 65536, 65536, 1, "resident", steps=1, tokens_at_once=16384, offload=True),
+    "train-300k": Train("20b", 307200, 307200, 1, "resident", steps=1, tokens_at_once=16384, offload=True),
+    "train-4k-triton": Train("20b", 16384, 4096, 1, "resident", attention="triton"),
+    "train-4k-fa3": Train("20b", 16384, 4096, 1, "resident", attention="fa3"),
+    "train-4k-float16": Train("20b", 16384, 4096, 1, "resident", dtype="float16"),
+    "train-120b-stream": Train("120b", 8192, 4096, 1, "stream", steps=2, tokens_at_once=4096),
     "grpo": Grpo("20b", 8, 8, 1024, "resident"),
 }
 
@@ -138,13 +166,23 @@ class RandomCheckpoint:
         return torch.empty(spec.shape, dtype=torch.bfloat16, device=self.device).normal_(mean, std, generator=drawn)
 
 
-def build(shape: str, placement: Placement, targets: dict[str, tuple[int, float]] | None) -> Transformer:
+def build(
+    shape: str,
+    placement: Placement,
+    targets: dict[str, tuple[int, float]] | None,
+    *,
+    on_host: tuple[str, ...] = (),
+    attention: Backend | None = None,
+    dtype: DtypeName = "bfloat16",
+) -> Transformer:
     """A model of random weights on the GPU, with a fresh adapter where targets are given."""
     device = DEVICE
-    weights = Weights(RandomCheckpoint(SHAPES[shape], device), placement, torch.bfloat16, device)  # type: ignore[arg-type]
+    source = RandomCheckpoint(SHAPES[shape], device)
+    weights = Weights(source, placement, DTYPES[dtype], device, frozenset(on_host))  # type: ignore[arg-type]
     if targets is None:
-        return Transformer(weights)
-    return Transformer(weights, lora=Lora.fresh(weights.arch, LoraSpec(targets), seed=0, device=device))
+        return Transformer(weights, backend=attention)
+    lora = Lora.fresh(weights.arch, LoraSpec(targets), seed=0, device=device)
+    return Transformer(weights, lora=lora, backend=attention)
 
 
 def packs_of(case: Train) -> list[Pack]:
@@ -178,9 +216,15 @@ def seconds(call: Callable[[], Any], repeats: int) -> list[float]:
 
 def stepper(case: Train, packs: list[Pack]) -> Callable[[], float]:
     """What takes an optimizer step and returns its loss."""
-    model = build(case.shape, case.placement, EXPERTS if case.experts else ATTENTION)
+    model = build(
+        case.shape, case.placement, EXPERTS if case.experts else ATTENTION, on_host=case.on_host,
+        attention=case.attention, dtype=case.dtype,
+    )  # fmt: skip
+    if case.whole:
+        model.experts_at_once = lambda tokens: None
     optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    return lambda: train_step(model, optimizer, packs, lr=1e-4, clip=1.0, recompute=case.recompute).loss
+    how = {"recompute": case.recompute, "offload": case.offload, "tokens_at_once": case.tokens_at_once}
+    return lambda: train_step(model, optimizer, packs, lr=1e-4, clip=1.0, **how).loss
 
 
 def peer_stepper(case: Train, packs: list[Pack]) -> Callable[[], float]:
@@ -356,7 +400,7 @@ def main() -> None:
         try:
             run = {Train: train, Decode: decode, Grpo: grpo}[type(case)]
             measured = run(case, profile)
-        except torch.OutOfMemoryError as error:
+        except (torch.OutOfMemoryError, UserError) as error:
             measured = {"failed": str(error).partition("\n")[0]}
         gc.collect()
         result["cases"][name] = {"config": asdict(case), **measured}

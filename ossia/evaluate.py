@@ -47,7 +47,12 @@ def run(recipe: Recipe, *, adapter: str | None) -> EvalResult:
         print(note, file=sys.stderr)
     samples = list(islice(in_order(datasets.held_out), recipe.eval.max_samples))
     model, _ = open_model(
-        recipe.model, adapter=adapter, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device
+        recipe.model,
+        adapter=adapter,
+        dtype=recipe.dtype,
+        weights=recipe.weights,
+        device=recipe.device,
+        attention=recipe.attention,
     )
     model.qat = model.qat or recipe.qat is not None
     found = evaluate_loss(model, pack_samples(samples, recipe.train.tokens_per_pack))

@@ -27,7 +27,7 @@ from ossia.run.trained import RunResult, save_result
 from ossia.train.events import Sink
 from ossia.train.loop import Job, run_loop
 from ossia.train.report import write_report
-from ossia.train.step import evaluate_loss, keeps_activations, train_step
+from ossia.train.step import chunk_of_tokens, evaluate_loss, keeps_activations, offloads, train_step
 
 ROWS_TO_CHECK = 50_000
 
@@ -109,11 +109,23 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
     train = recipe.train
     optimizer = adamw_of(recipe, model)
     keep = keeps_activations(model, train.recompute, train.tokens_per_step, train.tokens_per_pack)
+    away = not keep and offloads(model, train.recompute, train.tokens_per_step)
+    at_once = None if keep else chunk_of_tokens(model)
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
 
     def step(packs: list[Pack], lr: float) -> Mapping[str, float]:
         seed = train.seed * 1_000_003 + optimizer.num_updates if dropout else None
-        result = train_step(model, optimizer, packs, lr=lr, clip=train.clip, recompute=not keep, dropout_seed=seed)
+        result = train_step(
+            model,
+            optimizer,
+            packs,
+            lr=lr,
+            clip=train.clip,
+            recompute=not keep,
+            offload=away,
+            tokens_at_once=at_once,
+            dropout_seed=seed,
+        )
         return asdict(result)
 
     def evaluate() -> Mapping[str, float]:

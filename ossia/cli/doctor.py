@@ -24,6 +24,7 @@ _EXTRAS = {
     "trackio": ("trackio",),
 }
 _KERNELS = {"triton": "passes fused in Triton", "c": "passes fused in C", "torch": "passes of torch, slower,"}
+_HEAD = {"heads": 64, "kv_heads": 8, "size": 64}  # of gpt-oss
 _DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 
 
@@ -33,13 +34,16 @@ def examine() -> dict[str, Any]:
     Returns  what env.json of a run holds (versions, cpu, cores, ...); memory_bytes, memory_free_bytes, disk_free_bytes:
              int, the disk being the current folder's; devices: name, memory_bytes and free_bytes of each GPU; packages:
              version or None by distribution; extras: True where all of an extra's packages are there; kernels: what
-             training computes with between matrix products, triton, c or torch by device; jail: by level, "" where the
-             machine gives it, else why not
+             training computes with between matrix products, triton, c or torch by device; attention: by device its
+             backend, tried there in bfloat16 (problem, "" where there is none; error, relative); jail: by level, ""
+             where the machine gives it, else why not
     """
     import torch
 
     from ossia.kernels import pick_kernels
     from ossia.kernels.cpu.native import Unavailable, load_kernels
+    from ossia.ops.attention import BACKENDS, Place, pick_backend
+    from ossia.ops.attention.probe import probe
     from ossia.ops.memory import machine_memory
     from ossia.rl.jail import LOCKED, probe_level
     from ossia.train.events import environment
@@ -52,6 +56,12 @@ def examine() -> dict[str, Any]:
     env = environment(torch.device("cpu"))
     packages = {name: _version(name) for name in names} | {"torch": env["torch"]}
     kernels = load_kernels()
+    kinds = ("cpu", *(["cuda"] if gpus else []))
+    attention = {}
+    for kind in kinds:
+        name = pick_backend(Place.of(torch.device(kind), torch.bfloat16, _HEAD["size"]))
+        found = probe(BACKENDS[name], torch.device(kind), torch.bfloat16, **_HEAD)
+        attention[kind] = {"backend": name, "problem": found.problem or "", "error": found.error}
     return {
         **env,
         "memory_free_bytes": machine_memory()[1],
@@ -59,9 +69,8 @@ def examine() -> dict[str, Any]:
         "devices": gpus,
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "decode": {"native": False, "reason": kernels.reason} if isinstance(kernels, Unavailable) else {"native": True},
-        "kernels": {
-            kind: pick_kernels(torch.device(kind), torch.bfloat16) for kind in ("cpu", *(["cuda"] if gpus else []))
-        },
+        "kernels": {kind: pick_kernels(torch.device(kind), torch.bfloat16) for kind in kinds},
+        "attention": attention,
         "jail": {level: probe_level(level) for level in LOCKED},
         "packages": packages,
         "extras": {extra: all(packages[name] for name in needs) for extra, needs in _EXTRAS.items()},
@@ -87,12 +96,18 @@ def as_text(found: dict[str, Any]) -> str:
             "in C on the CPU" if found["decode"]["native"] else f"in torch, slower: {found['decode']['reason']}",
         ),
         ("train", ", ".join(f"{_KERNELS[name]} on the {_DEVICES[kind]}" for kind, name in found["kernels"].items())),
+        ("attention", "; ".join(_attention(kind, tried) for kind, tried in found["attention"].items())),
         *_jail_rows(found["jail"]),
         ("packages", ", ".join(f"{name} {found['packages'][name]}" for name in _REQUIRED)),
     ]
     for extra, there in found["extras"].items():
         rows.append((extra, "there" if there else f"not installed: pip install 'ossia[{extra}]'"))
     return "\n".join(f"{label:<13}{words}" for label, words in rows)
+
+
+def _attention(kind: str, tried: dict[str, Any]) -> str:
+    found = tried["problem"] or f"documents apart, outputs and gradients within {tried['error']:.1g}"
+    return f"{tried['backend']} on the {_DEVICES[kind]}, tried: {found}"
 
 
 def _jail_rows(levels: dict[str, str]) -> list[tuple[str, str]]:

@@ -247,8 +247,9 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0 saves once, at the end."""
     keep: int = Field(2, ge=1)
     """Newest checkpoints to keep; older ones are removed."""
-    recompute: Literal["auto", "always", "never"] = "auto"
-    """Whether activations are computed again in the backward pass (less memory) or kept (less time)."""
+    recompute: Literal["auto", "always", "never", "offload"] = "auto"
+    """Whether activations are computed again in the backward pass (less memory) or kept (less time); `offload`: again,
+    from layers' inputs that wait in the machine's memory, for the longest steps on a GPU."""
     threads: int | None = Field(None, ge=1, le=1024, json_schema_extra=words("torch's own choice"))
     """CPU threads; more than the machine has cores are slower, not faster."""
 
@@ -296,6 +297,9 @@ class Recipe(Section):
     """Where the weights are while training: `resident` on the device, packed, `stream` experts in the machine's memory,
     sent to the GPU layer by layer, `mmap` in the checkpoint's files, `bf16` expanded to bfloat16; `auto` takes what
     fits."""
+    attention: Literal["auto", "reference", "cpu", "flash", "fa3", "fa4", "triton"] = "auto"
+    """What computes attention: `flash`, FlashAttention 2 of torch; `fa3` and `fa4`, where they are installed; `triton`,
+    our kernels; `cpu`, torch's for CPU; `reference`, slow; `auto` takes the fastest. Tried before the first step."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Device to train on; `auto` takes a GPU where there is one."""
     adapter: AdapterConfig | None = Field(None, json_schema_extra=words("left out: all weights are trained"))

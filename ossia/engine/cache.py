@@ -297,5 +297,5 @@ def attend_cached(
     out_BKGd, lse_BKG = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         q_BKGd, keys_BKCd, values_BKCd, 0.0, False, attn_mask=mask_B11C, scale=scale
     )
-    share_BKG = (lse_BKG - sinks_KG).sigmoid_()  # as in ops/attention.py: float32, applied before rounding
+    share_BKG = (lse_BKG - sinks_KG).sigmoid_()  # as in ops.attention.sinks: float32, applied before rounding
     return (out_BKGd * share_BKG.unsqueeze(-1)).to(q_BHd.dtype).reshape(num_rows, num_heads, head_dim)

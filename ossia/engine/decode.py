@@ -23,11 +23,11 @@ from ossia.engine.cache import Lane, attend_cached
 from ossia.engine.head import Draw, Drawn, draw_plainly, step_norm
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed
-from ossia.model.transformer import Layer, Transformer
+from ossia.model.transformer import Layer, Transformer, router_logits
 from ossia.model.weights import expert_module, split_gate_up
 from ossia.ops.fused import parts_for
-from ossia.ops.linear import Linear, linear
-from ossia.ops.moe import Expert, Route, clamped_swiglu_only, combine, project, route
+from ossia.ops.linear import NARROW, Linear, linear, wide_linear
+from ossia.ops.moe import Expert, Route, clamped_swiglu_only, combine, project, project_wide, route
 from ossia.ops.rope import rope_tables
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ class Decoder(Protocol):
     ) -> Tensor:
         """One token for each of rows 0 .. B - 1 of the cache's tables, which have room for it.
 
-        x_BD        embeddings, (B, D) of the model's dtype
+        x_BD        embeddings, (B, D) of the model's `residual_dtype`
         position_B  (B,) int64: each token's position
         adapter_B   which adapter each row uses
         routes_LBk  int16, filled with the experts chosen in every layer
@@ -195,7 +195,7 @@ class TorchDecoder:
         layers = self._layers[adapter]
         for index, lane in enumerate(self._lanes):
             if index == len(layers):
-                layer = model.fetch(index, expand=model.keeps_experts)
+                layer = model.fetch(index)
                 if self._fused:
                     layers.append(FusedLayer(model, layer, lane))
                 else:
@@ -230,7 +230,8 @@ class DecodeLayer:
         self._down: _ExpertViews | Expert = layer.down
         if one_by_one:
             self._gate_up = _ExpertViews(layer.gate_up, _expand_one(model, layer.index, "gate_up_proj"))
-            self._down = _ExpertViews(layer.down, _expand_one(model, layer.index, "down_proj"))
+            expand_down, wide = _expand_one(model, layer.index, "down_proj"), model.dtype == torch.float16
+            self._down = _ExpertViews(layer.down, expand_down, wide=wide)
 
     def forward(self, x_BD: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
         """The layer's output (B, D) and the chosen experts (B, k); the new keys and values are in the cache then."""
@@ -244,9 +245,9 @@ class DecodeLayer:
         attended = attend_cached(
             qkv[:, : a.num_heads], keys, values, self._sinks_H, step.masks[lane], self._model.backend
         )
-        x_BD = x_BD + linear(attended.view(num_rows, -1), self._o)
+        x_BD = x_BD + wide_linear(attended.view(num_rows, -1), self._o)
         normed = step_norm(x_BD, self._post_norm_D, a.rms_eps)
-        mixed_BD, experts_Bk = self._experts(normed, linear(normed, self._router))
+        mixed_BD, experts_Bk = self._experts(normed, router_logits(normed, self._router))
         return x_BD + mixed_BD, experts_Bk
 
     def _experts(self, x_BD: Tensor, logits_BE: Tensor) -> tuple[Tensor, Tensor]:
@@ -256,7 +257,7 @@ class DecodeLayer:
             routing = route(logits_BE, a.experts_per_token)
             hidden = project(x_BD[routing.token_N], self._gate_up, routing.ends_E)
             hidden = clamped_swiglu_only(hidden, a.swiglu_limit, a.swiglu_alpha)
-            return combine(project(hidden, self._down, routing.ends_E), routing), routing.experts_TK
+            return combine(project_wide(hidden, self._down, routing.ends_E), routing), routing.experts_TK
         assert isinstance(self._down, _ExpertViews)
         chosen_Bk, experts_Bk = logits_BE.topk(a.experts_per_token, dim=-1)
         shares_Bk = chosen_Bk.softmax(-1)
@@ -271,15 +272,16 @@ class DecodeLayer:
         hidden_NI = clamped_swiglu_only(self._gate_up.project(x_ND, chosen, counts), a.swiglu_limit, a.swiglu_alpha)
         y_ND = self._down.project(hidden_NI, chosen, counts)
         if num_rows == 1:
-            return shares_Bk @ y_ND, experts_Bk
+            return shares_Bk.to(y_ND.dtype) @ y_ND, experts_Bk
         y_BkD = torch.empty_like(y_ND).index_copy_(0, order_N, y_ND).view(*experts_Bk.shape, -1)
-        return torch.bmm(shares_Bk.unsqueeze(1), y_BkD).squeeze(1), experts_Bk
+        return torch.bmm(shares_Bk.to(y_BkD.dtype).unsqueeze(1), y_BkD).squeeze(1), experts_Bk
 
 
 def fuses(model: Transformer, lanes: Sequence[Lane]) -> bool:
-    """Whether layers can be `FusedLayer`: experts on the device, a cache that isn't of 8 bits."""
+    """Whether layers can be `FusedLayer`: experts on the device, a cache that isn't of 8 bits, not in float16."""
     there = model.weights.placement == "resident" and model.weights.checkpoint.layout == "mxfp4" and not model.qat
-    return model.kernels == "triton" and (there or model.keeps_experts) and not any(lane.int8 for lane in lanes)
+    fitting = model.dtype != torch.float16 and not any(lane.int8 for lane in lanes)
+    return model.kernels == "triton" and (there or model.keeps_experts) and fitting
 
 
 class FusedLayer:
@@ -364,10 +366,14 @@ def _expand_one(model: Transformer, layer: int, name: str) -> Callable[[int], Te
 class _ExpertViews:
     """One projection's experts, each on its own: views of the expanded weights, or expanded when they are asked for."""
 
-    def __init__(self, expert: Expert, expand: Callable[[int], Tensor] | None) -> None:
-        self._expand = expand
-        self._weights = None if expand is not None else [weight_OI.t() for weight_OI in expert.weight.unbind()]
-        self._biases, self._fan_out = expert.bias.unbind(), expert.bias.shape[1]
+    def __init__(self, expert: Expert, expand: Callable[[int], Tensor] | None, *, wide: bool = False) -> None:
+        """wide  the result is float32, computed as `ops.linear.wide_linear` does"""
+        self._wide, self._expand, self._weights = wide, expand, None
+        if expand is None:
+            assert isinstance(expert.weight, Tensor)
+            self._weights = [weight_OI.t() for weight_OI in expert.weight.unbind()]
+        bias_EO = expert.bias * NARROW if wide else expert.bias
+        self._biases, self._fan_out = bias_EO.unbind(), bias_EO.shape[1]
         self._adapters = None
         if expert.lora_a is not None and expert.lora_b is not None:
             turned = (factor.transpose(1, 2).unbind() for factor in (expert.lora_a, expert.lora_b))
@@ -375,6 +381,8 @@ class _ExpertViews:
 
     def project(self, x_ND: Tensor, chosen: list[int], counts: list[int]) -> Tensor:
         """Rows, counts[i] of them in a row for expert chosen[i], through weight, bias and adapter. Returns (N, out)."""
+        if self._wide:
+            x_ND = x_ND * NARROW
         y_NO = x_ND.new_empty(x_ND.shape[0], self._fan_out)
         rows = torch.split_with_sizes(x_ND, counts), torch.split_with_sizes(y_NO, counts)
         for expert, x, y in zip(chosen, *rows, strict=True):
@@ -387,7 +395,7 @@ class _ExpertViews:
             if self._adapters is not None:
                 a_Ir, b_rO = self._adapters[expert]
                 y.addmm_(torch.mm(x, a_Ir), b_rO)
-        return y_NO
+        return y_NO.float() / NARROW if self._wide else y_NO
 
 
 def _rotate(x_BXd: Tensor, cos_B1d: Tensor, sin_B1d: Tensor) -> None:

@@ -95,7 +95,7 @@ class GraphDecoder:
 
     def _capture(self, size: int, adapter: int, wants_routes: bool) -> _Captured:
         arch, device = self._model.arch, self._model.device
-        x_BD = torch.zeros(size, arch.hidden_size, dtype=self._model.dtype, device=device)
+        x_BD = torch.zeros(size, arch.hidden_size, dtype=self._model.residual_dtype, device=device)
         position_B = torch.zeros(size, dtype=torch.int64, device=device)
         row_B = torch.arange(size, device=device)
         shape = (arch.num_layers, size, arch.experts_per_token)

@@ -248,9 +248,9 @@ def score_rows(
 
 def step_norm(x_BD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """`ops.linear.rms_norm` without its gradient, in one operation."""
-    if x_BD.dtype == torch.float32:
+    if x_BD.dtype == weight_D.dtype == torch.float32:
         return F.rms_norm(x_BD, weight_D.shape, weight_D, eps)
-    return F.rms_norm(x_BD.float(), weight_D.shape, weight_D.float(), eps).to(x_BD.dtype)
+    return F.rms_norm(x_BD.float(), weight_D.shape, weight_D.float(), eps).to(weight_D.dtype)
 
 
 def _top(logits_LV: Tensor, lse_L: Tensor, wanted: Sequence[int]) -> list[TopTokens]:

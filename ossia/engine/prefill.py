@@ -71,7 +71,7 @@ class Prefill:
     def embed(self, ids_T: Tensor) -> Tensor:
         """Rows of the embedding, looked up where it lies. Returns (T, D)."""
         rows_TD = F.embedding(ids_T.to(self._table_VD.device), self._table_VD)
-        return rows_TD.to(device=self._models[0].device, dtype=self._models[0].dtype)
+        return rows_TD.to(device=self._models[0].device, dtype=self._models[0].residual_dtype)
 
     def run(self, parts: Sequence[tuple[Prompt, int]]) -> None:
         """Take each prompt's next so many tokens into the cache, which has room for them."""
@@ -116,7 +116,7 @@ class Prefill:
                     routes_TLk[slice(None) if rows is None else rows.cpu().numpy(), index] = experts_Tk.cpu().numpy()
 
             attend = writer[lane].attention(index, context, model)
-            layer = self._fetch(parts[0][0].adapter, index)
+            layer = self._fetch(parts[0][0].adapter, index, len(ids))
             x_TD = model.layer_forward(layer, x_TD, context, rows=rows, attend=attend, note_experts=note)
         for (prompt, count), hidden_D, (start, end) in zip(
             parts, x_TD, pairwise(segments.starts.tolist()), strict=True
@@ -126,11 +126,11 @@ class Prefill:
             if routes_TLk is not None and prompt.wants_routes:
                 prompt.routes.append(routes_TLk[start:end])
 
-    def _fetch(self, adapter: int, index: int) -> Layer:
+    def _fetch(self, adapter: int, index: int, num_tokens: int) -> Layer:
         layers, model = self._layers[adapter], self._models[adapter]
         if index < len(layers):
             return layers[index]
-        layer = model.fetch(index)
+        layer = model.fetch(index, experts_at_once=model.experts_at_once(num_tokens))
         if model.keeps_experts:
             layers.append(layer)
         return layer

@@ -134,7 +134,7 @@ def _hidden(models: Sequence[Transformer], pack: Pack) -> list[Tensor]:
     for index in range(models[0].arch.num_layers):
         waiting = []
         for model, x_TD in zip(models, states, strict=True):
-            model.layer_forward(model.fetch(index, expand=False), x_TD, context, mixture=partial(_wait, waiting))
+            model.layer_forward(model.fetch(index), x_TD, context, mixture=partial(_wait, waiting))
         states = _mixtures(models, index, waiting)
     return [model.final_norm(x_TD) for model, x_TD in zip(models, states, strict=True)]
 

@@ -5,6 +5,7 @@ Training, evaluation, chat, generation and export all open models here, so `auto
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -17,7 +18,8 @@ from ossia.model.arch import Arch
 from ossia.model.checkpoint import CONFIG, Checkpoint
 from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
-from ossia.model.weights import Placement, Weights
+from ossia.model.weights import EMBEDDING, HEAD, Placement, Weights
+from ossia.ops.attention import Backend, Place, check_backend
 from ossia.ops.memory import machine_memory
 
 WeightsChoice = Literal["auto", "resident", "stream", "mmap", "bf16"]
@@ -37,6 +39,7 @@ def open_model(
     dtype: torch.dtype | DtypeName = "bfloat16",
     weights: WeightsChoice = "auto",
     device: DeviceChoice = "auto",
+    attention: Backend | Literal["auto"] = "auto",
 ) -> tuple[Transformer, Vocabulary]:
     """Open a checkpoint and its tokenizer, with an adapter on it if one is named.
 
@@ -46,7 +49,9 @@ def open_model(
     dtype    of the activations
     weights  where the weights are, see `choose_placement` for `auto`
     device   auto: a CUDA device if there is one
-    Raises   CheckpointError, TokenizerError, AdapterError, MissingExtraError; UserError for a device that isn't there
+    attention  its backend, see `ops.attention.backends`
+    Raises   CheckpointError, TokenizerError, AdapterError, MissingExtraError; UserError for a device that isn't there,
+             or attention that it can't compute in that way
     """
     _one_of("weights", weights, get_args(WeightsChoice))
     activations = DTYPES[_one_of("dtype", dtype, tuple(DTYPES))] if isinstance(dtype, str) else dtype
@@ -66,7 +71,11 @@ def open_model(
     if adapter_path is not None:
         lora = load_adapter(adapter_path, checkpoint.arch, place, base=checkpoint)
     placement = choose_placement(checkpoint, activations, place) if weights == "auto" else weights
-    return Transformer(Weights(checkpoint, placement, activations, place), lora=lora, qat=qat), vocabulary
+    backend = None
+    if attention != "auto":
+        backend = check_backend(attention, Place.of(place, activations, checkpoint.arch.head_dim))
+    placed = Weights(checkpoint, placement, activations, place, _on_host(checkpoint, placement, place))
+    return Transformer(placed, lora=lora, backend=backend, qat=qat), vocabulary
 
 
 def model_folder(model: str) -> Path:
@@ -117,8 +126,8 @@ def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
 
     CPU   bf16 where the expanded experts take less than a quarter of the machine's memory, else mmap
     CUDA  bf16 where all weights, experts expanded, fit into half of the device's free memory (activations, gradients
-          and adapters need the rest); resident where the packed ones fit beside an expanded layer and 2 GB; stream
-          where the packed experts take less than nine tenths of the machine's free memory; else mmap
+          and adapters need the rest); resident where the packed ones but the embedding fit beside 2 GB; stream where
+          the packed experts take less than nine tenths of the machine's free memory; else mmap
     """
     arch = checkpoint.arch
     experts_bytes = expanded_expert_bytes(arch, dtype)
@@ -130,17 +139,41 @@ def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
         machine_memory()[1],
         packed=checkpoint.num_bytes,
         expanded=experts_bytes + _other_bytes(checkpoint),
-        layer=experts_bytes // arch.num_layers,
+        embedding=checkpoint.specs[EMBEDDING].num_bytes,
     )
 
 
-def _gpu_placement(free: int, machine: int, *, packed: int, expanded: int, layer: int) -> Placement:
-    """Of bytes free on the device and on the machine; bytes of all weights, packed and expanded, and of one layer's."""
+def _gpu_placement(free: int, machine: int, *, packed: int, expanded: int, embedding: int) -> Placement:
+    """Of bytes free on the device and on the machine; of all weights, packed and expanded, and of the embedding."""
     if expanded < free / 2:
         return "bf16"
-    if packed + layer + _WORKING_BYTES < free:
+    if packed - embedding + _WORKING_BYTES < free:
         return "resident"
     return "stream" if packed < 0.9 * machine else "mmap"
+
+
+def _on_host(checkpoint: Checkpoint, placement: Placement, device: torch.device) -> frozenset[str]:
+    if device.type != "cuda" or placement not in ("resident", "stream"):
+        return frozenset()
+    packed = checkpoint.num_bytes
+    if placement == "stream":
+        experts = packed - _other_bytes(checkpoint)
+        packed -= experts - 2 * experts // checkpoint.arch.num_layers
+    sizes = {name: checkpoint.specs[name].num_bytes for name in (EMBEDDING, HEAD)}
+    return on_host_where_full(torch.cuda.mem_get_info(device)[0], packed, sizes)
+
+
+def on_host_where_full(free: int, placed: int, sizes: Mapping[str, int]) -> frozenset[str]:
+    """Which of embedding and head wait in the machine's memory: first the one whose rows are only looked up, then both.
+
+    free    bytes of the device; placed  bytes of the weights that would be on it; sizes  of which these
+    """
+    found: frozenset[str] = frozenset()
+    for name in (EMBEDDING, HEAD):
+        if placed - sum(sizes[one] for one in found) + _WORKING_BYTES < free:
+            break
+        found |= {name}
+    return found
 
 
 _WORKING_BYTES = 2 << 30  # a step of a few thousand tokens, and what a CUDA context takes

@@ -21,13 +21,33 @@ from ossia.kernels import Kernels, pick_kernels
 from ossia.model.arch import Arch
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed, packed_experts
-from ossia.model.weights import Trainable, Weights, expert_module, interleave_gate_up, passing_on, split_gate_up
-from ossia.ops.attention import Backend, Segments, pick_backend, sink_attention
+from ossia.model.weights import (
+    HEAD,
+    Trainable,
+    Weights,
+    expert_module,
+    interleave_gate_up,
+    passing_on,
+    split_gate_up,
+)
+from ossia.ops.attention import Backend, Place, Segments, check_backend, pick_backend, sink_attention
+from ossia.ops.attention.probe import Probed
 from ossia.ops.fused import Mixture, parts_for
-from ossia.ops.linear import Dropout, Linear, linear
-from ossia.ops.moe import Expert, route
+from ossia.ops.linear import Dropout, Linear, linear, wide_linear
+from ossia.ops.moe import Expanding, Expert, in_chunks, route
 from ossia.ops.rope import Yarn, rope_tables
 
+
+def router_logits(normed_TD: Tensor, router: Linear, lora_x_TD: Tensor | None = None) -> Tensor:
+    """(T, E), as the released model computes them in the activations' dtype; in float32 under float16."""
+    if normed_TD.dtype != torch.float16:
+        return linear(normed_TD, router, lora_x_TD)
+    parts = (router.weight, router.bias, router.lora_a, router.lora_b)
+    wide = Linear(*(None if part is None else part.float() for part in parts))
+    return linear(normed_TD.float(), wide, None if lora_x_TD is None else lora_x_TD.float())
+
+
+_MASKS_APART = 1 << 20  # between the names of two chunks' dropout masks: more than a model has
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
 """(q_THd, k_TKd, v_TKd, sinks_H, window) -> (T, H, d)"""
 
@@ -48,6 +68,19 @@ class Layer:
     router: Linear
     gate_up: Expert
     down: Expert
+
+    @property
+    def trained_after_attention(self) -> bool:
+        """Whether anything between the attention's output and the layer's takes a gradient."""
+        parts = (self.router, self.gate_up, self.down)
+        found = [x for part in parts for x in (part.weight, part.bias, part.lora_a, part.lora_b)]
+        return any(isinstance(x, Tensor) and x.requires_grad for x in (self.post_norm_D, *found))
+
+    def let_go(self) -> None:
+        """Forget experts that were expanded for this layer; they will be expanded again if they are needed again."""
+        for expert in (self.gate_up, self.down):
+            if isinstance(expert.weight, Expanding):
+                expert.weight.let_go()
 
 
 class PackedTokens(Protocol):
@@ -70,6 +103,31 @@ class Context:
     sin_TF: Tensor
 
 
+def experts_at_once(arch: Arch, device_type: str, tokens: int) -> int | None:
+    """How many packed experts a step of `tokens` tokens expands together, by default; None: all.
+
+    On a GPU, where memory is scarce, as many as take no more bytes than the rows that are multiplied with them: so the
+    scratch never more than doubles what a layer needs beside its weights, and it is all experts, one product and
+    nothing to wait for, from the number of tokens on where that no longer counts. On a CPU all: there expanding is what
+    takes the time, and a part is expanded once more for its layer's backward.
+    """
+    if device_type == "cpu":
+        return None
+    row = 2 * arch.hidden_size + 3 * arch.intermediate_size  # gathered, gate and up, hidden, the output
+    fitting = tokens * arch.experts_per_token * row // (2 * arch.intermediate_size * arch.hidden_size)
+    return max(1, min(fitting, arch.num_experts))
+
+
+def tokens_at_once(arch: Arch, itemsize: int, free: int) -> int:
+    """How many tokens go through a layer's experts together, where a GPU has `free` bytes beside what lies on it.
+
+    What lies between, forward and backward, may take a quarter of them. A multiple of 1,024: at least 1,024 rows keep a
+    GPU busy, and each expert's matrix is read once for all of them.
+    """
+    rows = arch.experts_per_token * (2 * arch.hidden_size + 3 * arch.intermediate_size)
+    return max(1, free // 4 // (2 * rows * itemsize) // 1024) * 1024
+
+
 class Transformer:
     """A model whose weights are in `weights`, with either an adapter (`lora`), or all of its tensors in `trainable`.
 
@@ -79,6 +137,7 @@ class Transformer:
     kernels    of what stands between the matrix products; None: the fastest that is there
     qat        experts are computed as an MXFP4 export would hold them, what training changed merged in; gradients pass
                through the rounding as if it weren't there
+    probed     what trying the attention on the device found, where somebody has
     """
 
     def __init__(
@@ -92,9 +151,10 @@ class Transformer:
     ) -> None:
         self.weights, self.lora, self.qat = weights, lora, qat
         self.trainable = lora.trainable if lora is not None else Trainable()
-        self.backend: Backend = backend or pick_backend(weights.device, weights.dtype)
+        self.backend: Backend = pick_backend(self.place) if backend is None else check_backend(backend, self.place)
         self.kernels: Kernels = kernels or pick_kernels(weights.device, weights.dtype)
-        self._parts = parts_for(self.kernels)
+        self.probed: Probed | None = None
+        self._parts = parts_for(self.kernels, weights.dtype)
 
     @property
     def arch(self) -> Arch:
@@ -107,6 +167,16 @@ class Transformer:
     @property
     def device(self) -> torch.device:
         return self.weights.device
+
+    @property
+    def residual_dtype(self) -> torch.dtype:
+        """Of what goes from layer to layer: float32 under float16, whose range a few tokens' activations are beyond."""
+        return torch.float32 if self.dtype == torch.float16 else self.dtype
+
+    @property
+    def place(self) -> Place:
+        """Where its attention runs."""
+        return Place.of(self.device, self.dtype, self.arch.head_dim)
 
     @cached_property
     def yarn(self) -> Yarn:
@@ -153,21 +223,21 @@ class Transformer:
         return self.trainable.use(name, self.dtype) if name in self.trainable else self.weights.get(name)
 
     def embed(self, ids_T: Tensor) -> Tensor:
-        """Rows of the embedding. Returns (T, D)."""
+        """Rows of the embedding. Returns (T, D) of `residual_dtype`."""
         table_VD = self.weights.raw("model.embed_tokens.weight")
         if "model.embed_tokens.weight" in self.trainable:
-            return F.embedding(ids_T, self.tensor("model.embed_tokens.weight"))
-        return F.embedding(ids_T.to(table_VD.device), table_VD).to(device=self.device, dtype=self.dtype)
+            return F.embedding(ids_T, self.tensor("model.embed_tokens.weight")).to(self.residual_dtype)
+        return F.embedding(ids_T.to(table_VD.device), table_VD).to(device=self.device, dtype=self.residual_dtype)
 
     def context(self, pack: PackedTokens) -> Context:
         """Positions, document boundaries and rotary tables of a pack."""
         segments = Segments(pack.starts.cpu(), self.device, None if pack.unfold is None else pack.unfold.cpu())
         return Context(segments, *rope_tables(self.yarn, segments.positions_T, self.dtype))
 
-    def fetch(self, index: int, *, expand: bool = True) -> Layer:
+    def fetch(self, index: int, *, experts_at_once: int | None = None) -> Layer:
         """Layer `index` ready to compute with; gradients on its trainable parts where they are on.
 
-        expand  False: its experts' weights are left out (0 elements), for who reads them one at a time
+        experts_at_once  of packed experts, how many are expanded together; None: all, when they are first multiplied
         """
         name = f"model.layers.{index}"
         sliding = self.arch.layer_types[index] == "sliding_attention"
@@ -187,20 +257,25 @@ class Transformer:
             sinks_H=self.tensor(f"{name}.self_attn.sinks"),
             post_norm_D=self.tensor(f"{name}.post_attention_layernorm.weight"),
             router=part("mlp.router"),
-            gate_up=self._expert(index, "gate_up_proj", expand),
-            down=self._expert(index, "down_proj", expand),
+            gate_up=self._expert(index, "gate_up_proj", experts_at_once),
+            down=self._expert(index, "down_proj", experts_at_once),
         )
 
     def _adapter(self, module: str) -> tuple[Tensor, Tensor] | tuple[None, None]:
         return (None, None) if self.lora is None else self.lora.pair(module, self.dtype)
 
-    def _expert(self, index: int, projection: str, expand: bool) -> Expert:
+    def _expert(self, index: int, projection: str, at_once: int | None) -> Expert:
         module = expert_module(index, projection)
         if module in self.trainable:
             bias = self.tensor(f"{module}_bias")
         else:
             bias = self.weights.expert_bias(index, projection)
-        weight = self.expert_weight(index, projection) if expand or module in self.trainable else torch.empty(0)
+        weight: Tensor | Expanding
+        # rounded ones pass their gradient on, so autograd has to know them
+        if self.keeps_experts or (self.rounds(module) and torch.is_grad_enabled()):
+            weight = self.expert_weight(index, projection)
+        else:
+            weight = Expanding(partial(self._expand, index, projection), self.arch.num_experts, at_once)
         return Expert(weight, bias) if self.qat else Expert(weight, bias, *self._adapter(module))
 
     def rounds(self, module: str) -> bool:
@@ -213,14 +288,26 @@ class Transformer:
         module = expert_module(index, projection)
         if not self.rounds(module):
             return self.tensor(module) if module in self.trainable else self.weights.expert_weight(index, projection)
-        packed, dtype = self.packed_experts(index, projection), self.dtype
+        weight_EOD = self._expand(index, projection, slice(None))
         if module in self.trainable:
-            return passing_on(packed.expand(dtype), lambda grad: self.trainable.add_grad(module, grad.float()))
-        gate_up = projection == "gate_up_proj"
-        weight_EOD = (Packed(*map(split_gate_up, packed)) if gate_up else packed).expand(dtype)
+            return passing_on(weight_EOD, lambda grad: self.trainable.add_grad(module, grad.float()))
         if self.lora is None or module not in self.lora.sites:
             return weight_EOD
         return passing_on(weight_EOD, partial(self.lora.add_grad, module))
+
+    def _expand(self, index: int, projection: str, experts: slice) -> Tensor:
+        """Some experts or all, expanded or rounded on the spot, without gradients."""
+        module = expert_module(index, projection)
+        if not self.rounds(module):
+            return self.weights.expert_weight(index, projection, None if experts == slice(None) else experts)
+        packed = self.packed_experts(index, projection, experts)
+        if projection == "gate_up_proj" and module not in self.trainable:
+            packed = Packed(*map(split_gate_up, packed))
+        return packed.expand(self.dtype)
+
+    def experts_at_once(self, tokens: int) -> int | None:
+        """The default for a step of `tokens` tokens, see `experts_at_once`."""
+        return experts_at_once(self.arch, self.device.type, tokens)
 
     def packed_experts(self, index: int, projection: str, experts: slice = slice(None)) -> Packed:
         """A projection's experts in MXFP4, what training changed merged in; gate and up rows in turn, as a checkpoint
@@ -248,6 +335,8 @@ class Transformer:
         note_experts: Callable[[Tensor], None] | None = None,
         replay: Tensor | None = None,
         mixture: Mixture | None = None,
+        tokens_at_once: int | None = None,
+        values: bool = True,
     ) -> Tensor:
         """One layer over one pack.
 
@@ -258,6 +347,8 @@ class Transformer:
         note_experts  is told which experts were chosen, (T, k) int64, or (R, k) with `rows`
         replay   (T, k) int64, or (R, k) with `rows`: experts to use instead, see `ops.moe.route`
         mixture  of experts, to use instead of the one over expanded weights
+        tokens_at_once  that go through the experts together, see `ops.moe.in_chunks`; None: all. Not with note_experts
+        values   False: only the gradient is wanted of the result, whose numbers may mean nothing
         Returns  (T, D), or (R, D) with `rows`
         """
         num_tokens = len(x_TD)
@@ -274,16 +365,26 @@ class Transformer:
         attended = (attend or self._attend(context))(q, k, v, layer.sinks_H, layer.window).reshape(num_tokens, -1)
         if rows is not None:
             attended, x_TD = attended[rows], x_TD[rows]
-        x_TD = x_TD + linear(attended, layer.o, adapted(attended, 3))
+        x_TD = x_TD + wide_linear(attended, layer.o, adapted(attended, 3))
 
-        normed = self._parts.rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
-        logits = linear(normed, layer.router, adapted(normed, 4))
-        routing = route(logits, a.experts_per_token, replay, self._parts.sort)
-        if note_experts is not None:
-            note_experts(routing.experts_TK)
-        return (mixture or self._parts.mixture)(
-            x_TD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, adapted
-        )
+        def through_experts(x_TD: Tensor, which: slice, chunk: int) -> Tensor:
+            def adapted(x: Tensor, slot: int) -> Tensor | None:
+                # no chunk has another's mask
+                return None if dropout is None else dropout(x, layer.index * 8 + slot + chunk * _MASKS_APART)
+
+            normed = self._parts.rms_norm(x_TD, layer.post_norm_D, a.rms_eps)
+            logits = router_logits(normed, layer.router, adapted(normed, 4))
+            routing = route(logits, a.experts_per_token, None if replay is None else replay[which], self._parts.sort)
+            if note_experts is not None:
+                note_experts(routing.experts_TK)
+            return (mixture or self._parts.mixture)(
+                x_TD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, adapted
+            )
+
+        if tokens_at_once is None or len(x_TD) <= tokens_at_once:
+            return through_experts(x_TD, slice(None), 0)
+        assert note_experts is None
+        return in_chunks(x_TD, through_experts, tokens_at_once, values=values, trained=layer.trained_after_attention)
 
     def _attend(self, context: Context) -> Attend:
         scale = self.arch.head_dim**-0.5
@@ -293,9 +394,15 @@ class Transformer:
 
         return attend
 
-    def head(self) -> Linear:
-        """The output projection: (V, D), no bias, with its adapter where it has one."""
-        return Linear(self.tensor("lm_head.weight"), None, *self._adapter("lm_head"))
+    def head(self, *, where_it_is: bool = False) -> Linear:
+        """The output projection: (V, D), no bias, with its adapter where it has one.
+
+        where_it_is  a frozen head without an adapter stays where the weights have it, for who walks it in blocks
+        """
+        frozen = HEAD not in self.trainable and (self.lora is None or "lm_head" not in self.lora.sites)
+        if where_it_is and frozen and self.weights.raw(HEAD).device.type != self.device.type:
+            return Linear(self.weights.raw(HEAD))
+        return Linear(self.tensor(HEAD), None, *self._adapter("lm_head"))
 
     def final_norm(self, x_TD: Tensor) -> Tensor:
         """The hidden states that the head reads."""

@@ -3,7 +3,7 @@
 `mmap`: in the checkpoint's file, experts as packed bytes. `resident`: the same bytes copied to the device. `stream`:
 experts in the machine's memory, two layers of them at a time on the device (`Stream`), and the embedding's rows sent as
 they are looked up. `bf16`: experts expanded once, to the activations' dtype. All give the same numbers: MXFP4 expands
-without rounding.
+without rounding. Where a GPU is nearly full, embedding and head may wait in the machine's memory too (`on_host`).
 Experts are computed as (experts, out, in), gate_up's gate rows before its up rows; the checkpoint interleaves the two.
 Letters: E experts, I expert width, O out, D in, G groups of 32.
 """
@@ -25,7 +25,7 @@ from ossia.ops.mxfp4 import dequantize_mxfp4
 
 Placement = Literal["mmap", "resident", "stream", "bf16"]
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def expert_module(layer: int, projection: str) -> str:
@@ -99,10 +99,23 @@ class Trainable:
 
 
 class Weights:
-    """A checkpoint's tensors, placed."""
+    """A checkpoint's tensors, placed.
 
-    def __init__(self, checkpoint: Checkpoint, placement: Placement, dtype: torch.dtype, device: torch.device) -> None:
+    on_host  of the embedding and the head, those that stay in the machine's memory where the device is a GPU: the
+             embedding's rows are sent as they are looked up (with `stream` always), the head's as the loss walks them
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        placement: Placement,
+        dtype: torch.dtype,
+        device: torch.device,
+        on_host: frozenset[str] = frozenset(),
+    ) -> None:
         self.checkpoint, self.placement, self.dtype, self.device = checkpoint, placement, dtype, device
+        self.on_host = on_host | {EMBEDDING} if placement == "stream" else on_host
+        assert self.on_host <= {EMBEDDING, HEAD}, on_host
         self._held: dict[str, Tensor] = {}
         self._expanded: dict[tuple[int, str], Tensor] = {}
         self._stream: Stream | None = None
@@ -114,11 +127,12 @@ class Weights:
             ]
             host = [{name: _host_copy(checkpoint.tensor(name), device) for name in names} for names in layers]
             self._stream = Stream(host, device)
-            self._held[EMBEDDING] = checkpoint.tensor(EMBEDDING).cpu()
         for name in checkpoint.specs:
-            if placement == "stream" and (_is_expert_weight(name) or name == EMBEDDING):
+            if placement == "stream" and _is_expert_weight(name):
                 continue
-            if placement in ("resident", "stream") or not _is_expert_weight(name):
+            if name in self.on_host:
+                self._held[name] = _host_copy(checkpoint.tensor(name), device)
+            elif placement in ("resident", "stream") or not _is_expert_weight(name):
                 self._held[name] = self._placed(name)
         if placement == "bf16":
             for layer in range(self.arch.num_layers):
@@ -150,47 +164,50 @@ class Weights:
         bias_EO = self.get(f"model.layers.{layer}.mlp.experts.{projection}_bias")
         return split_gate_up(bias_EO) if projection == "gate_up_proj" else bias_EO
 
-    def expert_weight(self, layer: int, projection: str, expert: int | None = None) -> Tensor:
-        """(E, O, D) in the computation's dtype, or (O, D) of one expert; expanded on the spot unless `bf16`."""
+    def expert_weight(self, layer: int, projection: str, expert: int | slice | None = None) -> Tensor:
+        """(E, O, D) in the computation's dtype, of some experts or all; (O, D) of one; expanded on the spot unless
+        `bf16`."""
         expanded = self._expanded.get((layer, projection))
-        if expert is None:
-            return self._expand(layer, projection, slice(None)) if expanded is None else expanded
-        one = slice(expert, expert + 1)
-        return self._expand(layer, projection, one)[0] if expanded is None else expanded[expert]
+        if expanded is not None:
+            return expanded if expert is None else expanded[expert]
+        if isinstance(expert, int):
+            return self._expand(layer, projection, slice(expert, expert + 1), alone=True)[0]
+        return self._expand(layer, projection, slice(None) if expert is None else expert)
 
     def expert_base(self, layer: int, projection: str, experts: slice = slice(None)) -> Base:
         """A projection's experts as the checkpoint has them, on the device: packed, or (E, O, D) bfloat16; gate and up
-        rows in turn."""
-        prefix = expert_module(layer, projection)
+        rows in turn. Some of them are fetched alone, see `_packed`."""
+        prefix, alone = expert_module(layer, projection), experts != slice(None)
         if self.checkpoint.layout == "bf16":
-            return self._packed(layer, prefix, experts).transpose(1, 2)
-        return Packed(*(self._packed(layer, prefix + part, experts) for part in ("_blocks", "_scales")))
+            return self._packed(layer, prefix, experts, alone).transpose(1, 2)
+        return Packed(*(self._packed(layer, prefix + part, experts, alone) for part in ("_blocks", "_scales")))
 
     def note_read(self, layer: int) -> None:
         """What was launched has read what `expert_base` gave."""
         if self._stream is not None:
             self._stream.note_read(layer)
 
-    def _packed(self, layer: int, name: str, experts: slice) -> Tensor:
-        """Some experts' part of a tensor of theirs, as the checkpoint holds it, on the device."""
+    def _packed(self, layer: int, name: str, experts: slice, alone: bool) -> Tensor:
+        """Some experts' part of a tensor of theirs, as the checkpoint holds it, on the device.
+
+        alone  the layer's other experts won't be asked for: they aren't sent along
+        """
         if self._stream is None:
             return self.raw(name)[experts].to(self.device)
-        if experts == slice(None):
-            return self._stream.layer(layer)[name]
-        return self._stream.host[layer][name][experts].to(self.device)
+        return (self._stream.host[layer][name] if alone else self._stream.layer(layer)[name])[experts].to(self.device)
 
-    def _expand(self, layer: int, projection: str, experts: slice) -> Tensor:
-        weight_EOD = self._expand_packed(layer, projection, experts)
-        if experts == slice(None):
+    def _expand(self, layer: int, projection: str, experts: slice, *, alone: bool = False) -> Tensor:
+        weight_EOD = self._expand_packed(layer, projection, experts, alone)
+        if not alone:
             self.note_read(layer)
         return weight_EOD
 
-    def _expand_packed(self, layer: int, projection: str, experts: slice) -> Tensor:
+    def _expand_packed(self, layer: int, projection: str, experts: slice, alone: bool) -> Tensor:
         prefix = expert_module(layer, projection)
         if self.checkpoint.layout == "bf16":
-            weight_EOD = self._packed(layer, prefix, experts).to(self.dtype).transpose(1, 2)
+            weight_EOD = self._packed(layer, prefix, experts, alone).to(self.dtype).transpose(1, 2)
             return split_gate_up(weight_EOD) if projection == "gate_up_proj" else weight_EOD.contiguous()
-        blocks, scales = (self._packed(layer, prefix + part, experts) for part in ("_blocks", "_scales"))
+        blocks, scales = (self._packed(layer, prefix + part, experts, alone) for part in ("_blocks", "_scales"))
         if pick_kernels(self.device, self.dtype) == "triton":
             from ossia.kernels.gpu.dequant import dequantize
 

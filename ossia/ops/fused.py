@@ -8,7 +8,7 @@ Letters as in `ops.moe`; J = 2 I.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from ossia.kernels import Kernels, passes_for
-from ossia.kernels.cpu.grouped import grouped_mm
 from ossia.ops.linear import rms_norm
-from ossia.ops.moe import Expert, Route, Sort, adapter_part, mixture, sort_by_expert
+from ossia.ops.moe import Expert, Route, Sort, adapter_part, base_part, mixture, sort_by_expert
 from ossia.ops.rope import apply_rope
 
 Adapt = Callable[[Tensor, int], Tensor | None]
@@ -60,11 +59,13 @@ class Passes(Protocol):
     rotate: Callable[..., Tensor]
 
 
-def parts_for(kernels: Kernels) -> Parts:
-    """The parts by name."""
+def parts_for(kernels: Kernels, dtype: torch.dtype = torch.float32) -> Parts:
+    """The parts by name, for activations of a dtype."""
     if kernels == "torch":
         return TORCH
     passes = passes_for(kernels)
+    if dtype == torch.float16:  # the fused sum of experts knows no outputs beyond it
+        return replace(TORCH, rms_norm=partial(_rms_norm, passes), apply_rope=partial(_apply_rope, passes))
     sort = passes.sort if kernels == "c" else sort_by_expert  # a GPU is best served by torch's own
     return Parts(partial(_rms_norm, passes), partial(_apply_rope, passes), sort, partial(_mixture, passes))
 
@@ -91,10 +92,10 @@ def _mixture(
     ends_E = routing.ends_E
     expert_N = routing.experts_TK.flatten().index_select(0, routing.order_N)
     x_ND = _ToExperts.apply(passes, x_TD, routing.token_N, routing.row_TK)
-    h_NJ = grouped_mm(x_ND, gate_up.weight.transpose(1, 2), ends_E)
+    h_NJ = base_part(x_ND, gate_up, ends_E)
     h_NJ, extra_NJ = passes.together(h_NJ, adapter_part(x_ND, gate_up, ends_E, adapt(x_ND, 5)))
     hidden_NI = _Swiglu.apply(passes, h_NJ, extra_NJ, gate_up.bias, expert_N, ends_E, limit, alpha)
-    y_ND = grouped_mm(hidden_NI, down.weight.transpose(1, 2), ends_E)
+    y_ND = base_part(hidden_NI, down, ends_E)
     y_ND, extra_ND = passes.together(y_ND, adapter_part(hidden_NI, down, ends_E, adapt(hidden_NI, 6)))
     return _Combine.apply(passes, residual_TD, y_ND, extra_ND, down.bias, routing.weights_TK, routing)
 

@@ -50,8 +50,25 @@ def linear(x_TD: Tensor, layer: Linear, lora_x_TD: Tensor | None = None) -> Tens
     return torch.addmm(y_TO, a_Tr, layer.lora_b.t())
 
 
+def wide_linear(x_TD: Tensor, layer: Linear, lora_x_TD: Tensor | None = None) -> Tensor:
+    """`linear` onto the residual stream, where a few tokens' numbers are beyond what float16 holds (65,504).
+
+    Returns  (T, O) of x's dtype; float32 where that is float16, see `NARROW`
+    """
+    if x_TD.dtype != torch.float16:
+        return linear(x_TD, layer, lora_x_TD)
+    small = Linear(layer.weight, None, layer.lora_a, layer.lora_b)
+    y_TO = linear(x_TD * NARROW, small, None if lora_x_TD is None else lora_x_TD * NARROW).float() / NARROW
+    return y_TO if layer.bias is None else y_TO + layer.bias.float()
+
+
+NARROW = 2.0**-6
+"""What float16 inputs are multiplied with, and the product, in float32, divided by: results up to four million don't
+overflow, and what becomes too small on the way is below 2e-6, which no residual stream shows."""
+
+
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 and rounded once. Returns (T, D) of x's dtype."""
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 and rounded once. Returns (T, D) of weight's dtype."""
     return _RmsNorm.apply(x_TD, weight_D, eps)
 
 
@@ -63,7 +80,7 @@ class _RmsNorm(torch.autograd.Function):
         x = x_TD.float()
         inverse_T1 = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x_TD, weight_D, inverse_T1)
-        return (x * inverse_T1 * weight_D.float()).to(x_TD.dtype)
+        return (x * inverse_T1 * weight_D.float()).to(weight_D.dtype)
 
     @staticmethod
     def backward(ctx, grad_TD):

@@ -11,6 +11,8 @@ whole step shares. Letters: N rows, D hidden, V vocabulary, B tokens of a block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -31,7 +33,8 @@ def linear_logprob(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:
     """ln p(target) of every row under softmax(h @ head.T).
 
     h_ND       (N, D) hidden states after the final norm, any floating dtype
-    head_VD    (V, D) of h's dtype; gets a gradient if it asks for one
+    head_VD    (V, D) of h's dtype; gets a gradient if it asks for one. One that is frozen may be in the machine's
+               memory while h is on a GPU, and of another dtype: its blocks are sent as they are needed
     targets_N  (N,) int64 in [0, V)
     Returns    (N,) float32, natural log; differentiable in h and head
     """
@@ -56,7 +59,7 @@ class _LinearLogprob(torch.autograd.Function):
         row_block, _ = _blocks(h_ND.device)
         for start in range(0, len(h_ND), row_block):
             rows = slice(start, start + row_block)
-            h, target_rows = h_ND[rows], head_VD[targets_N[rows]].float()
+            h, target_rows = h_ND[rows], _rows_of(head_VD, targets_N[rows], h_ND.device)
             others_N, expected = _scan_others(h, head_VD, targets_N[rows], want_expected=slope_ND is not None)
             target_N = (h.float() * target_rows).sum(-1)
             logp_N[rows], lse_N[rows] = F.logsigmoid(target_N - others_N), torch.logaddexp(target_N, others_N)
@@ -83,8 +86,7 @@ def _scan_others(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, want_expected
     total_N = torch.zeros(num_rows, dtype=torch.float32, device=h_ND.device)
     expected_ND = torch.zeros(h_ND.shape, dtype=torch.float32, device=h_ND.device) if want_expected else None
     buffer = torch.empty(num_rows, min(vocab_block, num_vocab), dtype=h_ND.dtype, device=h_ND.device)
-    for start in range(0, num_vocab, vocab_block):
-        block_BD = head_VD[start : start + vocab_block].to(h_ND.dtype)
+    for start, block_BD in walk_blocks(head_VD, vocab_block, h_ND.device, h_ND.dtype):
         logits_NB = buffer if len(block_BD) == buffer.shape[1] else torch.empty_like(buffer[:, : len(block_BD)])
         torch.mm(h_ND, block_BD.t(), out=logits_NB)
         shrink_N = take(logits_NB, targets_N - start, top_N, total_N)
@@ -92,6 +94,41 @@ def _scan_others(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor, want_expected
             expected_ND.mul_(shrink_N[:, None]).add_(logits_NB @ block_BD)
     lse_N = total_N.log() + top_N
     return lse_N, None if expected_ND is None else expected_ND.div_(total_N[:, None])
+
+
+def _rows_of(head_VD: Tensor, ids_N: Tensor, device: torch.device) -> Tensor:
+    return head_VD[ids_N.to(head_VD.device)].to(device).float()
+
+
+def walk_blocks(head_VD: Tensor, size: int, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of rows, each with its first row's number, on a device and in a dtype; the next one is on its way there.
+
+    On a GPU a head in pinned memory takes two blocks of the device's: one is computed with while the other arrives.
+    """
+    starts = range(0, len(head_VD), size)
+    if head_VD.device.type == device.type or device.type != "cuda":
+        for start in starts:
+            yield start, head_VD[start : start + size].to(device=device, dtype=dtype)
+        return
+    slots = [torch.empty(size, head_VD.shape[1], dtype=head_VD.dtype, device=device) for _ in range(2)]
+    arrived, copies = [torch.cuda.Event() for _ in range(2)], torch.cuda.Stream(device)
+
+    def send(number: int) -> Tensor:
+        block_BD = head_VD[starts[number] : starts[number] + size]
+        there = slots[number % 2][: len(block_BD)]
+        copies.wait_stream(torch.cuda.current_stream(device))  # what has been launched may still read this slot
+        with torch.cuda.stream(copies):
+            there.copy_(block_BD, non_blocking=True)
+            arrived[number % 2].record()
+        return there
+
+    coming = send(0)
+    for number, start in enumerate(starts):
+        block_BD = coming
+        if number + 1 < len(starts):
+            coming = send(number + 1)
+        torch.cuda.current_stream(device).wait_event(arrived[number % 2])
+        yield start, block_BD.to(dtype)
 
 
 def _take_in_torch(logits_NB: Tensor, column_N: Tensor, top_N: Tensor, total_N: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Letters: T tokens, E experts, K experts per token, N = T * K routed rows sorted 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.kernels.cpu.grouped import Product, grouped_mm, plain_grouped_mm
+from ossia.ops.linear import NARROW
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +70,47 @@ def route(logits_TE: Tensor, top_k: int, replay_TK: Tensor | None = None, sort: 
     return Route(chosen_TK.softmax(-1), experts_TK, order_N, order_N // top_k, row_TK, ends_E)
 
 
+class Expanding:
+    """One projection's frozen experts, packed: some of them are expanded at a time, multiplied with and let go.
+
+    Autograd holds none of them: backward, which needs them for the input's gradient alone, expands them again.
+
+    expand       a range of experts -> (its length, out, in)
+    num_experts  E
+    at_once      experts expanded together. From `num_experts` on, the first use expands all and keeps them for the
+                 next ones, until `let_go`
+    """
+
+    def __init__(self, expand: Callable[[slice], Tensor], num_experts: int, at_once: int | None = None) -> None:
+        assert at_once is None or at_once > 0, at_once
+        self._expand, self.num_experts = expand, num_experts
+        self.at_once = num_experts if at_once is None else min(at_once, num_experts)
+        self._all: Tensor | None = None
+
+    def ends_here(self, ends_E: Tensor) -> list[int] | None:
+        """The experts' ends as `parts` needs them, for which a GPU is waited for; None where it needs none."""
+        return None if self.at_once == self.num_experts else ends_E.tolist()
+
+    def parts(self, ends_E: Tensor, ends: list[int] | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Rows, weight (E', out, in) and the experts' ends among these rows; a part without rows isn't expanded."""
+        if ends is None:
+            if self._all is None:
+                self._all = self._expand(slice(None))
+            yield slice(None), self._all, ends_E
+            return
+        start = 0
+        for first in range(0, self.num_experts, self.at_once):
+            experts = slice(first, min(first + self.at_once, self.num_experts))
+            end = ends[experts.stop - 1]
+            if end > start:
+                yield slice(start, end), self._expand(experts), ends_E[experts] - start
+            start = end
+
+    def let_go(self) -> None:
+        """Forget what is expanded."""
+        self._all = None
+
+
 @dataclass(frozen=True, slots=True)
 class Expert:
     """One projection of all experts, with its adapter where there is one.
@@ -76,10 +118,49 @@ class Expert:
     weight  (E, out, in); bias (E, out); lora_a (E, r, in); lora_b (E, out, r), already scaled
     """
 
-    weight: Tensor
+    weight: Tensor | Expanding
     bias: Tensor
     lora_a: Tensor | None = None
     lora_b: Tensor | None = None
+
+
+def base_part(x_ND: Tensor, expert: Expert, ends_E: Tensor, product: Product = grouped_mm) -> Tensor:
+    """What the weights alone make of each row, (N, out). Arguments as of `project`."""
+    if isinstance(expert.weight, Expanding):
+        return _InParts.apply(x_ND, expert.weight, expert.bias.shape[-1], ends_E, product)
+    return product(x_ND, expert.weight.transpose(1, 2), ends_E)
+
+
+class _InParts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_ND, weight, fan_out, ends_E, product):
+        ctx.weight, ctx.fan_in, ctx.product, ctx.ends = weight, x_ND.shape[1], product, weight.ends_here(ends_E)
+        ctx.save_for_backward(ends_E)
+
+        def turned(x_ND: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
+            return product(x_ND, weight_EOD.transpose(1, 2), ends_E)
+
+        return _multiply_in_parts(x_ND, weight, fan_out, ends_E, ctx.ends, turned)
+
+    @staticmethod
+    def backward(ctx, grad_NO):
+        (ends_E,) = ctx.saved_tensors
+        dx_ND = _multiply_in_parts(grad_NO, ctx.weight, ctx.fan_in, ends_E, ctx.ends, ctx.product)
+        return dx_ND, None, None, None, None
+
+
+def _multiply_in_parts(
+    x_ND: Tensor, weight: Expanding, width: int, ends_E: Tensor, ends: list[int] | None, product: Product
+) -> Tensor:
+    """(N, width): each row times its expert's weight, as `product` takes it. ends  see `Expanding.ends_here`"""
+    out_NW = None
+    for rows, weight_EOD, ends_of_part in weight.parts(ends_E, ends):
+        part = product(x_ND[rows], weight_EOD, ends_of_part)
+        if len(part) == len(x_ND):
+            return part
+        out_NW = part.new_empty(len(x_ND), width) if out_NW is None else out_NW
+        out_NW[rows] = part
+    return x_ND.new_empty(len(x_ND), width) if out_NW is None else out_NW
 
 
 def project(
@@ -95,11 +176,10 @@ def project(
     lora_x_ND  the adapter's input where it differs from x (dropout)
     Returns    (N, out)
     """
-    y = product(x_ND, expert.weight.transpose(1, 2), ends_E)
+    y = base_part(x_ND, expert, ends_E, product)
     if (extra := adapter_part(x_ND, expert, ends_E, lora_x_ND, product)) is not None:
         y = y + extra
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)
-    return y + expert.bias.repeat_interleave(counts_E, dim=0, output_size=len(x_ND))
+    return y + _of_rows(expert.bias, ends_E, len(x_ND))
 
 
 def adapter_part(
@@ -132,7 +212,7 @@ class _ClampedSwiglu(torch.autograd.Function):
     def backward(ctx, grad):
         (h_NI,) = ctx.saved_tensors
         gate_raw, up_raw = h_NI.chunk(2, dim=-1)
-        gate, up = gate_raw.clamp(max=ctx.limit), up_raw.clamp(-ctx.limit, ctx.limit)
+        gate, up = gate_raw.clamp(_lowest(h_NI), ctx.limit), up_raw.clamp(-ctx.limit, ctx.limit)
         share = (gate * ctx.alpha).sigmoid_()
         glu = gate * share
         dh = torch.empty_like(h_NI)
@@ -141,6 +221,60 @@ class _ClampedSwiglu(torch.autograd.Function):
         slope = share.addcmul_(glu * ctx.alpha, 1 - share)
         torch.mul(grad, up.add_(1), out=dgate).mul_(slope).mul_(gate == gate_raw)
         return dh, None, None
+
+
+class _InChunks(torch.autograd.Function):
+    """`in_chunks`: keeps its input alone, and computes each chunk again for its backward."""
+
+    @staticmethod
+    def forward(ctx, x_TD, compute, at_once, values, anchor):
+        ctx.compute, ctx.at_once = compute, at_once
+        ctx.save_for_backward(x_TD)
+        return _each_chunk(x_TD, compute, at_once) if values else torch.empty_like(x_TD)
+
+    @staticmethod
+    def backward(ctx, grad_TD):
+        (x_TD,) = ctx.saved_tensors
+        dx_TD = torch.empty_like(x_TD)
+        for number, rows in enumerate(_chunks(len(x_TD), ctx.at_once)):
+            leaf = x_TD[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                out = ctx.compute(leaf, rows, number)
+            torch.autograd.backward(out, grad_TD[rows])
+            dx_TD[rows] = leaf.grad
+        return dx_TD, None, None, None, None
+
+
+def in_chunks(
+    x_TD: Tensor,
+    compute: Callable[[Tensor, slice, int], Tensor],
+    at_once: int,
+    *,
+    values: bool,
+    trained: bool,
+) -> Tensor:
+    """What `compute` makes of each token, a number of tokens at a time, so that what lies between stays small.
+
+    compute  (tokens, which, number of the chunk) -> as many rows of the same width; called again in backward, where
+             leaves that it uses get their gradients
+    values   False: nobody reads the result, it is there for its gradient; its numbers mean nothing
+    trained  whether it uses any, which ask for a backward even where x doesn't
+    Returns  (T, D)
+    """
+    if not torch.is_grad_enabled():
+        return _each_chunk(x_TD, compute, at_once)
+    return _InChunks.apply(x_TD, compute, at_once, values, torch.empty(0, requires_grad=trained))
+
+
+def _chunks(num_tokens: int, at_once: int) -> list[slice]:
+    return [slice(start, min(start + at_once, num_tokens)) for start in range(0, num_tokens, at_once)]
+
+
+def _each_chunk(x_TD: Tensor, compute: Callable[[Tensor, slice, int], Tensor], at_once: int) -> Tensor:
+    out_TD = torch.empty_like(x_TD)
+    for number, rows in enumerate(_chunks(len(x_TD), at_once)):
+        out_TD[rows] = compute(x_TD[rows], rows, number)
+    return out_TD
 
 
 def clamped_swiglu(h_NI: Tensor, limit: float, alpha: float) -> Tensor:
@@ -153,17 +287,45 @@ def clamped_swiglu(h_NI: Tensor, limit: float, alpha: float) -> Tensor:
     return _ClampedSwiglu.apply(h_NI, limit, alpha)
 
 
+def _lowest(h_NI: Tensor) -> float:
+    """Below which a gate is minus infinity, whose product with its sigmoid, 0, is no number: float16 gets there."""
+    return torch.finfo(h_NI.dtype).min
+
+
 def clamped_swiglu_only(h_NI: Tensor, limit: float, alpha: float) -> Tensor:
     """`clamped_swiglu` without a gradient: the call of an autograd function costs a decode step more than the maths."""
     gate, up = h_NI.chunk(2, dim=-1)
-    gate = gate.clamp(max=limit)
+    gate = gate.clamp(_lowest(h_NI), limit)
     return (gate * alpha).sigmoid_().mul_(gate).mul_(up.clamp(-limit, limit).add_(1))
+
+
+def project_wide(
+    x_ND: Tensor,
+    expert: Expert,
+    ends_E: Tensor,
+    lora_x_ND: Tensor | None = None,
+    product: Product = plain_grouped_mm,
+) -> Tensor:
+    """`project` onto the residual stream, see `ops.linear.wide_linear`; float32 where x is float16."""
+    if x_ND.dtype != torch.float16:
+        return project(x_ND, expert, ends_E, lora_x_ND, product)
+    x_ND, lora_x_ND = x_ND * NARROW, None if lora_x_ND is None else lora_x_ND * NARROW
+    y = base_part(x_ND, expert, ends_E, product)
+    if (extra := adapter_part(x_ND, expert, ends_E, lora_x_ND, product)) is not None:
+        y = y + extra
+    return y.float() / NARROW + _of_rows(expert.bias, ends_E, len(x_ND)).float()
+
+
+def _of_rows(bias_EO: Tensor, ends_E: Tensor, num_rows: int) -> Tensor:
+    """(N, O): the bias of each row's expert."""
+    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1)).to(torch.int64)
+    return bias_EO.repeat_interleave(counts_E, dim=0, output_size=num_rows)
 
 
 def combine(y_ND: Tensor, routing: Route) -> Tensor:
     """Weighted sum of each token's expert outputs, in the order of its choices (deterministic). Returns (T, D)."""
     y_TKD = y_ND[routing.row_TK.flatten()].view(*routing.row_TK.shape, y_ND.shape[-1])
-    return torch.einsum("tkd,tk->td", y_TKD, routing.weights_TK)
+    return torch.einsum("tkd,tk->td", y_TKD, routing.weights_TK.to(y_TKD.dtype))
 
 
 def mixture(
@@ -184,5 +346,5 @@ def mixture(
     gathered_ND = x_TD[routing.token_N]
     hidden_NI = project(gathered_ND, gate_up, routing.ends_E, adapt(gathered_ND, 5), grouped_mm)
     hidden_NI = clamped_swiglu(hidden_NI, limit, alpha)
-    y_ND = project(hidden_NI, down, routing.ends_E, adapt(hidden_NI, 6), grouped_mm)
+    y_ND = project_wide(hidden_NI, down, routing.ends_E, adapt(hidden_NI, 6), grouped_mm)
     return residual_TD + combine(y_ND, routing)

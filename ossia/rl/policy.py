@@ -27,7 +27,7 @@ from ossia.rl.sampler.served import Served
 from ossia.rl.tasks import NamedEnv, TaskStream
 from ossia.train.optim import AdamW
 from ossia.train.schedule import forward_logprobs
-from ossia.train.step import keeps_activations, train_step
+from ossia.train.step import chunk_of_tokens, keeps_activations, offloads, train_step
 
 _PROBED = 4  # prompts that a rollout server is tried with
 
@@ -95,6 +95,8 @@ class Policy:
         self.tokens_per_pack = train.tokens_per_pack
         tokens = rl.prompts * rl.group * recipe.max_length
         self.recompute = not keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
+        self.offload = self.recompute and offloads(model, train.recompute, tokens)
+        self.tokens_at_once = chunk_of_tokens(model) if self.recompute else None
         self.counts = {"rollouts": 0, "reward_failures": 0, "truncated": 0, "equal_groups": 0, "skipped_updates": 0}
 
     # --- the loop's data: tasks
@@ -213,6 +215,8 @@ class Policy:
                 lr=lr,
                 clip=self.recipe.train.clip,
                 recompute=self.recompute,
+                offload=self.offload,
+                tokens_at_once=self.tokens_at_once,
                 loss_of=loss,
             )
             result = result or updated

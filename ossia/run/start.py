@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from ossia.errors import RunError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.open import open_model
 from ossia.model.transformer import Transformer
+from ossia.run.attention import settle_attention
 from ossia.run.trained import ADAPTER, MODEL, make_trainable, show_trainable
 from ossia.train.events import ENV, EVENTS, EventLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, Stream, find_start
@@ -62,9 +63,12 @@ def started(recipe: Recipe, steps: int, *, resume: bool, sink: Sink | None) -> I
     _check_folder(folder, recipe)
     with EventLog(folder) as log:
         saved = find_start(folder, resume=resume, say=say)
-        model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device)
+        model, vocab = open_model(
+            recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device, attention=recipe.attention
+        )
         make_trainable(model, recipe)
         show_trainable(model)
+        settle_attention(model, automatic=recipe.attention == "auto", say=say)
         write_file(folder / RECIPE, recipe.to_yaml())
         start = saved.step if saved else 0
         now = datetime.now().astimezone()
@@ -140,6 +144,7 @@ def job_of(
             "parameters_trained": model.trainable.num_parameters,
             "placement": model.weights.placement,
             "attention_backend": model.backend,
+            "attention_probe": None if model.probed is None else asdict(model.probed),
         },
         resume_with=recipe.resume_command,
         clock=time.perf_counter,

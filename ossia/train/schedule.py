@@ -4,8 +4,8 @@ A layer's weights are fetched (expanded from MXFP4, cast, later streamed or gath
 many micro-batches there are, and only one layer is ready at a time. Where there is nothing to make ready, one
 micro-batch goes through all layers and back before the next, so that only its activations are kept. Autograd works
 inside a layer; between layers go plain tensors. Kept are each layer's inputs (`recompute`) or its graph, from which
-expanded experts are left out: they are expanded again for the layer's backward. The gradient equals that of plain
-autograd.
+expanded experts are left out: they are expanded again for the layer's backward. The inputs may wait in the machine's
+memory (`offload`). The gradient equals that of plain autograd.
 Letters: T tokens of a pack, D hidden, R rows whose prediction counts, M micro-batches.
 """
 
@@ -24,6 +24,7 @@ from ossia.model.weights import expert_module
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.loss import linear_logprob
 from ossia.ops.memory import return_freed_memory
+from ossia.train.offload import Away, Offload
 
 LossOfLogprobs = Callable[[Tensor, int, Tensor], Tensor]
 """(logp_R float32, micro-batch, rows_R) -> its part of the step's loss, ()."""
@@ -67,18 +68,48 @@ def forward_backward(
     loss_of: LossOfLogprobs,
     *,
     recompute: bool,
+    offload: bool = False,
     dropout_seed: int | None = None,
+    experts_at_once: int | None = None,
+    tokens_at_once: int | None = None,
+    loss_scale: float = 1.0,
 ) -> float:
     """Add the gradient of the step's loss to `model.trainable`; returns the loss.
 
     loss_of    called once a micro-batch that has counted rows; the parts add up to the step's loss
     recompute  keep only each layer's input and compute the layer again in backward
+    offload    and have these inputs wait in the machine's memory; only with `recompute`
     dropout_seed  of this step, where the adapter has dropout
+    experts_at_once  packed experts that are expanded together; None: `Transformer.experts_at_once`
+    loss_scale       gradients on their way are that much larger, for a dtype in which they would be rounded to nothing;
+                     those that are added to `model.trainable` are not
+    tokens_at_once   of a pack, that go through a layer's experts together; None: all. Only with `recompute`
     """
     drops = [_dropout(model, dropout_seed, m) for m in range(len(packs))]
     numbered = list(enumerate(packs))
     together = [numbered] if prepares_layers(model) else [[one] for one in numbered]
-    return sum(_layer_major(model, some, loss_of, recompute, drops) for some in together)
+    if experts_at_once is None:
+        tokens = sum(pack.num_tokens for pack in packs)
+        experts_at_once = model.experts_at_once(tokens if tokens_at_once is None else min(tokens, tokens_at_once))
+    assert recompute or not (offload or tokens_at_once)
+    plan = _Plan(recompute, Offload(model.device) if offload else None, experts_at_once, tokens_at_once)
+    if loss_scale == 1.0:
+        return sum(_layer_major(model, some, loss_of, plan, drops) for some in together)
+    loss = sum(_layer_major(model, some, lambda *given: loss_of(*given) * loss_scale, plan, drops) for some in together)
+    for tensor in model.trainable.tensors.values():
+        if tensor.grad is not None:
+            tensor.grad.div_(loss_scale)
+    return loss / loss_scale
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """How a step is to be computed, see `forward_backward`."""
+
+    recompute: bool
+    offload: Offload | None
+    experts_at_once: int | None
+    tokens_at_once: int | None
 
 
 def prepares_layers(model: Transformer) -> bool:
@@ -94,7 +125,7 @@ def _layer_major(
     model: Transformer,
     packs: Sequence[tuple[int, Pack]],
     loss_of: LossOfLogprobs,
-    recompute: bool,
+    plan: _Plan,
     drops_of: Sequence[Dropout | None],
 ) -> float:
     """`forward_backward` of some of the micro-batches, each with its number."""
@@ -107,30 +138,53 @@ def _layer_major(
     layer = None
     for index in range(model.arch.num_layers):
         # the last layer's backward comes at once, so its graph costs nothing to keep
-        graph = not recompute or index == last
+        graph = not plan.recompute or index == last
         del layer  # before the next is there
-        layer = model.fetch(index)
-        apart = nullcontext() if index == last else _ExpertsApart(model, layer).left_out()
+        layer = model.fetch(index, experts_at_once=plan.experts_at_once)
+        apart = nullcontext() if index == last else _RoundedApart(model, layer).left_out()
         with torch.set_grad_enabled(graph), apart:
             inputs = [x.detach().requires_grad_(graph and (index > 0 or embedded.trained)) for x in xs]
             outputs = [
-                model.layer_forward(layer, x, micro.context, dropout=drop, **micro.in_layer(index, last))
+                model.layer_forward(
+                    layer,
+                    x,
+                    micro.context,
+                    dropout=drop,
+                    tokens_at_once=plan.tokens_at_once,
+                    **micro.in_layer(index, last),
+                )
                 for x, micro, drop in zip(inputs, micros, drops, strict=True)
             ]
-        kept.append((inputs, outputs if graph else None))
+        if index != last:
+            layer.let_go()  # what the graph refers to expands its experts again
+        away = None if graph or plan.offload is None else plan.offload.send(inputs)
+        kept.append(_Kept(inputs if away is None else [], outputs if graph else None, away))
         xs = outputs
     if prepares_layers(model):
         return_freed_memory(model.device)  # what the layers needed on the way; their kept activations stand between
     loss, grads = _head_backward(model, micros, xs, lambda logp, m, rows: loss_of(logp, numbers[m], rows), drops)
-    del xs, outputs, layer
+    del xs, inputs, outputs, layer
     for index in range(last, -1, -1):
-        inputs, outputs = kept.pop()
+        one = kept.pop()
+        inputs, outputs = one.inputs, one.outputs
+        if plan.offload is not None:
+            inputs = plan.offload.take(one.away) if one.away is not None else inputs
+            if kept and kept[-1].away is not None:
+                plan.offload.call_back(kept[-1].away)  # while this layer is differentiated
         layer = None  # before the next is there
-        layer = model.fetch(index) if outputs is None else None
+        layer = model.fetch(index, experts_at_once=plan.experts_at_once) if outputs is None else None
         for m, (x, micro) in enumerate(zip(inputs, micros, strict=True)):
             if outputs is None:
                 x.requires_grad_(index > 0 or embedded.trained)
-                y = model.layer_forward(layer, x, micro.context, dropout=drops[m], **micro.in_layer(index, last))
+                y = model.layer_forward(
+                    layer,
+                    x,
+                    micro.context,
+                    dropout=drops[m],
+                    tokens_at_once=plan.tokens_at_once,
+                    values=False,
+                    **micro.in_layer(index, last),
+                )
             else:
                 y, outputs[m] = outputs[m], None
             if y.requires_grad:
@@ -140,18 +194,18 @@ def _layer_major(
     return loss
 
 
-class _ExpertsApart:
-    """Keeps a layer's expanded experts out of its graph, where they were expanded or rounded for this layer alone.
+class _RoundedApart:
+    """Keeps a layer's rounded experts out of its graph, where they were rounded for this layer alone.
 
     Autograd would hold them until the layer's backward, a copy for every layer. It gets a note of what it wanted
-    instead; the first note that is cashed in backward expands the matrix again, and it goes when the graph goes.
+    instead; the first note that is cashed in backward rounds the matrix again, and it goes when the graph goes.
     """
 
     def __init__(self, model: Transformer, layer: Layer) -> None:
         self._model, self._layer = model, layer.index
         experts = {"gate_up_proj": layer.gate_up, "down_proj": layer.down}
-        made = (name for name in experts if not model.keeps_experts or model.rounds(expert_module(layer.index, name)))
-        self._of_address = {experts[name].weight.data_ptr(): name for name in made}
+        rounded = {name: one.weight for name, one in experts.items() if model.rounds(expert_module(layer.index, name))}
+        self._of_address = {weight.data_ptr(): name for name, weight in rounded.items() if isinstance(weight, Tensor)}
         self._again: dict[str, Tensor] = {}
 
     def left_out(self) -> AbstractContextManager[object]:
@@ -171,17 +225,27 @@ class _ExpertsApart:
         return self._again[name].as_strided(shape, strides)
 
 
+@dataclass(slots=True)
+class _Kept:
+    """What a layer left for its backward: its inputs, here or away, and its outputs where they have a graph."""
+
+    inputs: list[Tensor]
+    outputs: list[Tensor | None] | None
+    away: Away | None
+
+
 @torch.no_grad()
 def forward_logprobs(model: Transformer, packs: Sequence[Pack]) -> list[Tensor]:
     """ln p of every counted target, no gradient, layer-major too: M times (R,) float32, in the packs' order."""
     micros = [Micro.of(model, pack) for pack in packs]
     xs = [model.embed(micro.pack.ids) for micro in micros]
     last = model.arch.num_layers - 1
+    experts_at_once = model.experts_at_once(sum(pack.num_tokens for pack in packs))
     for index in range(model.arch.num_layers):
-        layer = model.fetch(index)
+        layer = model.fetch(index, experts_at_once=experts_at_once)
         for m, micro in enumerate(micros):
             xs[m] = model.layer_forward(layer, xs[m], micro.context, **micro.in_layer(index, last))
-    head = model.head()
+    head = model.head(where_it_is=True)
     return [logprobs(model, micro, x, head) for micro, x in zip(micros, xs, strict=True)]
 
 
@@ -214,7 +278,7 @@ def _head_backward(
     drops: Sequence[Dropout | None],
 ) -> tuple[float, list[Tensor]]:
     """The loss, and its gradient in the last layer's outputs."""
-    head = model.head()
+    head = model.head(where_it_is=True)
     loss, grads = 0.0, []
     for m, (micro, x) in enumerate(zip(micros, xs, strict=True)):
         leaf = x.detach().requires_grad_()

@@ -5,7 +5,8 @@ Letters: R rows whose prediction counts.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,14 +14,15 @@ import torch
 from torch import Tensor
 
 from ossia.data.pack import Pack
-from ossia.model.transformer import Transformer
+from ossia.model.arch import Arch
+from ossia.model.transformer import Transformer, tokens_at_once
 from ossia.ops.loss import weighted_nll
 from ossia.ops.memory import machine_memory, return_freed_memory
 from ossia.train.optim import AdamW
 from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs, prepares_layers
 
 _STEPS_TO_TRIM = 16  # that a process may grow for; what a step gives back, the next one takes again page by page
-Recompute = Literal["auto", "always", "never"]
+Recompute = Literal["auto", "always", "never", "offload"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +61,8 @@ def train_step(
     lr: float,
     clip: float | None,
     recompute: bool,
+    offload: bool = False,
+    tokens_at_once: int | None = None,
     dropout_seed: int | None = None,
     loss_of: LossOfLogprobs | None = None,
 ) -> StepResult:
@@ -73,14 +77,47 @@ def train_step(
         weights_R = packs[micro].weights.to(logp_R.device)[rows_R]
         return weighted_nll(logp_R, weights_R, weight)
 
-    model.trainable.zero_grad()
-    loss = forward_backward(model, packs, loss_of or weighted, recompute=recompute, dropout_seed=dropout_seed)
+    def gradients(loss_scale: float) -> float:
+        model.trainable.zero_grad()
+        return forward_backward(
+            model,
+            packs,
+            loss_of or weighted,
+            recompute=recompute,
+            offload=offload,
+            tokens_at_once=tokens_at_once,
+            dropout_seed=dropout_seed,
+            loss_scale=loss_scale,
+        )
+
+    loss = gradients(1.0) if model.dtype != torch.float16 else _without_overflow(model, packs, gradients)
     grad_norm = optimizer.update(loss=loss, lr=lr, clip=clip)
     # packs that went one after the other through the same memory will do so again
     if len(packs) == 1 or prepares_layers(model) or optimizer.num_updates % _STEPS_TO_TRIM == 0:
         return_freed_memory(model.device)
     tokens, trained = (sum(counts) for counts in zip(*((p.num_tokens, p.num_trained) for p in packs), strict=True))
     return StepResult(loss, weight, tokens, trained, grad_norm)
+
+
+_MOST_HALVINGS = 24
+
+
+def _without_overflow(model: Transformer, packs: Sequence[Pack], gradients: Callable[[float], float]) -> float:
+    """Gradients in float16, which holds numbers from 6e-8 to 65,504: with a loss scaled up, and less if one overflows.
+
+    The scale begins at the number of predictions, which makes each of them count as much as it would alone; while a
+    gradient isn't finite, the step is computed again with half of it. It doesn't depend on the steps before. Where no
+    scale helps, the gradients are left as they are, for the optimizer to refuse.
+    gradients  (scale) -> loss; puts gradients that are free of the scale on what is trained
+    """
+    scale = 2.0 ** math.ceil(math.log2(max(1, sum(pack.num_trained for pack in packs))))
+    for _ in range(_MOST_HALVINGS):
+        loss = gradients(scale)
+        grads = [tensor.grad for tensor in model.trainable.tensors.values() if tensor.grad is not None]
+        if not math.isfinite(loss) or all(bool(grad.isfinite().all()) for grad in grads):
+            break
+        scale /= 2
+    return loss
 
 
 def evaluate_loss(model: Transformer, packs: Sequence[Pack]) -> EvalLoss:
@@ -107,6 +144,35 @@ def keeps_activations(model: Transformer, recompute: Recompute, tokens: int, tok
     if model.device.type == "cuda":
         return needed < torch.cuda.mem_get_info(model.device)[0] // 2
     return model.weights.placement == "bf16" and needed < machine_memory()[0] // 5
+
+
+def offloads(model: Transformer, recompute: Recompute, tokens: int) -> bool:
+    """Whether layers' inputs wait in the machine's memory; asked where `keeps_activations` says no.
+
+    `auto` sends them there where those of a step of `tokens` tokens take more than half of a GPU's free memory. The
+    numbers are the same.
+    """
+    if recompute != "auto":
+        return recompute == "offload"
+    if model.device.type != "cuda":
+        return False
+    needed = tokens * input_bytes_per_token(model.arch, model.dtype.itemsize)
+    return needed > torch.cuda.mem_get_info(model.device)[0] // 2
+
+
+def chunk_of_tokens(model: Transformer) -> int | None:
+    """How many tokens go through a layer's experts together where activations are computed again; None: all, on a CPU.
+
+    On a GPU what `tokens_at_once` makes of what is free there, so that a long pack needs no more than a short one.
+    """
+    if model.device.type != "cuda":
+        return None
+    return tokens_at_once(model.arch, model.dtype.itemsize, torch.cuda.mem_get_info(model.device)[0])
+
+
+def input_bytes_per_token(arch: Arch, itemsize: int) -> int:
+    """Of all layers' inputs."""
+    return arch.num_layers * arch.hidden_size * itemsize
 
 
 def graph_bytes_per_token(model: Transformer) -> int:

@@ -124,6 +124,9 @@ def test_doctor_says_what_the_machine_has() -> None:
     assert found["packages"]["numpy"] in words
     kernels = {"c": "passes fused in C on the CPU", "torch": "passes of torch, slower, on the CPU"}
     assert kernels[found["kernels"]["cpu"]] in words
+    attention = found["attention"]["cpu"]
+    assert (attention["backend"], attention["problem"]) == ("cpu", "")
+    assert "cpu on the CPU, tried: documents apart, outputs and gradients within 0.0" in words
 
 
 def test_the_version_is_the_packages() -> None:

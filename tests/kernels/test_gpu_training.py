@@ -12,7 +12,7 @@ from ossia.data.pack import Pack
 from ossia.model.lora import TARGETS
 from ossia.model.transformer import Transformer
 from ossia.model.weights import split_gate_up
-from ossia.ops.attention import _include_sink
+from ossia.ops.attention.sinks import include_sink
 from ossia.ops.fused import TORCH, parts_for
 from ossia.ops.loss import _take_in_torch, linear_logprob, weighted_nll
 from ossia.ops.moe import Expert, route
@@ -98,7 +98,7 @@ def test_a_sink_taken_in_afterwards() -> None:
     from ossia.kernels.gpu.rows import include_sink_
 
     out, lse, sinks = random(9, 20, 16, seed=0), random(20, 9, seed=1, scale=5), random(20, seed=2, scale=3)
-    expected, expected_lse = _include_sink(out, lse.t(), sinks)
+    expected, expected_lse = include_sink(out, lse.t(), sinks)
     include_sink_(out, lse, sinks)
     assert error(out, expected) <= 1e-6
     assert error(lse, expected_lse.t()) <= 1e-6
@@ -199,3 +199,18 @@ def test_log_probabilities_on_a_gpu_are_those_of_float64() -> None:
     expected.sum().backward()
     assert error(logp.double().detach(), expected.detach()) <= 3e-3  # logits of up to 50 are rounded to bfloat16
     assert error(leaf.grad.double(), exact.grad) <= 2e-2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="needs a CUDA device")
+def test_a_head_in_the_machines_memory_gives_the_bits_of_one_on_the_gpu() -> None:
+    hidden, head = random(5000, 64, seed=0, dtype=torch.bfloat16), random(20_000, 64, seed=1, dtype=torch.bfloat16)
+    targets = torch.randint(20_000, (5000,), generator=torch.Generator().manual_seed(2)).to(DEVICE)
+    results = []
+    for place in (head, head.cpu().pin_memory(), head.cpu()):
+        leaf = hidden.clone().requires_grad_()
+        logp = linear_logprob(leaf, place, targets)
+        logp.sum().backward()
+        results.append((logp.detach(), leaf.grad))
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))

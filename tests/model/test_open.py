@@ -23,10 +23,11 @@ from ossia.model.open import (
     choose_placement,
     expanded_expert_bytes,
     model_folder,
+    on_host_where_full,
     open_model,
 )
 from ossia.model.peft import save_adapter
-from ossia.model.weights import Placement
+from ossia.model.weights import EMBEDDING, HEAD, Placement
 from tests.conftest import MakeTiny
 from tests.oracle.model_pairs import CPU
 from tests.shapes import SMALL
@@ -149,11 +150,29 @@ def test_auto_expands_experts_only_where_memory_is_plenty(tiny: MakeTiny, monkey
         (80, 64, "resident"),
         (141, 64, "bf16"),
         (24, 64, "resident"),
-        (16, 64, "stream"),
+        (16, 64, "resident"),
+        (14, 64, "stream"),
         (8, 64, "stream"),
         (8, 14, "mmap"),
     ],
 )
 def test_on_a_gpu_the_20b_goes_where_it_fits(gpu_gb: int, machine_gb: int, placement: str) -> None:
-    sizes = {"packed": 13_760_000_000, "expanded": 41_800_000_000, "layer": 1_592_000_000}
+    sizes = {"packed": 13_760_000_000, "expanded": 41_800_000_000, "embedding": 1_158_000_000}
     assert _gpu_placement(gpu_gb * 10**9, machine_gb * 10**9, **sizes) == placement
+
+
+@pytest.mark.parametrize(
+    ("free_gb", "placed_gb", "names"),
+    [
+        (24, 13.76, set()),
+        (15, 13.76, {EMBEDDING}),  # resident
+        (8, 4.45, set()),
+        (6, 4.45, {EMBEDDING}),
+        (5, 4.45, {EMBEDDING, HEAD}),  # streamed
+    ],
+)
+def test_embedding_and_head_wait_in_the_machines_memory_where_a_gpu_is_full(
+    free_gb: int, placed_gb: float, names: set[str]
+) -> None:
+    sizes = {EMBEDDING: 1_158_000_000, HEAD: 1_158_000_000}
+    assert on_host_where_full(free_gb * 10**9, int(placed_gb * 1e9), sizes) == names

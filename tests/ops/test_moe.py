@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from ossia.ops.moe import Expert, clamped_swiglu, combine, project, route
+from ossia.ops.moe import (
+    Expanding,
+    Expert,
+    base_part,
+    clamped_swiglu,
+    clamped_swiglu_only,
+    combine,
+    project,
+    route,
+)
 
 T, D, I, E, K = 9, 8, 4, 6, 2
 
@@ -126,3 +135,56 @@ def test_replayed_experts_are_used_and_where_none_was_recorded_the_router_choose
     assert torch.equal(found.experts_TK[::2], own.experts_TK[::2])
     assert torch.equal(found.experts_TK[1::2], other[1::2])
     assert torch.allclose(found.weights_TK, logits.gather(-1, found.experts_TK).softmax(-1))
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 4, 6, 9])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_experts_expanded_in_parts_give_what_all_of_them_give(at_once: int, dtype: torch.dtype) -> None:
+    # experts 1 and 4 get no row, the last part is smaller than the others where it doesn't come out even
+    weight = torch.randn(E, 8, 16).to(dtype)
+    bias, ends_E = torch.randn(E, 8).to(dtype), torch.tensor([5, 5, 9, 30, 30, 41], dtype=torch.int32)
+    asked: list[slice] = []
+
+    def expand(experts: slice) -> Tensor:
+        asked.append(experts)
+        return weight[experts].clone()
+
+    x, grad = torch.randn(41, 16).to(dtype), torch.randn(41, 8).to(dtype)
+    results = []
+    for given in (weight, Expanding(expand, E, at_once)):
+        leaf = x.clone().requires_grad_()
+        out = base_part(leaf, Expert(given, bias), ends_E)
+        out.backward(grad)
+        results.append((out.detach(), leaf.grad))
+    for found, expected in zip(results[1], results[0], strict=True):
+        assert torch.equal(found, expected)
+    counts = ends_E.diff(prepend=torch.zeros(1, dtype=torch.int32)).tolist()
+    parts = [slice(first, min(first + at_once, E)) for first in range(0, E, at_once)]
+    with_rows = [part for part in parts if sum(counts[part])]
+    assert asked == (2 * with_rows if at_once < E else [slice(None)])
+
+
+def test_all_experts_expanded_together_stay_for_the_next_product_until_they_are_let_go() -> None:
+    asked: list[slice] = []
+
+    def expand(experts: slice) -> Tensor:
+        asked.append(experts)
+        return torch.ones(E, 8, 16)[experts]
+
+    packed, ends_E = Expanding(expand, E), torch.tensor([1, 2, 3, 4, 5, 6], dtype=torch.int32)
+    for _ in range(2):
+        base_part(torch.ones(6, 16), Expert(packed, torch.zeros(E, 8)), ends_E)
+    packed.let_go()
+    base_part(torch.ones(6, 16), Expert(packed, torch.zeros(E, 8)), ends_E)
+    assert len(asked) == 2
+
+
+def test_sums_beyond_float16_give_a_finite_output_and_gradient() -> None:
+    beyond = torch.inf
+    h = torch.tensor([[-beyond, beyond, 1.0, beyond, -beyond, beyond]], dtype=torch.float16).requires_grad_()
+    out = clamped_swiglu(h, 7.0, 1.702)
+    out.backward(torch.ones_like(out))
+    assert out.isfinite().all()
+    assert h.grad.isfinite().all()
+    assert out.tolist()[0][0] == 0  # a gate of minus infinity is closed
+    assert torch.equal(out, clamped_swiglu_only(h.detach(), 7.0, 1.702))

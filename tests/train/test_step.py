@@ -17,13 +17,16 @@ from ossia.errors import RunError
 from ossia.model.arch import SHAPES
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec
-from ossia.model.transformer import Context, Layer, Transformer
-from ossia.model.weights import Placement, Stream, Weights
+from ossia.model.transformer import Context, Layer, Transformer, experts_at_once, tokens_at_once
+from ossia.model.weights import EMBEDDING, HEAD, Placement, Stream, Weights
+from ossia.ops.linear import Dropout
 from ossia.ops.loss import weighted_nll
+from ossia.train.offload import Offload
 from ossia.train.optim import AdamW
 from ossia.train.schedule import Micro, forward_backward, logprobs
 from ossia.train.step import evaluate_loss, train_step
 from tests.conftest import MakeTiny
+from tests.storages import peak_bytes
 
 SHAPE = dataclasses.replace(
     SHAPES["demo"], hidden_size=64, intermediate_size=32, num_experts=8, head_dim=32, num_heads=4, num_kv_heads=2
@@ -63,7 +66,14 @@ def model_of(
 
 
 def gradients(
-    model: Transformer, packs: list[Pack], *, recompute: bool = True, dropout_seed: int | None = None
+    model: Transformer,
+    packs: list[Pack],
+    *,
+    recompute: bool = True,
+    offload: bool = False,
+    dropout_seed: int | None = None,
+    experts_at_once: int | None = None,
+    tokens_at_once: int | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
     total = float(sum(pack.weights.sum() for pack in packs))
     model.trainable.zero_grad()
@@ -72,7 +82,10 @@ def gradients(
         packs,
         lambda logp, m, rows: weighted_nll(logp, packs[m].weights[rows], total),
         recompute=recompute,
+        offload=offload,
         dropout_seed=dropout_seed,
+        experts_at_once=experts_at_once,
+        tokens_at_once=tokens_at_once,
     )
     return loss, {name: tensor.grad.clone() for name, tensor in model.trainable.tensors.items()}
 
@@ -150,13 +163,140 @@ def test_kept_activations_keep_no_expanded_experts_but_the_last_layers(
     assert len(expanded) == 4 * model.arch.num_layers - 2
 
 
+@pytest.mark.parametrize("placement", ["mmap", "resident", "stream"])
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_experts_expanded_in_parts_give_the_bits_of_all_at_once(
+    tiny: MakeTiny, placement: Placement, recompute: bool, at_once: int
+) -> None:
+    packs = pack_samples(samples((60, 61, 3)), 70)
+    expected = gradients(model_of(tiny, placement="bf16"), packs, recompute=recompute)
+    found = gradients(model_of(tiny, placement=placement), packs, recompute=recompute, experts_at_once=at_once)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_experts_expanded_in_parts_take_the_memory_of_a_part(tiny: MakeTiny, recompute: bool) -> None:
+    packs = pack_samples(samples((12,)), 70)
+    wide = dataclasses.replace(SHAPE, intermediate_size=256)
+    model = Transformer(Weights(Checkpoint.open(tiny(wide)), "mmap", torch.float32, torch.device("cpu")))
+    model.use_adapter(Lora.fresh(wide, LoraSpec({"q_proj": (4, 8.0)}), seed=0, device=torch.device("cpu")))
+    peaks = {}
+    for at_once in (1, 2, 8):
+        peaks[at_once] = peak_bytes(lambda n=at_once: gradients(model, packs, recompute=recompute, experts_at_once=n))
+    one_expert = 2 * wide.intermediate_size * wide.hidden_size * 4  # of gate_up; down's is half of that
+    # all: both matrices of the layer; a part: one of them, beside what expanding it takes
+    saved = peaks[8] - peaks[1]
+    assert saved >= (8 + 4 - 3) * one_expert
+    assert peaks[1] < peaks[2] < peaks[8]
+
+
+@pytest.mark.parametrize(
+    ("placement", "spec"), [("mmap", ALL_TARGETS), ("stream", ALL_TARGETS), ("bf16", ALL_TARGETS), ("bf16", None)]
+)
+def test_inputs_that_wait_in_the_machines_memory_give_the_same_bits(
+    tiny: MakeTiny, placement: Placement, spec: LoraSpec | None
+) -> None:
+    packs = pack_samples(samples((60, 61, 3)), 70)
+    for dtype in (torch.float32, torch.bfloat16):
+        expected = gradients(model_of(tiny, spec, placement, dtype), packs)
+        found = gradients(model_of(tiny, spec, placement, dtype), packs, offload=True)
+        assert found[0] == expected[0]
+        assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+
+
+@pytest.mark.parametrize(
+    ("placement", "spec"),
+    [("mmap", ALL_TARGETS), ("bf16", ALL_TARGETS), ("bf16", LoraSpec({"down_proj": (4, 8.0)})), ("bf16", None)],
+)
+@pytest.mark.parametrize("tokens", [1, 16, 64])
+def test_experts_take_the_tokens_of_a_pack_in_chunks_with_the_same_gradient(
+    tiny: MakeTiny, placement: Placement, spec: LoraSpec | None, tokens: int
+) -> None:
+    packs = pack_samples(samples((60, 61, 3)), 70)
+    expected = gradients(model_of(tiny, spec, placement), packs)
+    assert_close(gradients(model_of(tiny, spec, placement), packs, tokens_at_once=tokens), expected, 1e-5)
+
+
+def test_chunks_of_tokens_bound_what_lies_between_experts(tiny: MakeTiny) -> None:
+    packs, model = pack_samples(samples((400, 400)), 800), model_of(tiny, LoraSpec({"q_proj": (4, 8.0)}), "bf16")
+    whole, chunked = (peak_bytes(lambda n=n: gradients(model, packs, tokens_at_once=n)) for n in (None, 50))
+    a = model.arch
+    row = a.experts_per_token * (2 * a.hidden_size + 3 * a.intermediate_size) * 4
+    assert whole - chunked >= 700 * row
+
+
+def test_dropout_masks_of_chunks_differ_and_are_drawn_again_for_backward(tiny: MakeTiny) -> None:
+    spec = LoraSpec({"gate_up_proj": (4, 8.0)}, dropout=0.5)
+    packs = pack_samples(samples((64,)), 70)
+    names: list[int] = []
+    call = Dropout.__call__
+
+    def noted(self: Dropout, x: Tensor, name: int) -> Tensor:
+        names.append(name)
+        return call(self, x, name)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Dropout, "__call__", noted)
+        gradients(model_of(tiny, spec), packs, dropout_seed=3, tokens_at_once=16)
+    of_layer_0 = [name for name in names if name % (1 << 20) == 5]
+    assert of_layer_0 == [chunk << 20 | 5 for chunk in (0, 1, 2, 3)] * 2
+
+
+def test_how_many_tokens_go_through_experts_together_follows_from_the_free_memory() -> None:
+    arch = SHAPES["20b"]
+    assert [tokens_at_once(arch, 2, free * 10**9) for free in (0, 3, 20, 60)] == [1024, 3072, 21504, 64512]
+
+
+def test_inputs_go_away_and_come_back_once_and_one_layers_ahead_of_its_backward() -> None:
+    offload, x = Offload(torch.device("cpu")), torch.randn(3, 4)
+    away = offload.send([x, x + 1])
+    kept = x.clone()
+    x.zero_()  # its memory is another's by then
+    offload.call_back(away)
+    there = [one.back for one in away]
+    found = offload.take(away)
+    assert torch.equal(found[0], kept)
+    assert torch.equal(found[1], kept + 1)
+    assert all(one is other for one, other in zip(found, there, strict=True))
+    assert away == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_offloading_on_a_gpu_has_the_bits_of_keeping_inputs_there(tiny: MakeTiny) -> None:
+    packs, device = pack_samples(samples((60, 61, 20)), 70), torch.device("cuda")
+    base = model_of(tiny)
+    for placement in ("resident", "stream", "bf16"):
+        model = Transformer(
+            Weights(base.weights.checkpoint, placement, torch.bfloat16, device), lora=base.lora.to(device)
+        )
+        on_device = [pack.to(device) for pack in packs]
+        expected = gradients(model, on_device)
+        for _ in range(3):
+            found = gradients(model, on_device, offload=True)
+            assert found[0] == expected[0]
+            assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+
+
+def test_a_gpu_expands_parts_of_the_experts_for_few_tokens_and_all_for_many() -> None:
+    arch = SHAPES["20b"]
+    assert [experts_at_once(arch, "cuda", tokens) for tokens in (1, 2048, 4096, 16384)] == [1, 7, 14, 32]
+    assert experts_at_once(arch, "cpu", 1) is None
+
+
 def test_every_placement_gives_the_same_gradient(tiny: MakeTiny) -> None:
     packs = pack_samples(samples((60, 61)), 70)
     expected = gradients(model_of(tiny), packs)
     placements: tuple[Placement, ...] = ("resident", "stream", "bf16")
+    base = model_of(tiny)
     for placement in placements:
-        found = gradients(model_of(tiny, placement=placement), packs)
-        assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+        for on_host in (frozenset(), frozenset({EMBEDDING, HEAD})):
+            weights = Weights(base.weights.checkpoint, placement, torch.float32, torch.device("cpu"), on_host)
+            found = gradients(Transformer(weights, lora=base.lora), packs)
+            assert found[0] == expected[0]
+            assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
 
 
 @pytest.mark.parametrize("recompute", [True, False])

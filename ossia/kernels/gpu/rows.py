@@ -88,7 +88,8 @@ def _exponentials(logits, column_N, top_N, total_N, shrink_N, stride, width, BLO
 def rms_norm(x_TD: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """The normed rows, (T, D), and 1 / their root mean square, (T,) float32."""
     rows, width = x_TD.shape
-    out, inverse = torch.empty_like(x_TD), torch.empty(rows, dtype=torch.float32, device=x_TD.device)
+    out = torch.empty(rows, width, dtype=weight_D.dtype, device=x_TD.device)
+    inverse = torch.empty(rows, dtype=torch.float32, device=x_TD.device)
     _norm[(rows,)](x_TD, weight_D, out, inverse, width, eps, BLOCK=triton.next_power_of_2(width))
     return out, inverse
 
