@@ -101,8 +101,10 @@ class TaskStream:
         if caught.why is not None:
             raise DataError(f"env {named.name}: its tasks fail: {caught.why}\n  next: mend the environment")
         if task is None:
+            held_out = self._split == "eval"
             raise DataError(
-                f"env {named.name}: no {self._split} tasks\n  next: give it some, or take it out of the recipe"
+                f"env {named.name}: no {'held-out ' if held_out else ''}tasks; of few rows, none or all may be held out"
+                f"\n  next: give it more{', or set rl.eval_tasks to 0' if held_out else ''}"
             )
         self._taken[which] += 1
         self._num_taken += 1

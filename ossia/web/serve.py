@@ -90,7 +90,8 @@ def serve(server: Server, listener: socket.socket, *, drain_s: float) -> None:
     server.render.shutdown()
     assert not server.is_dead, "an engine's thread ended; its error is above"
     if http.broken_off:
-        raise Interrupted(f"stopped; {http.broken_off} answers were broken off")
+        number = http.broken_off
+        raise Interrupted(f"stopped; {number} {'answer was' if number == 1 else 'answers were'} broken off")
 
 
 class _Http(uvicorn.Server):

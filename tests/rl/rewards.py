@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from itertools import count
 
@@ -97,6 +98,19 @@ class Everywhere(Parity):
 
     def examples(self, task: Task) -> tuple[Turn, Sequence[Turn]]:
         return final("odd"), ()
+
+
+class Slow(Parity):
+    """Judges the samples of every third task for longer than anyone waits."""
+
+    def open(self, task: Task, seed: int) -> OneStep:
+        late = int(task.name.split()[-1]) % 3 == 1
+
+        def verdict(turn: Turn) -> tuple[float, dict[str, float]]:
+            time.sleep(20.0 if late else 0.0)
+            return float(len(said(turn)) % 2), {}
+
+        return OneStep(verdict)
 
 
 class Never(Parity):

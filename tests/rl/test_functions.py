@@ -10,13 +10,15 @@ from typing import Any
 import pytest
 
 from ossia import grpo
-from ossia.config import load_recipe, recipe_from_dict
+from ossia.config import HarmonyConfig, load_recipe, recipe_from_dict
 from ossia.data.sources import open_rows
+from ossia.data.tokenizer import open_vocabulary
 from ossia.errors import DataError, RecipeError
+from ossia.harmony import Renderer
 from ossia.rl.env import Turn, final
 from ossia.rl.functions import RewardFunctions
 from ossia.rl.jail import Jails
-from ossia.rl.tasks import open_envs
+from ossia.rl.tasks import NamedEnv, TaskStream, open_envs
 from tests.conftest import MakeTiny
 from tests.rl.test_grpo import Quiet, lines
 from tests.shapes import LEAST
@@ -135,6 +137,16 @@ def test_every_row_is_trained_or_held_out_and_none_is_both(tmp_path: Path) -> No
     trained, held_out = ([task.name for task in env.tasks(split, 3)] for split in ("train", "eval"))
     assert len({*trained, *held_out}) == len(trained) + len(held_out) == 200
     assert held_out
+
+
+def test_rows_too_few_to_hold_one_out_are_told_with_the_way_out(tiny: MakeTiny, tmp_path: Path) -> None:
+    env = env_of(tmp_path, [{"prompt": "Say 1", "answer": "1"}], "length")
+    (split,) = [split for split in ("train", "eval") if not list(env.tasks(split, 0))]
+    vocab = open_vocabulary(str(tiny(LEAST)))
+    stream = TaskStream([NamedEnv("reward", env, 1.0)], split, 0, Renderer(vocab), HarmonyConfig(), 200)
+    with pytest.raises(DataError, match=r"none or all may be held out\n  next: give it more") as told:
+        stream.take(1)
+    assert ("set rl.eval_tasks to 0" in str(told.value)) is (split == "eval")
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,14 @@ import torch
 
 from ossia import grpo
 from ossia.config import Recipe, load_recipe
+from ossia.engine import Engine, Request, Sampling, harmony_stops
 from ossia.errors import RunError, UserError
+from ossia.harmony import Renderer
+from ossia.model.open import open_model
 from ossia.rl.rollout import Rollout
+from ossia.rl.tasks import NamedEnv, TaskStream
 from tests.rl.conftest import RecipeFor
+from tests.rl.rewards import Parity, Same
 from tests.train.small_run import Death, forkserver
 
 RecipeOf = Callable[..., Recipe]
@@ -135,6 +140,32 @@ def test_no_held_out_reward_at_all_ends_the_run_with_the_reason(recipe_of: Recip
 def test_code_of_the_users_that_fails_is_told_as_the_users(recipe_of: RecipeOf, env: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         train(recipe_of(env=env))
+
+
+def test_a_reward_that_takes_longer_than_the_recipe_allows_costs_its_sample(recipe_of: RecipeOf) -> None:
+    events, samples = train(recipe_of(env="Slow", more="reward_timeout_s: 0.3", held_out=0, steps=1))
+    late = [sample["failure"] for sample in samples if sample["reward"] is None]
+    assert late == ["no verdict after 0.3 s"] * 4
+    assert steps_of(events)[0]["reward_failures"] == 4
+
+
+def test_held_out_tasks_are_answered_greedily(recipe_of: RecipeOf) -> None:
+    recipe = recipe_of(env="Same", steps=1)
+    _, samples = train(recipe)
+    found = [sample["completions"][0]["ids"] for sample in samples if sample["split"] == "eval" and sample["step"] == 0]
+    model, vocab = open_model(recipe.model, dtype=recipe.dtype, weights="auto", device="cpu")
+    tasks = TaskStream([NamedEnv("env", Same(), 1.0)], "eval", recipe.train.seed, Renderer(vocab), recipe.harmony, 200)
+    greedy, stops = Sampling(temperature=0.0), harmony_stops(vocab)
+    asked = [Request(list(task.ids), greedy, recipe.rl.max_new, stops) for task in tasks.take(2)]
+    assert [answer.ids for answer in Engine(model, vocab=vocab).generate(asked)] == found
+
+
+def test_environments_are_mixed_by_their_weights(recipe_of: RecipeOf) -> None:
+    recipe = recipe_of()
+    _, vocab = open_model(recipe.model, dtype=recipe.dtype, weights="auto", device="cpu")
+    envs = [NamedEnv("often", Parity(), 3.0), NamedEnv("seldom", Same(), 1.0)]
+    tasks = TaskStream(envs, "train", 0, Renderer(vocab), recipe.harmony, 200).take(400)
+    assert 0.7 < sum(task.env_id == "often" for task in tasks) / 400 < 0.8
 
 
 def test_several_updates_a_batch_leave_the_policy_that_sampled(recipe_of: RecipeOf) -> None:

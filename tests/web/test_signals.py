@@ -113,7 +113,7 @@ def test_a_second_signal_stops_at_once_and_says_what_was_broken_off(talker: Talk
             list(running)
         assert process.end() == 130
         assert time.monotonic() - begun < 10
-        assert "1 answers were broken off" in process.text
+        assert "1 answer was broken off" in process.text
         assert "Traceback" not in process.text
 
 
