@@ -78,6 +78,20 @@ def test_normalised_rows_and_their_gradients(dtype: torch.dtype, width: int) -> 
         assert error(mine, theirs) <= bound(dtype)
 
 
+def test_a_float32_stream_beyond_float16_is_normalised_to_float16() -> None:
+    x, weight = random(5, 90, seed=0, scale=1e6), random(90, seed=1, dtype=torch.float16) + 1
+    grad = random(5, 90, seed=2, dtype=torch.float16)
+    results = []
+    for parts in (TORCH, parts_for("triton", torch.float16)):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        out = parts.rms_norm(*leaves, 1e-5)
+        out.backward(grad)
+        assert (out.dtype, leaves[0].grad.dtype, leaves[1].grad.dtype) == (torch.float16, torch.float32, torch.float16)
+        results.append((out.detach(), leaves[0].grad, leaves[1].grad))
+    for mine, theirs in zip(results[1], results[0], strict=True):
+        assert error(mine, theirs) <= 1e-3
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("heads", [1, 8, 20])
 def test_turned_heads_and_their_gradients(dtype: torch.dtype, heads: int) -> None:
@@ -183,6 +197,31 @@ def test_a_step_with_the_kernels_has_the_loss_and_the_gradients_of_a_step_withou
     assert {name for name, grad in grads.items() if grad is not None} == set(found_grads)
     worst = max(error(found_grads[name], grads[name]) for name in grads)
     assert worst <= 1e-4
+
+
+def test_a_step_as_a_gpu_without_bfloat16_takes_it_is_near_one_in_float32(tiny: MakeTiny) -> None:
+    """float16, Ossia's attention, norms and rotation in Triton, experts in parts and their tokens in chunks."""
+    base = load(tiny(NARROW))
+    lora = adapter(base, *TARGETS).to(DEVICE)
+    pack = Pack.from_samples(documents(base.arch, (5, 1, 19)))
+    results = []
+    for dtype, how in (
+        (torch.float32, {}),
+        (torch.float16, {"experts_at_once": 3, "tokens_at_once": 16, "loss_scale": 16.0}),
+    ):
+        model = Transformer(type(base.weights)(base.weights.checkpoint, "resident", dtype, DEVICE), lora=lora)
+        if dtype == torch.float16:
+            model = Transformer(model.weights, lora=lora, kernels="triton")
+            model.backend = "triton"  # not through its record: here it is interpreted
+        model.trainable.zero_grad()
+        loss = forward_backward(
+            model, [pack], lambda logp, _, rows: weighted_nll(logp, pack.weights.to(DEVICE)[rows], 10.0),
+            recompute=True, **how,
+        )  # fmt: skip
+        results.append((loss, {name: tensor.grad for name, tensor in model.trainable.tensors.items()}))
+    (loss, grads), (found, found_grads) = results
+    assert found == pytest.approx(loss, rel=1e-3)
+    assert max(error(found_grads[name], grads[name]) for name in grads) <= 3e-2
 
 
 @pytest.mark.gpu
