@@ -21,6 +21,9 @@ import torch
 
 from ossia.errors import CheckpointError, Interrupted, StoppedError, UserError
 from ossia.export import export_model
+from ossia.export.merge import Changes
+from ossia.export.source import Source
+from ossia.model.checkpoint import Checkpoint
 from ossia.model.peft import save_adapter
 from tests.conftest import MakeTiny
 from tests.export.conftest import arch_of, random_lora
@@ -93,6 +96,8 @@ def export_and_die(job: Job, output: Path, where: str, number: int) -> None:
         if where == "in a line" and b'"sha256"' in bytes(raw):
             write(handle, raw[: len(raw) // 2])
             die()
+        if where == "in a remark" and b'"remark"' in bytes(raw):
+            die()
         return write(handle, raw)
 
     def renaming(old: Path, new: Path) -> None:
@@ -118,12 +123,15 @@ def test_an_export_that_is_killed_anywhere_goes_on_and_ends_in_the_same_bytes(
     with counting_writes(lambda *_: None) as all_writes:
         job.run(tmp_path / "whole" / job.wanted.name)
     late = len(all_writes) - 2
+    about_rounding = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  layer ")]
+    assert len(about_rounding) == (SHALLOW.num_layers if to == "hf-mxfp4" else 0)
     for where, number in (
         ("in a piece", 2),
         ("in a piece", late),
         ("in a line", 0),
         ("in verification", 0),
         ("before the name", 0),
+        *([("in a remark", 0)] if to == "hf-mxfp4" else []),
     ):
         output = tmp_path / f"{where} {number}" / job.wanted.name
         output.parent.mkdir()
@@ -137,8 +145,10 @@ def test_an_export_that_is_killed_anywhere_goes_on_and_ends_in_the_same_bytes(
             job.run(output)
         assert bytes_of(output) == bytes_of(job.wanted), where
         assert [path.name for path in output.parent.iterdir()] == [output.name], where
+        said = capsys.readouterr().err
+        assert [line for line in said.splitlines() if line.startswith("  layer ")] == about_rounding, where
         if where in ("in verification", "before the name") or number == late:
-            assert "are whole and kept" in capsys.readouterr().err
+            assert "are whole and kept" in said
             assert len(writes) < (10 if number == late else 2), where  # the head is written again
 
 
@@ -229,6 +239,13 @@ def test_a_source_that_was_written_to_since_is_another(
         assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "fresh")
         for folder in ("out", "fresh"):
             shutil.rmtree(tmp_path / folder)
+
+
+def test_training_rounded_or_not_is_not_the_same_export(jobs: dict[str, Job]) -> None:
+    base = Checkpoint.open(jobs["gguf"].model)
+    lora = random_lora(base.arch)
+    rounded, plain = (Source(base, Changes(lora, qat=qat)).identity(to="gguf") for qat in (True, False))
+    assert {key for key in plain if rounded[key] != plain[key]} == {"changes"}
 
 
 def test_a_journal_that_a_power_cut_spoiled_counts_for_nothing(jobs: dict[str, Job], tmp_path: Path) -> None:
