@@ -225,32 +225,28 @@ def qat_lines() -> Iterator[str]:
     """What rounding experts to MXFP4 cost, and what training under it won back."""
     if (found := load("qat_mxfp4")) is None:
         return
-    config = found["config"]
     yield "## Experts in MXFP4, and `qat: mxfp4` (`benchmarks/qat_mxfp4.py`)"
     yield ""
+    steps = "; ".join(
+        f"{kind} {one['config']['steps']} steps, then {one['config']['further']} more at a tenth of the rate"
+        for kind, one in found["found"].items()
+    )
     yield (
-        f"The demo's task: {config['steps']} steps, then {config['further']} more at a tenth of the rate. Held-out "
-        "losses are of exported folders, beside the bf16 export of as many steps; KL from what was trained, in float32."
+        f"The demo's task: {steps}. Held-out losses are of exported folders, beside the bf16 export of as many steps; "
+        "KL from what was trained, in float32."
     )
     yield ""
     yield "| trained | export | held-out loss | beside bf16 | KL |"
     yield "|---|---|---|---|---|"
     beside = {"trained": "trained, bf16", "trained further": "trained further, bf16", "qat": "trained further, bf16"}
-    for kind, exports in found["found"].items():
+    for kind, measured in found["found"].items():
+        exports = measured["exports"]
         for name, one in exports.items():
-            if name == "step_s":
-                continue
             run, _, layout = name.partition(", ")
             apart = one["held_out_loss"] / exports[beside[run]]["held_out_loss"] - 1
-            shown = "" if layout == "bf16" else f"{apart:+.1%}"
+            shown = "" if layout == "bf16" else f"{apart:+.2%}"
             words = {"trained further": "further", "qat": "further with `qat`"}.get(run, run)
             yield f"| {kind}, {words} | hf-{layout} | {one['held_out_loss']:.4f} | {shown} | {one['kl']:.1e} |"
-    yield ""
-    times = ", ".join(
-        f"{kind} {one['step_s']['with qat'] / one['step_s']['without qat']:.2f} times"
-        for kind, one in found["found"].items()
-    )
-    yield f"A step with `qat` takes, of one without: {times}."
     yield ""
 
 
