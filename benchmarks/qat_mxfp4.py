@@ -23,7 +23,7 @@ from typing import Any
 
 import yaml
 
-from benchmarks.common import ROOT, where, write_result
+from benchmarks.common import RESULTS, ROOT, where, write_result
 from ossia.demo.prepare import DATA, START, Plan, prepare
 
 PACKAGES = ("torch", "tokenizers", "numpy", "safetensors")
@@ -85,42 +85,39 @@ def chain(folder: Path, kind: str, steps: int, further: int) -> dict[str, Any]:
         start = {"model": str(first["run"] / "model")}
     plain = train(folder, f"{name}-further", further, rate / 10, **start)
     rounded = train(folder, f"{name}-qat", further, rate / 10, **start, qat="mxfp4")
-    return {
-        "step_s": {"without qat": plain["step_s"], "with qat": rounded["step_s"]},
+    exports = {
         "trained, bf16": export(folder, first["run"], "hf-bf16"),
         "trained, mxfp4": export(folder, first["run"], "hf-mxfp4"),
         "trained further, bf16": export(folder, plain["run"], "hf-bf16"),
         "trained further, mxfp4": export(folder, plain["run"], "hf-mxfp4"),
         "qat, mxfp4": export(folder, rounded["run"], "hf-mxfp4"),
     }
+    config = {"steps": steps, "further": further, "rate": rate, "further_rate": rate / 10, **lora}
+    return {
+        "config": {**config, "threads": os.environ.get("OMP_NUM_THREADS", "torch's own choice")},
+        "exports": exports,
+        "step_s": {"without qat": plain["step_s"], "with qat": rounded["step_s"]},
+        **where(PACKAGES),
+    }
 
 
 def main() -> None:
-    """Measure, write benchmarks/results/qat_mxfp4.json, print a line an export."""
+    """Measure, write into benchmarks/results/qat_mxfp4.json, where another kind stays; print a line an export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--further", type=int, default=60)
     parser.add_argument("--kinds", nargs="*", choices=RATES, default=list(RATES))
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        prepare(folder, seed=0, plan=Plan())
-        found = {kind: chain(folder, kind, options.steps, options.further) for kind in options.kinds}
-    result = {
-        "question": (__doc__ or "").splitlines()[0],
-        "config": {
-            "steps": options.steps,
-            "further": options.further,
-            "rates": {kind: RATES[kind] for kind in options.kinds},
-            "adapter": ADAPTER,
-            "threads": os.environ.get("OMP_NUM_THREADS", "torch's own choice"),
-        },
-        "found": found,
-        **where(PACKAGES),
-    }
-    print(write_result("qat_mxfp4", result))
-    for kind, exports in found.items():
-        for name, one in exports.items():
+    for kind in options.kinds:
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            prepare(folder, seed=0, plan=Plan())
+            found = chain(folder, kind, options.steps, options.further)
+        file = RESULTS / "qat_mxfp4.json"
+        before = json.loads(file.read_text())["found"] if file.is_file() else {}
+        result = {"question": (__doc__ or "").splitlines()[0], "found": {**before, kind: found}}
+        print(write_result("qat_mxfp4", result))
+        for name, one in found["exports"].items():
             print(f"{kind}: {name}: {one}")
 
 

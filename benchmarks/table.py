@@ -236,6 +236,52 @@ def jail_lines() -> Iterator[str]:
     yield ""
 
 
+def qat_lines() -> Iterator[str]:
+    """What rounding experts to MXFP4 cost, and what training under it won back."""
+    if (found := load("qat_mxfp4")) is None:
+        return
+    yield "## Experts in MXFP4, and `qat: mxfp4` (`benchmarks/qat_mxfp4.py`)"
+    yield ""
+    steps = "; ".join(
+        f"{kind} {one['config']['steps']} steps, then {one['config']['further']} more at a tenth of the rate"
+        for kind, one in found["found"].items()
+    )
+    yield (
+        f"The demo's task: {steps}. Held-out losses are of exported folders, beside the bf16 export of as many steps; "
+        "KL from what was trained, in float32."
+    )
+    yield ""
+    yield "| trained | export | held-out loss | beside bf16 | KL |"
+    yield "|---|---|---|---|---|"
+    beside = {"trained": "trained, bf16", "trained further": "trained further, bf16", "qat": "trained further, bf16"}
+    for kind, measured in found["found"].items():
+        exports = measured["exports"]
+        for name, one in exports.items():
+            run, _, layout = name.partition(", ")
+            apart = one["held_out_loss"] / exports[beside[run]]["held_out_loss"] - 1
+            shown = "" if layout == "bf16" else f"{apart:+.2%}"
+            words = {"trained further": "further", "qat": "further with `qat`"}.get(run, run)
+            yield f"| {kind}, {words} | hf-{layout} | {one['held_out_loss']:.4f} | {shown} | {one['kl']:.1e} |"
+    yield ""
+
+
+def round_lines() -> Iterator[str]:
+    """How long merging and rounding takes."""
+    if (found := load("round_mxfp4")) is None:
+        return
+    config = found["config"]
+    yield "## Rounding to MXFP4 (`benchmarks/round_mxfp4.py`)"
+    yield ""
+    weights = f"{config['weights'] / 1e6:,.0f} million weights"
+    yield f"A layer of gpt-oss-20b: {weights}, an adapter of rank {config['rank']}, {config['threads']} threads."
+    yield ""
+    yield "| | wall | CPU time |"
+    yield "|---|---|---|"
+    for name, times in found["seconds"].items():
+        yield f"| {name} | {times['wall_s']:.1f} s | {times['cpu_s']:.1f} s |"
+    yield ""
+
+
 def page() -> str:
     """docs/benchmarks.md."""
     lines = [
@@ -255,7 +301,7 @@ def page() -> str:
     lines += [*grpo_lines(), *gpu_lines()]
     lines += ["## Generation, side by side in one run (`benchmarks/decode_cpu.py`)", "", *decode_rows(), ""]
     lines += ["## Generation beside llama.cpp (`benchmarks/decode_llamacpp.py`)", "", *llamacpp_rows(), ""]
-    lines += [*serving_lines(), *export_lines(), *jail_lines()]
+    lines += [*serving_lines(), *export_lines(), *qat_lines(), *round_lines(), *jail_lines()]
     if demo := load("demo"):
         lines += [
             "## The demo (`benchmarks/demo.py`)",

@@ -37,6 +37,10 @@ MAX_SHARE = 0.05
 MIN_KL, MAX_KL = 0.002, 0.02
 MIN_KL_ROUNDED = 0.01  # eight or four bits a weight cost more than bfloat16's rounding
 
+_WRITTEN = "written; reading it back"
+_WHEN_ROUNDED = "train with `qat: mxfp4` (docs/export.md), which learns to live with the rounding, or write hf-bf16"
+_WHEN_NOT = "check that the base model is the one it was trained on, or try an earlier checkpoint"
+
 
 def export_model(
     source: str,
@@ -121,7 +125,7 @@ def _export_folder(journal: Journal, source: Source, layout: Layout, max_kl: flo
     if errors:
         _tell_rounding(source, errors)
     _say(_WRITTEN)
-    verify_export(source, journal.target, _say, min_kl=MIN_KL_ROUNDED if rounded else MIN_KL, max_kl=max_kl)
+    verify_export(source, journal.target, _say, rounded=rounded, max_kl=max_kl)
 
 
 def _tell_rounding(source: Source, errors: Mapping[str, float]) -> None:
@@ -149,7 +153,8 @@ def _export_gguf(journal: Journal, source: Source, name: str, kind: str, max_kl:
     with _bar() as report:
         write_gguf(journal, source.base, source.changes, name=name, dense=kind, progress=report)
     _say(_WRITTEN)
-    _judge(source, gguf_model(path, source.base), _say, MIN_KL_ROUNDED if kind == "q8_0" else MIN_KL, max_kl)
+    min_kl = MIN_KL_ROUNDED if kind == "q8_0" else MIN_KL
+    _judge(source, gguf_model(path, source.base), _say, min_kl, max_kl, _WHEN_NOT)
     _tell_of_yarn(source)
 
 
@@ -170,7 +175,7 @@ def _export_gguf_lora(path: Path, source: Source, name: str, given: str, max_kl:
         _say(f"llama.cpp knows one alpha for a file, so the scaling of these is multiplied into their B: {each}")
     write_gguf_lora(path, source.base, lora, name=name)
     read = Changes(read_gguf_lora(path, source.base.arch), qat=source.changes.qat)
-    _judge(source, changed_model(source.base, read), _say, MIN_KL, max_kl)
+    _judge(source, changed_model(PassingWeights(source.base), read), _say, MIN_KL, max_kl, _WHEN_NOT)
     _tell_of_yarn(source)
 
 
@@ -206,19 +211,28 @@ def verify_export(
     folder: Path,
     say: Callable[[str], None],
     *,
-    min_kl: float = MIN_KL,
+    rounded: bool = False,
     max_kl: float | None = None,
 ) -> Agreement:
     """Compare an exported folder with what it was made from, on held-out texts of the run, or else on fixed ones.
 
-    Raises  CheckpointError if the folder doesn't open, or its KL divergence from what was trained is over `max_kl`
-            nats; None: over MAX_SHARE of that between base and trained, at least `min_kl` and at most MAX_KL
+    rounded  trained experts were rounded to MXFP4
+    Raises   CheckpointError if the folder doesn't open, or its KL divergence from what was trained is over `max_kl`
+             nats; None: over MAX_SHARE of that between base and trained, at least MIN_KL (MIN_KL_ROUNDED where
+             `rounded`) and at most MAX_KL
     """
-    return _judge(source, changed_model(PassingWeights(Checkpoint.open(folder))), say, min_kl, max_kl)
+    min_kl, next_step = (MIN_KL_ROUNDED, _WHEN_ROUNDED) if rounded else (MIN_KL, _WHEN_NOT)
+    exported = changed_model(PassingWeights(Checkpoint.open(folder)))
+    return _judge(source, exported, say, min_kl, max_kl, next_step)
 
 
 def _judge(
-    source: Source, exported: Transformer, say: Callable[[str], None], min_kl: float, max_kl: float | None
+    source: Source,
+    exported: Transformer,
+    say: Callable[[str], None],
+    min_kl: float,
+    max_kl: float | None,
+    next_step: str,
 ) -> Agreement:
     vocab = Vocabulary.from_file(source.base.path)
     packs = [] if source.recipe is None else held_out_texts(source.recipe, vocab)
@@ -233,7 +247,7 @@ def _judge(
         raise CheckpointError(
             f"the exported model isn't the one that was trained: {found}\n"
             f"  allowed: a KL divergence of {allowed:.2e} nats, training itself made {before.kl:.2e}\n"
-            f"  next: {_WHEN_ROUNDED if min_kl > MIN_KL else _WHEN_NOT}, or allow it with --max-kl"
+            f"  next: {next_step}, or allow it with --max-kl"
         )
     if found.kl > MAX_SHARE * before.kl > 0:
         say(
@@ -241,11 +255,6 @@ def _judge(
             "of that; an adapter kept apart loses nothing"
         )
     return found
-
-
-_WRITTEN = "written; reading it back"
-_WHEN_ROUNDED = "train with `qat: mxfp4` (docs/export.md), which learns to live with the rounding, or write hf-bf16"
-_WHEN_NOT = "check that the base model is the one it was trained on, or try an earlier checkpoint"
 
 
 def _say(text: str) -> None:

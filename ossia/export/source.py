@@ -21,7 +21,7 @@ from ossia.errors import CheckpointError, RunError, UserError
 from ossia.export.merge import Changes
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import CONFIG, Checkpoint
-from ossia.model.open import MODEL_IN_RUN, RECIPE_IN_RUN, model_folder
+from ossia.model.open import MODEL_IN_RUN, RECIPE_IN_RUN, model_folder, trained_rounded
 from ossia.model.peft import ADAPTER_IN_RUN, LayoutName, find_adapter, load_adapter
 from ossia.model.weights import EXPERT_WEIGHTS
 from ossia.train.state import TRAINABLE, checkpoint_paths, verify
@@ -93,7 +93,8 @@ def open_source(name: str, adapter: str | None, say: Callable[[str], None], layo
     if (folder / CONFIG).is_file() or not (folder / RECIPE_IN_RUN).is_file():
         base = Checkpoint.open(model_folder(name))
         if adapter is not None:
-            return Source(base, _adapted(base, find_adapter(adapter), say, layout=layout))
+            qat = trained_rounded(Path(adapter).expanduser())
+            return Source(base, _adapted(base, find_adapter(adapter), say, layout=layout, qat=qat))
         if layout is not None:
             raise UserError(f"--adapter-layout {layout} says how an --adapter is stored; there is none")
         return Source(base, Changes())

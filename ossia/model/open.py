@@ -60,7 +60,7 @@ def open_model(
         model, adapter = _of_run(Path(model).expanduser())
     folder = model_folder(model)
     adapter_path = None if adapter is None else find_adapter(adapter)
-    qat = adapter is not None and _trained_rounded(Path(adapter).expanduser())
+    qat = adapter is not None and trained_rounded(Path(adapter).expanduser())
     checkpoint, vocabulary = Checkpoint.open(folder), Vocabulary.from_file(folder)
     if vocabulary.size > checkpoint.arch.vocab_size:
         raise CheckpointError(
@@ -108,7 +108,8 @@ def _is_run(folder: Path) -> bool:
     return (folder / RECIPE_IN_RUN).is_file() and not (folder / CONFIG).is_file()
 
 
-def _trained_rounded(run: Path) -> bool:
+def trained_rounded(run: Path) -> bool:
+    """Whether this is the folder of a run with `qat`: its adapter goes with experts rounded to MXFP4."""
     return _is_run(run) and load_recipe(run / RECIPE_IN_RUN).qat is not None
 
 

@@ -167,6 +167,11 @@ def test_a_run_that_trained_rounded_experts_is_that_model_in_every_layout(
         params = random_lora(arch_of(path), LoraSpec(dict.fromkeys(EXPERT_WEIGHTS, (3, 6.0)))).trainable.tensors
     optimizer = AdamW(params, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0)
     save_checkpoint(run, step=3, params=params, optimizer=optimizer, progress={}, keep=1)
+    if adapter is not None:
+        of_model = export_model(str(path), to="hf-mxfp4", output=tmp_path / "of-model", adapter=str(run))
+        of_run = export_model(str(run), to="hf-mxfp4", output=tmp_path / "of-run")
+        assert (of_model / "model.safetensors").read_bytes() == (of_run / "model.safetensors").read_bytes()
+        assert capsys.readouterr().err.count("rounding them costs nothing more") == 2
     packed = Checkpoint.open(export_model(str(run), to="hf-mxfp4", output=tmp_path / "packed"))
     said = capsys.readouterr().err
     assert "rounding them costs nothing more" in said
