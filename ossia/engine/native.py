@@ -88,6 +88,7 @@ class NativeDecoder:
             num_experts=arch.num_experts,
             top_k=arch.experts_per_token,
             bf16=self._model.dtype == torch.bfloat16,
+            tiles=self._kernels.uses_tiles and self._model.dtype == torch.bfloat16,
             max_rank=max(factor.rank for factor in factors),
             rms_eps=arch.rms_eps,
             swiglu_limit=arch.swiglu_limit,
@@ -331,6 +332,7 @@ def draw_natively(
             vocab=vocab,
             kind=_KINDS[head_VD.dtype],
             bf16=h_BD.dtype == torch.bfloat16,
+            tiles=kernels.uses_tiles and h_BD.dtype == torch.bfloat16,
             threads=threads,
         )
     )

@@ -36,15 +36,18 @@ typedef uint16_t Hu __attribute__((vector_size(2 * LANES), may_alias, aligned(1)
 typedef uint8_t Bu __attribute__((vector_size(LANES), may_alias, aligned(1)));
 
 /* How a matrix lies in memory; columns: (in, out). Pairs: as the kind before, and the rows it meets hold bfloat16 values
-   too: products of such are exact in float32, and a machine that multiplies pairs of them needs half the instructions. */
-enum { FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS, BFLOAT16_PAIRS, MXFP4_PAIRS };
+   too: products of such are exact in float32, and a machine that multiplies pairs of them needs half the instructions.
+   Tiles: as pairs, and the machine multiplies a tile of them at once, see tiles.h. */
+enum { FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS, BFLOAT16_PAIRS, MXFP4_PAIRS, BFLOAT16_TILES, MXFP4_TILES };
 INLINE int is_pairs(int kind) { return kind == BFLOAT16_PAIRS || kind == MXFP4_PAIRS; }
-INLINE int is_mxfp4(int kind) { return kind == MXFP4 || kind == MXFP4_PAIRS; }
+INLINE int is_tiles(int kind) { return kind == BFLOAT16_TILES || kind == MXFP4_TILES; }
+INLINE int is_mxfp4(int kind) { return kind == MXFP4 || kind == MXFP4_PAIRS || kind == MXFP4_TILES; }
 
-/* A matrix's kind, given that the rows it meets are of the activations' dtype. */
-static int kind_of(int kind, int bf16) {
-    if (!MULTIPLIES_PAIRS || !bf16) return kind;
-    return kind == BFLOAT16 ? BFLOAT16_PAIRS : kind == MXFP4 ? MXFP4_PAIRS : kind;
+/* A matrix's kind, given that the rows it meets are of the activations' dtype; `tiles`: where they may be used. */
+static int kind_of(int kind, int bf16, int tiles, int fan_in) {
+    if (!MULTIPLIES_PAIRS || !bf16 || (kind != BFLOAT16 && kind != MXFP4)) return kind;
+    if (tiles && fan_in % 32 == 0) return kind == BFLOAT16 ? BFLOAT16_TILES : MXFP4_TILES;
+    return kind == BFLOAT16 ? BFLOAT16_PAIRS : MXFP4_PAIRS;
 }
 
 /* ---- Vectors ---- */
@@ -441,11 +444,13 @@ static void multiply_columns(const View *w, int begin, int end, const Rows *in, 
 
 /* Ask memory for the rows after those that are computed now, in one sweep: the tile itself reads several at once, which
    the machine's own prefetching doesn't follow. Into the second level: the first is full of what the tile uses. */
-static void fetch_ahead(const View *w, int o, int end) {
-    const int last = o + TILE_OUTS < end ? o + TILE_OUTS : end;
+static void fetch_ahead(const View *w, int o, int count, int end) {
+    const int last = o + count < end ? o + count : end;
     for (int64_t at = (o - w->origin) * w->stride; at < (last - w->origin) * w->stride; at += 64)
         __builtin_prefetch(w->weight + at, 0, 2);
 }
+
+#include "tiles.h"
 
 /* Rows that hold bfloat16 values, as such, one after the other. */
 static void narrow(const Rows *in, int count, int fan_in, uint16_t *narrowed) {
@@ -455,21 +460,35 @@ static void narrow(const Rows *in, int count, int fan_in, uint16_t *narrowed) {
     }
 }
 
-/* Bytes of `multiply`'s scratch: some outs as floats, and all rows as bfloat16. */
-static int64_t scratch_bytes(int64_t rows, int64_t fan_in) { return fan_in * (rows * 2 + TILE_OUTS * 4); }
+/* Bytes of `multiply`'s scratch: some outs as floats, then all rows as bfloat16. */
+static int64_t outs_bytes(int64_t fan_in) {
+    const int64_t floats = fan_in * TILE_OUTS * 4, words = fan_in * TILES_OUTS * 2 + 4 * TILE_BYTES;
+    return ((floats > words ? floats : words) + 63) & ~(int64_t)63;
+}
+static int64_t scratch_bytes(int64_t rows, int64_t fan_in) {
+    return outs_bytes(fan_in) + (rows + SIDE - 1) / SIDE * SIDE * fan_in * 2;
+}
 
-/* Results begin .. end - 1 of `count` rows, without bias. */
-static void multiply(const View *w, int begin, int end, const Rows *in, int count, const Results *out, float *scratch) {
+/* Rows as a matrix wants to meet them; what it needs anew is in `scratch`. */
+static Rows prepared(const View *w, const Rows *in, int count, float *scratch) {
+    uint8_t *room = (uint8_t *)scratch + outs_bytes(w->fan_in);
+    if (!is_pairs(w->kind) && !is_tiles(w->kind)) return *in;
+    if (is_pairs(w->kind)) narrow(in, count, w->fan_in, (uint16_t *)room);
+    else lay_out(in, count, w->fan_in, room);
+    return (Rows){(const float *)room, w->fan_in, 0};
+}
+
+/* Results begin .. end - 1 of `count` rows that are prepared, without bias. */
+static void multiply_prepared(const View *w, int begin, int end, const Rows *in, int count, const Results *out,
+                              float *scratch) {
     if (w->kind == BFLOAT16_COLUMNS) return multiply_columns(w, begin, end, in, count, out);
-    const Rows narrowed = {scratch + TILE_OUTS * w->fan_in, w->fan_in, 0};
-    if (is_pairs(w->kind)) {
-        narrow(in, count, w->fan_in, (uint16_t *)(scratch + TILE_OUTS * w->fan_in));
-        in = &narrowed;
-    }
+    if (is_tiles(w->kind))
+        return multiply_tiles(w, begin, end, (const uint8_t *)in->x, count, out, (uint8_t *)scratch + 4 * TILE_BYTES,
+                              scratch);
     const int is_wide = w->kind == FLOAT32 || w->kind == BFLOAT16_PAIRS; /* nothing to expand */
     const int expanded = w->kind == MXFP4_PAIRS ? BFLOAT16_PAIRS : FLOAT32;
     for (int o = begin; o < end; o += TILE_OUTS) {
-        if (o + FETCH_OUTS < end) fetch_ahead(w, o + FETCH_OUTS, end);
+        if (o + FETCH_OUTS < end) fetch_ahead(w, o + FETCH_OUTS, TILE_OUTS, end);
         if (is_wide || count <= (w->kind == MXFP4_PAIRS ? TILE_ROWS : EXPAND_ABOVE)) {
             all_rows(DOT_TILES[w->kind], w, o, end, in, count, out);
             continue;
@@ -482,4 +501,10 @@ static void multiply(const View *w, int begin, int end, const Rows *in, int coun
             expand(w, o, end, scratch);
         all_rows(DOT_TILES[expanded], &other, o, end, in, count, out);
     }
+}
+
+/* Results begin .. end - 1 of `count` rows, without bias. */
+static void multiply(const View *w, int begin, int end, const Rows *in, int count, const Results *out, float *scratch) {
+    const Rows rows = prepared(w, in, count, scratch);
+    multiply_prepared(w, begin, end, &rows, count, out, scratch);
 }

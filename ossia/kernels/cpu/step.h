@@ -41,6 +41,7 @@ typedef struct {
     const Factors *factors; /* (adapters, layers, TARGETS) */
     int32_t num_layers, num_adapters, hidden, num_heads, num_kv_heads, head_dim, width, num_experts, top_k;
     int32_t bf16;     /* activations are bfloat16, else float32 */
+    int32_t tiles;    /* may be used, see tiles.h */
     int32_t max_rank; /* of all factors */
     float rms_eps, swiglu_limit, swiglu_alpha;
 } Model;
@@ -118,6 +119,9 @@ static char *share_out(const Model *m, const Call *c, Shared *s, Private *p, int
 
 /* Whether this machine multiplies pairs of bfloat16: then codes are as fast to multiply by as what they stand for. */
 int32_t ossia_multiplies_pairs(void) { return MULTIPLIES_PAIRS; }
+
+/* Whether it multiplies tiles of them, and lets this process do so: a tile is as fast as a few single rows. */
+int32_t ossia_multiplies_tiles(void) { return MULTIPLIES_TILES && may_use_tiles(); }
 
 /* Bytes of workspace for a step of this many rows and threads. */
 int64_t ossia_workspace(const Model *m, int32_t rows, int32_t threads) {
