@@ -19,6 +19,7 @@ from ossia.engine.head import Draw, Drawn
 from ossia.engine.prefill import Prompt
 from ossia.kernels.cpu import native
 from ossia.kernels.cpu.native import Kernels, Unavailable, load_kernels
+from ossia.kernels.cpu.pages import large_copy
 from ossia.model.lora import MODULE_OF, Lora
 from ossia.model.transformer import Transformer
 from ossia.model.weights import EXPERT_WEIGHTS, expert_module
@@ -68,6 +69,7 @@ class NativeDecoder:
         """Read weights and adapters again."""
         arch = self._model.arch
         self._held, self._sized_for = [], (0, 0)
+        self._head: tuple[Tensor, Tensor] | None = None
         self._layers = (native.Layer * arch.num_layers)(*map(self._layer, range(arch.num_layers)))
         modules = [f"model.layers.{i}.{MODULE_OF[name]}" for i in range(arch.num_layers) for name in native.TARGETS]
         factors = [self._factors(lora, module) for lora in self._adapters for module in modules]
@@ -175,6 +177,9 @@ class NativeDecoder:
     def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
         """See `Decoder.draw`: the head's bytes are read once, and logits that nobody wants are never in memory."""
         num_products = len(h_BD) * head_VD.numel()
+        if self._head is None or self._head[0] is not head_VD:
+            self._head = head_VD, large_copy(head_VD)
+        head_VD = self._head[1]
         threads = max(1, min(torch.get_num_threads(), num_products // _HEAD_THREAD_PRODUCTS))
         num_bytes = self._kernels.head_workspace_bytes(len(h_BD), *head_VD.shape[::-1], threads) + 64
         if num_bytes > len(self._head_workspace):

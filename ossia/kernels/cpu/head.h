@@ -165,17 +165,23 @@ void ossia_head(const Head *h) {
         begin_tiles(h->tiles);
         const View view = block_of(h, 0);
         const Rows in = prepared(&view, &(Rows){h->x, h->hidden, 0}, B, scratch);
-        for (int32_t from; (from = atomic_fetch_add(&next, turn)) < W;)
+        for (int32_t from = atomic_fetch_add(&next, turn), then; from < W; from = then) {
+            then = atomic_fetch_add(&next, turn);
             for (int32_t w = from; w < W && w < from + turn; w++) {
                 const int first = w * HEAD_BLOCK, size = h->vocab - first < HEAD_BLOCK ? h->vocab - first : HEAD_BLOCK;
                 block_logits(h, w, &in, B, scratch, logits);
+                const int32_t coming = (w + 1 < from + turn ? w + 1 : then) * HEAD_BLOCK;
+                Ahead ahead = after(&view, coming, TILES_OUTS, h->vocab);
+                const int64_t lines = (ahead.end - ahead.next) / 64 / B + 1;
                 for (int r = 0; r < B; r++) {
+                    ask(&ahead, lines);
                     blocks[(int64_t)w * B + r] = look_at(logits + r * HEAD_BLOCK, h->temperature[r]);
                     if (h->wanted[r] >= 0)
                         memcpy(h->logits + (int64_t)h->wanted[r] * h->vocab + first, logits + r * HEAD_BLOCK,
                                sizeof(float) * (size_t)size);
                 }
             }
+        }
         meet(&meeting, omp_get_num_threads());
         for (int r = omp_get_thread_num(); r < B; r += omp_get_num_threads())
             finish_row(h, blocks + r, r, scratch, logits);

@@ -442,12 +442,17 @@ static void multiply_columns(const View *w, int begin, int end, const Rows *in, 
         all_rows(AXPY_TILES[w->kind != FLOAT32], w, o, end, in, count, out);
 }
 
-/* Ask memory for the rows after those that are computed now, in one sweep: the tile itself reads several at once, which
-   the machine's own prefetching doesn't follow. Into the second level: the first is full of what the tile uses. */
-static void fetch_ahead(const View *w, int o, int count, int end) {
+/* Rows after those that are computed now, for which memory is asked early: a tile reads several at once, which the
+   machine's own prefetching doesn't follow. Into the second level: the first is full of what the tile uses. */
+typedef struct { const uint8_t *next, *end; } Ahead;
+
+static Ahead after(const View *w, int o, int count, int end) {
     const int last = o + count < end ? o + count : end;
-    for (int64_t at = (o - w->origin) * w->stride; at < (last - w->origin) * w->stride; at += 64)
-        __builtin_prefetch(w->weight + at, 0, 2);
+    const uint8_t *from = w->weight + (o - w->origin) * w->stride;
+    return (Ahead){from, o < last ? from + (last - o) * w->stride : from};
+}
+INLINE void ask(Ahead *ahead, int64_t lines) {
+    for (; lines > 0 && ahead->next < ahead->end; lines--, ahead->next += 64) __builtin_prefetch(ahead->next, 0, 2);
 }
 
 #include "tiles.h"
@@ -488,7 +493,8 @@ static void multiply_prepared(const View *w, int begin, int end, const Rows *in,
     const int is_wide = w->kind == FLOAT32 || w->kind == BFLOAT16_PAIRS; /* nothing to expand */
     const int expanded = w->kind == MXFP4_PAIRS ? BFLOAT16_PAIRS : FLOAT32;
     for (int o = begin; o < end; o += TILE_OUTS) {
-        if (o + FETCH_OUTS < end) fetch_ahead(w, o + FETCH_OUTS, TILE_OUTS, end);
+        Ahead ahead = after(w, o + FETCH_OUTS, TILE_OUTS, end);
+        ask(&ahead, INT64_MAX);
         if (is_wide || count <= (w->kind == MXFP4_PAIRS ? TILE_ROWS : EXPAND_ABOVE)) {
             all_rows(DOT_TILES[w->kind], w, o, end, in, count, out);
             continue;

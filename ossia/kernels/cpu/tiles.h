@@ -9,7 +9,7 @@
 #if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__AVX512BF16__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
-enum { MULTIPLIES_TILES = 1, SIDE = 16, TILE_BYTES = 1024, TILES_OUTS = 2 * SIDE, TILES_INPUTS = 32 };
+enum { MULTIPLIES_TILES = 1, SIDE = 16, TILE_BYTES = 1024, TILES_OUTS = 4 * SIDE, TILES_INPUTS = 32 };
 
 #define IN_MEMORY __asm__ volatile("" ::: "memory") /* gcc's loads of tiles don't say that they read what was written */
 
@@ -98,7 +98,7 @@ static void put_sums(const float *sums, int outs, int rows, int o, int first, co
 }
 
 /* TILES_OUTS rows of a matrix from o on, as bfloat16, zeros past its end; where they lie so already, as they are. */
-static const uint8_t *rows_of(const View *w, int o, int end, uint8_t *words, int64_t *stride) {
+static const uint8_t *rows_of(const View *w, int o, int end, uint8_t *words, int64_t *stride, Ahead *ahead) {
     const uint8_t *from = w->weight + (o - w->origin) * w->stride;
     if (w->kind == BFLOAT16_TILES && o + TILES_OUTS <= end) {
         *stride = w->stride;
@@ -109,8 +109,47 @@ static const uint8_t *rows_of(const View *w, int o, int end, uint8_t *words, int
         if (o + j >= end) memset(words + j * *stride, 0, (size_t)*stride);
         else if (w->kind == BFLOAT16_TILES) memcpy(words + j * *stride, from + j * w->stride, (size_t)*stride);
         else expand_pairs(w, o + j, (uint16_t *)(words + j * *stride));
+        if (w->kind == MXFP4_TILES) ask(ahead, (w->stride + 63) / 64);
     }
     return words;
+}
+
+/* Sums of four tiles: of 64 of a matrix's rows and 16 of the batch's, a quarter after the other. */
+INLINE void sum_sixty_four(const uint8_t *a, int64_t stride, const uint8_t *b, int64_t row_tiles, Ahead *ahead,
+                           int64_t lines, float *sums) {
+    const uint8_t *second = a + SIDE * stride, *third = second + SIDE * stride, *fourth = third + SIDE * stride;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int64_t i = 0, at = 0; at < row_tiles; i += 64, at += TILE_BYTES) {
+        _tile_loadd(6, b + at, 64);
+        _tile_loadd(4, a + i, stride); _tile_loadd(5, second + i, stride);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6);
+        _tile_loadd(7, third + i, stride); _tile_loadd(4, fourth + i, stride);
+        _tile_dpbf16ps(2, 7, 6); _tile_dpbf16ps(3, 4, 6);
+        ask(ahead, lines);
+    }
+    _tile_stored(0, sums, 64); _tile_stored(1, sums + SIDE * SIDE, 64);
+    _tile_stored(2, sums + 2 * SIDE * SIDE, 64); _tile_stored(3, sums + 3 * SIDE * SIDE, 64);
+}
+
+/* The same of 32 of a matrix's rows and 32 of the batch's: which are half as many loads. */
+INLINE void sum_twice_thirty_two(const uint8_t *a, int64_t stride, const uint8_t *b, int64_t row_tiles, Ahead *ahead,
+                                 int64_t lines, float *sums) {
+    const uint8_t *second = a + SIDE * stride, *other = b + row_tiles;
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int64_t i = 0, at = 0; at < row_tiles; i += 64, at += TILE_BYTES) {
+        _tile_loadd(4, a + i, stride); _tile_loadd(6, b + at, 64);
+        _tile_loadd(5, second + i, stride); _tile_loadd(7, other + at, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6); _tile_dpbf16ps(2, 4, 7); _tile_dpbf16ps(3, 5, 7);
+        ask(ahead, lines);
+    }
+    _tile_stored(0, sums, 64); _tile_stored(1, sums + SIDE * SIDE, 64);
+    _tile_stored(2, sums + 2 * SIDE * SIDE, 64); _tile_stored(3, sums + 3 * SIDE * SIDE, 64);
+}
+
+/* Results of a tile's sums, as far as there are so many outs and rows left. */
+static void put_tile(const float *sums, int outs, int rows, int o, int first, const Results *out) {
+    if (outs > 0 && rows > 0)
+        put_sums(sums, outs < SIDE ? outs : SIDE, rows < SIDE ? rows : SIDE, o, first, out);
 }
 
 /* Results begin .. end - 1 of `count` rows that are laid out. words: for TILES_OUTS rows; sums: for four tiles. */
@@ -118,34 +157,26 @@ static void multiply_tiles(const View *w, int begin, int end, const uint8_t *til
                            uint8_t *words, float *sums) {
     const int64_t row_tiles = w->fan_in / TILES_INPUTS * TILE_BYTES;
     for (int o = begin; o < end; o += TILES_OUTS) {
-        if (o + TILES_OUTS < end) fetch_ahead(w, o + TILES_OUTS, TILES_OUTS, end);
+        Ahead ahead = after(w, o + TILES_OUTS, TILES_OUTS, end);
         int64_t stride;
-        const uint8_t *a = rows_of(w, o, end, words, &stride), *lower = a + SIDE * stride;
+        const uint8_t *a = rows_of(w, o, end, words, &stride, &ahead);
+        const int64_t lines = (TILES_OUTS * w->stride / 64 * TILE_BYTES + row_tiles - 1) / row_tiles;
+        IN_MEMORY;
         for (int first = 0; first < count; first += 2 * SIDE) {
-            const uint8_t *b = tiles + first / SIDE * row_tiles, *other = b + row_tiles;
-            const int rows = count - first, outs = end - o;
-            IN_MEMORY;
-            _tile_zero(0); _tile_zero(1);
-            if (rows > SIDE) {
-                _tile_zero(2); _tile_zero(3);
-                for (int64_t i = 0, at = 0; at < row_tiles; i += 64, at += TILE_BYTES) {
-                    _tile_loadd(4, a + i, stride); _tile_loadd(6, b + at, 64);
-                    _tile_loadd(5, lower + i, stride); _tile_loadd(7, other + at, 64);
-                    _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6); _tile_dpbf16ps(2, 4, 7); _tile_dpbf16ps(3, 5, 7);
-                }
-                _tile_stored(2, sums + 2 * SIDE * SIDE, 64); _tile_stored(3, sums + 3 * SIDE * SIDE, 64);
-            } else {
-                for (int64_t i = 0, at = 0; at < row_tiles; i += 64, at += TILE_BYTES) {
-                    _tile_loadd(4, a + i, stride); _tile_loadd(6, b + at, 64); _tile_loadd(5, lower + i, stride);
-                    _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6);
-                }
+            const uint8_t *b = tiles + first / SIDE * row_tiles;
+            const int rows = count - first;
+            if (rows <= SIDE) {
+                sum_sixty_four(a, stride, b, row_tiles, &ahead, lines, sums);
+                for (int t = 0; t < 4; t++)
+                    put_tile(sums + t * SIDE * SIDE, end - o - t * SIDE, rows, o + t * SIDE, first, out);
+                continue;
             }
-            _tile_stored(0, sums, 64); _tile_stored(1, sums + SIDE * SIDE, 64);
-            for (int t = 0; t < 4; t++) {
-                const int these = outs - t % 2 * SIDE, mine = rows - t / 2 * SIDE;
-                if (these > 0 && mine > 0)
-                    put_sums(sums + t * SIDE * SIDE, these < SIDE ? these : SIDE, mine < SIDE ? mine : SIDE,
-                        o + t % 2 * SIDE, first + t / 2 * SIDE, out);
+            for (int half = 0; half < TILES_OUTS && o + half < end; half += 2 * SIDE) {
+                sum_twice_thirty_two(a + half * stride, stride, b, row_tiles, &ahead, lines, sums);
+                for (int t = 0; t < 4; t++) {
+                    const int from = o + half + t % 2 * SIDE;
+                    put_tile(sums + t * SIDE * SIDE, end - from, rows - t / 2 * SIDE, from, first + t / 2 * SIDE, out);
+                }
             }
         }
     }
