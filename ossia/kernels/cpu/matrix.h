@@ -465,10 +465,12 @@ static void narrow(const Rows *in, int count, int fan_in, uint16_t *narrowed) {
     }
 }
 
+static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
 /* Bytes of `multiply`'s scratch: some outs as floats, then all rows as bfloat16. */
 static int64_t outs_bytes(int64_t fan_in) {
-    const int64_t floats = fan_in * TILE_OUTS * 4, words = fan_in * TILES_OUTS * 2 + 4 * TILE_BYTES;
-    return ((floats > words ? floats : words) + 63) & ~(int64_t)63;
+    const int64_t floats = fan_in * TILE_OUTS * 4, words = max_of(fan_in * TILES_OUTS * 2, 8 * TILE_BYTES) + 4 * TILE_BYTES;
+    return (max_of(floats, words) + 63) & ~(int64_t)63;
 }
 static int64_t scratch_bytes(int64_t rows, int64_t fan_in) {
     return outs_bytes(fan_in) + (rows + SIDE - 1) / SIDE * SIDE * fan_in * 2;

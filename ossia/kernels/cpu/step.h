@@ -90,8 +90,6 @@ static void *take(char **at, int64_t bytes) {
     return mine;
 }
 
-static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
 static char *share_out(const Model *m, const Call *c, Shared *s, Private *p, int threads) {
     char *at = c->workspace;
     const int64_t B = c->rows, N = B * m->top_k, D = m->hidden, I = m->width, f = sizeof(float);

@@ -114,6 +114,37 @@ static const uint8_t *rows_of(const View *w, int o, int end, uint8_t *words, int
     return words;
 }
 
+/* Inputs i .. i + TILES_INPUTS - 1 of TILES_OUTS rows of codes from o on, as four tiles; zeros stay past the end. */
+INLINE void expand_tiles(const View *w, int o, int end, int i, uint8_t *tiles) {
+    const uint8_t *weight = w->weight + (o - w->origin) * w->stride + i / 2;
+    const uint8_t *scales = w->scales + (o - w->origin) * w->scale_stride + i / MX_BLOCK;
+    const int outs = end - o < TILES_OUTS ? end - o : TILES_OUTS;
+    for (int j = 0; j < outs; j++, weight += w->stride, scales += w->scale_stride)
+        _mm512_store_si512(tiles + 64 * j, (__m512i)decode_pairs(weight, *scales));
+}
+
+/* As `sum_sixty_four` of codes: inputs are expanded one turn before they are needed, so nothing waits for a store. */
+static void sum_codes(const View *w, int o, int end, const uint8_t *b, Ahead *ahead, int64_t lines, uint8_t *words,
+                      float *sums) {
+    if (end - o < TILES_OUTS) memset(words, 0, 8 * TILE_BYTES);
+    expand_tiles(w, o, end, 0, words);
+    _tile_zero(0); _tile_zero(1); _tile_zero(2); _tile_zero(3);
+    for (int i = 0, turn = 0; i < w->fan_in; i += TILES_INPUTS, turn ^= 1, b += TILE_BYTES) {
+        const uint8_t *a = words + turn * 4 * TILE_BYTES;
+        if (i + TILES_INPUTS < w->fan_in)
+            expand_tiles(w, o, end, i + TILES_INPUTS, words + (turn ^ 1) * 4 * TILE_BYTES);
+        ask(ahead, lines);
+        IN_MEMORY;
+        _tile_loadd(6, b, 64);
+        _tile_loadd(4, a, 64); _tile_loadd(5, a + TILE_BYTES, 64);
+        _tile_dpbf16ps(0, 4, 6); _tile_dpbf16ps(1, 5, 6);
+        _tile_loadd(7, a + 2 * TILE_BYTES, 64); _tile_loadd(4, a + 3 * TILE_BYTES, 64);
+        _tile_dpbf16ps(2, 7, 6); _tile_dpbf16ps(3, 4, 6);
+    }
+    _tile_stored(0, sums, 64); _tile_stored(1, sums + SIDE * SIDE, 64);
+    _tile_stored(2, sums + 2 * SIDE * SIDE, 64); _tile_stored(3, sums + 3 * SIDE * SIDE, 64);
+}
+
 /* Sums of four tiles: of 64 of a matrix's rows and 16 of the batch's, a quarter after the other. */
 INLINE void sum_sixty_four(const uint8_t *a, int64_t stride, const uint8_t *b, int64_t row_tiles, Ahead *ahead,
                            int64_t lines, float *sums) {
@@ -158,9 +189,15 @@ static void multiply_tiles(const View *w, int begin, int end, const uint8_t *til
     const int64_t row_tiles = w->fan_in / TILES_INPUTS * TILE_BYTES;
     for (int o = begin; o < end; o += TILES_OUTS) {
         Ahead ahead = after(w, o + TILES_OUTS, TILES_OUTS, end);
+        const int64_t lines = (TILES_OUTS * w->stride / 64 * TILE_BYTES + row_tiles - 1) / row_tiles;
+        if (w->kind == MXFP4_TILES && count <= SIDE) {
+            sum_codes(w, o, end, tiles, &ahead, lines, words, sums);
+            for (int t = 0; t < 4; t++)
+                put_tile(sums + t * SIDE * SIDE, end - o - t * SIDE, count, o + t * SIDE, 0, out);
+            continue;
+        }
         int64_t stride;
         const uint8_t *a = rows_of(w, o, end, words, &stride, &ahead);
-        const int64_t lines = (TILES_OUTS * w->stride / 64 * TILE_BYTES + row_tiles - 1) / row_tiles;
         IN_MEMORY;
         for (int first = 0; first < count; first += 2 * SIDE) {
             const uint8_t *b = tiles + first / SIDE * row_tiles;
