@@ -19,7 +19,7 @@ from ossia.engine.head import Draw, Drawn
 from ossia.engine.prefill import Prompt
 from ossia.kernels.cpu import native
 from ossia.kernels.cpu.native import Kernels, Unavailable, load_kernels
-from ossia.kernels.cpu.pages import large_copy
+from ossia.kernels.cpu.pages import Pages, large_copy
 from ossia.model.lora import MODULE_OF, Lora
 from ossia.model.transformer import Transformer
 from ossia.model.weights import EXPERT_WEIGHTS, expert_module
@@ -29,7 +29,9 @@ _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence ou
 _THREAD_PRODUCTS = 4_000_000  # multiplications of a step that are worth a thread
 _HEAD_THREAD_PRODUCTS = 2_000_000  # the same of the head
 _READ_HIDDEN = 1024  # of a larger model, torch's own matrix products are the faster way through a prompt
+_PANEL_BYTES = 1 << 26  # of all matrices of a float32 model, up to which they are copied in the order they are read
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+_PANEL_KINDS = {torch.float32: native.FLOAT32_PANELS, torch.bfloat16: native.BFLOAT16_PANELS}
 
 
 def find_kernels(model: Transformer, adapters: Sequence[Lora | None]) -> Kernels | Unavailable:
@@ -70,6 +72,7 @@ class NativeDecoder:
         arch = self._model.arch
         self._held, self._sized_for = [], (0, 0)
         self._head: tuple[Tensor, Tensor] | None = None
+        self._pages = self._panel_pages()
         self._layers = (native.Layer * arch.num_layers)(*map(self._layer, range(arch.num_layers)))
         modules = [f"model.layers.{i}.{MODULE_OF[name]}" for i in range(arch.num_layers) for name in native.TARGETS]
         factors = [self._factors(lora, module) for lora in self._adapters for module in modules]
@@ -235,15 +238,32 @@ class NativeDecoder:
         model = self._model
         return model.tensor(name) if name in model.trainable else model.weights.raw(name)
 
+    def _panel_pages(self) -> Pages | None:
+        """Room for panels, where a model is small and its sums are float32: they need no additions across lanes."""
+        arch = self._model.arch
+        attention = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim + arch.num_experts
+        experts = 3 * arch.num_experts * arch.intermediate_size
+        num_bytes = 4 * arch.num_layers * arch.hidden_size * (attention + experts)
+        wanted = self._model.dtype == torch.float32 and num_bytes <= _PANEL_BYTES
+        return Pages(num_bytes) if wanted else None
+
+    def _lay(self, matrix: native.Matrix, weight_EOD: Tensor, part: int) -> None:
+        """Point at a weight where it lies, or at its panels; `part`: results that are taken by themselves."""
+        if self._pages is None or part % native.PANEL:
+            matrix.weight, matrix.kind = self._hold(weight_EOD.detach()), _KINDS[weight_EOD.dtype]
+            return
+        exact = weight_EOD.detach().bfloat16()  # half the bytes, where that changes nothing
+        weight_EOD = exact if torch.equal(exact.to(weight_EOD.dtype), weight_EOD) else weight_EOD
+        panels = self._pages.copy(weight_EOD.unflatten(-2, (-1, native.PANEL)).transpose(-2, -1))
+        matrix.weight, matrix.kind = self._hold(panels), _PANEL_KINDS[panels.dtype]
+
     def _dense(self, module: str) -> native.Matrix:
         weight_OD = self._weight(f"{module}.weight")
-        return native.Matrix(
-            weight=self._hold(weight_OD.detach()),
-            bias=self._small(self._weight(f"{module}.bias")),
-            kind=_KINDS[weight_OD.dtype],
-            fan_in=weight_OD.shape[1],
-            fan_out=weight_OD.shape[0],
+        matrix = native.Matrix(
+            bias=self._small(self._weight(f"{module}.bias")), fan_in=weight_OD.shape[1], fan_out=weight_OD.shape[0]
         )
+        self._lay(matrix, weight_OD, matrix.fan_out)
+        return matrix
 
     def _experts(self, index: int, projection: str) -> native.Matrix:
         arch, weights, trainable = self._model.arch, self._model.weights, self._model.trainable
@@ -266,7 +286,7 @@ class NativeDecoder:
         rounded = self._model.rounds(module)
         if module in trainable or not (reads_codes or rounded):
             weight_EOD = self._model.expert_weight(index, projection)
-            matrix.weight, matrix.kind = self._hold(weight_EOD.detach()), _KINDS[weight_EOD.dtype]
+            self._lay(matrix, weight_EOD, matrix.fan_out // 2 if gate_up else matrix.fan_out)
             return matrix
         matrix.interleaved = gate_up
         if rounded:

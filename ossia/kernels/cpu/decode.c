@@ -24,7 +24,7 @@ static View view_of(const Matrix *m, int expert, const Model *model) {
     const int64_t stride = bytes_of(m->kind, m->kind == BFLOAT16_COLUMNS ? m->fan_out : m->fan_in);
     const uint8_t *scales = is_mxfp4(m->kind) ? m->scales + skipped / MX_BLOCK : 0;
     return (View){(const uint8_t *)m->weight + bytes_of(m->kind, skipped), scales, stride, m->fan_in / MX_BLOCK,
-                  kind_of(m->kind, model->bf16, model->tiles, m->fan_in), m->fan_in, 0};
+                  kind_of(m->kind, model->bf16, model->tiles, m->fan_in), m->fan_in, 0, 0};
 }
 
 static Rows some_rows(const float *x, int64_t stride, const int32_t *rows, int first) {
@@ -64,7 +64,7 @@ static void finish(const Step *s, int target, const Run *run, const float *low, 
     if (f->rank) {
         const int64_t size = bf16 ? 2 : 4, elements = f->rank * m->fan_out;
         View b = {(const uint8_t *)f->b + run->expert * elements * size, 0, m->fan_out * size, 0,
-                  bf16 ? BFLOAT16 : FLOAT32, (int32_t)f->rank, 0};
+                  bf16 ? BFLOAT16 : FLOAT32, (int32_t)f->rank, 0, 1};
         b.weight += begin * size;
         float *added = s->mine.expanded;
         multiply_columns(&b, 0, end - begin, &(Rows){low, 0, 0}, 1, &(Results){added, 0, 0, 0});
@@ -137,7 +137,7 @@ static Stretch stretch_of(const Step *s, int b, int head, int64_t at, int64_t en
     if (c->first && at >= c->positions[c->first[b]]) {
         const int64_t row = c->first[b] + at - c->positions[c->first[b]], B = c->rows;
         const float *from = s->shared.qkv + B * m->num_heads * d + values * B * kv + row * kv + head * d;
-        return (Stretch){{(const uint8_t *)from, 0, 4 * kv, 0, FLOAT32, values ? (int32_t)(end - at) : d, 0}, end};
+        return (Stretch){{(const uint8_t *)from, 0, 4 * kv, 0, FLOAT32, values ? (int32_t)(end - at) : d, 0, 1}, end};
     }
     const int64_t place = c->first && lane->window ? at % lane->window : at;
     const int32_t *table = lane->table + (int64_t)(c->sequence ? c->sequence[b] : b) * lane->table_width;
@@ -151,11 +151,12 @@ static Stretch stretch_of(const Step *s, int b, int head, int64_t at, int64_t en
         const float *scales = lane->scales + slot * heads + mine;
         for (int i = 0; i < count; i++)
             load_int8(m->bf16, s->mine.slots + i * d, from + i * heads * d, scales[i * heads], d);
-        return (Stretch){{(const uint8_t *)s->mine.slots, 0, 4 * d, 0, FLOAT32, fan_in, 0}, next};
+        return (Stretch){{(const uint8_t *)s->mine.slots, 0, 4 * d, 0, FLOAT32, fan_in, 0, 1}, next};
     }
     const int64_t size = m->bf16 ? 2 : 4;
     const uint8_t *from = (const uint8_t *)lane->pool + (slot * heads + mine) * d * size;
-    return (Stretch){{from, 0, heads * d * size, 0, values ? plain : kind_of(plain, m->bf16, 0, d), fan_in, 0}, next};
+    return (Stretch){{from, 0, heads * d * size, 0, values ? plain : kind_of(plain, m->bf16, 0, d), fan_in, 0, head > 0},
+                     next};
 }
 
 /* Row b's new keys and values of some key-value heads into the cache. Keys are turned already. */

@@ -54,7 +54,7 @@ int64_t ossia_head_workspace(int32_t rows, int32_t hidden, int32_t vocab, int32_
 static View block_of(const Head *h, int32_t block) {
     const int64_t stride = (int64_t)h->hidden * (h->kind == FLOAT32 ? 4 : 2);
     return (View){(const uint8_t *)h->weight + block * HEAD_BLOCK * stride, 0, stride, 0,
-                  kind_of(h->kind, h->bf16, h->tiles, h->hidden), h->hidden, 0};
+                  kind_of(h->kind, h->bf16, h->tiles, h->hidden), h->hidden, 0, 0};
 }
 
 /* Logits of some rows in one block, (count, HEAD_BLOCK); of tokens past the vocabulary's end -infinity. */

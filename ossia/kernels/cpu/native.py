@@ -8,7 +8,8 @@ from pathlib import Path
 
 from ossia.kernels.cpu.build import COMPILERS, Library, Unavailable, load_library
 
-FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS = range(4)  # Matrix.kind
+FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS, FLOAT32_PANELS, BFLOAT16_PANELS = range(6)  # Matrix.kind
+PANEL = 32  # results that lie side by side in a panel
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj")  # Layer.matrix, in order
 _SOURCES = ("decode.c", "head.h", "step.h", "parts.h", "matrix.h", "tiles.h")
 

@@ -13,9 +13,28 @@ import torch
 from torch import Tensor
 
 
+_LARGE, _LINE = 1 << 21, 64
+
+
+class Pages:
+    """Memory that tensors are copied into, one after the other; it is there as long as one of them is."""
+
+    def __init__(self, num_bytes: int) -> None:
+        memory = mmap.mmap(-1, num_bytes + _LARGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        if "MADV_HUGEPAGE" in vars(mmap):  # Linux
+            memory.madvise(mmap.MADV_HUGEPAGE)
+        self._bytes = torch.frombuffer(memory, dtype=torch.uint8)
+        self._at = -self._bytes.data_ptr() % _LARGE
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """The same values, contiguous and on a cache line of their own."""
+        num_bytes = tensor.numel() * tensor.itemsize
+        mine = self._bytes[self._at : self._at + num_bytes]
+        assert len(mine) == num_bytes, "more than was asked for"
+        self._at += -(-num_bytes // _LINE) * _LINE
+        return mine.view(tensor.dtype).view(tensor.shape).copy_(tensor.detach())
+
+
 def large_copy(tensor: Tensor) -> Tensor:
-    """The same values in memory of their own, which begins a page."""
-    memory = mmap.mmap(-1, max(tensor.nbytes, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if "MADV_HUGEPAGE" in vars(mmap):  # Linux
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel()).view(tensor.shape).copy_(tensor.detach())
+    """The same values in pages of their own."""
+    return Pages(tensor.numel() * tensor.itemsize + _LINE).copy(tensor)

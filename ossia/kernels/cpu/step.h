@@ -12,7 +12,8 @@ enum { SLOTS = 512 }; /* of the cache that attention takes at a time, as torch's
 enum { Q, K_, V_, O, ROUTER, GATE_UP, DOWN, TARGETS }; /* what may have an adapter */
 
 typedef struct { /* y = W x + b, of one expert or many */
-    const void *weight;    /* (E, out, in); MXFP4: (E, out, in / 2) codes; BFLOAT16_COLUMNS: (E, in, out) */
+    const void *weight;    /* (E, out, in); MXFP4: (E, out, in / 2) codes; BFLOAT16_COLUMNS: (E, in, out);
+                              panels: (E, out / PANEL, in, PANEL) */
     const uint8_t *scales; /* MXFP4: (E, out, in / 32) */
     const float *bias;     /* (E, out), in the order of the results */
     int32_t kind, fan_in, fan_out;
