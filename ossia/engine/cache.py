@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ossia.kernels.cpu.pages import large_zeros
 from ossia.model.arch import Arch
 from ossia.ops.attention import Backend, dense_attention
 
@@ -178,7 +179,8 @@ class Lane:
         for pools in (self._pools, self._scales):
             for layer, pool in pools.items():
                 # zeros, because a slot that holds no token is masked, but 0 * nan would be nan
-                wider = pool.new_zeros(num_blocks * self.block, *pool.shape[1:])
+                shape = (num_blocks * self.block, *pool.shape[1:])
+                wider = large_zeros(shape, pool.dtype) if pool.device.type == "cpu" else pool.new_zeros(shape)
                 wider[: len(pool)] = pool
                 pools[layer] = wider
         self._free += reversed(range(max(len(self._holders), 1), num_blocks))

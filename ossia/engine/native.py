@@ -19,7 +19,7 @@ from ossia.engine.head import Draw, Drawn
 from ossia.engine.prefill import Prompt
 from ossia.kernels.cpu import native
 from ossia.kernels.cpu.native import Kernels, Unavailable, load_kernels
-from ossia.kernels.cpu.pages import Pages, large_copy
+from ossia.kernels.cpu.pages import Pages
 from ossia.model.lora import MODULE_OF, Lora
 from ossia.model.transformer import Transformer
 from ossia.model.weights import EXPERT_WEIGHTS, expert_module
@@ -45,19 +45,58 @@ def find_kernels(model: Transformer, adapters: Sequence[Lora | None]) -> Kernels
     return load_kernels()
 
 
+class Panels:
+    """Copies of a small model's matrices in the order in which C reads them best, kept while the matrices stay the same.
+
+    Sums over small inputs then need no additions across lanes. Of float32 models alone: bfloat16 has its own instructions.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._pages, self._bytes = Pages(num_bytes), num_bytes
+        self._of: dict[str, tuple[Tensor, int, Tensor]] = {}
+
+    @classmethod
+    def wanted(cls, model: Transformer) -> Panels | None:
+        """Room for them, if this model is to have any."""
+        arch = model.arch
+        attention = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim + arch.num_experts
+        num_bytes = 4 * arch.num_layers * arch.hidden_size * (attention + 3 * arch.num_experts * arch.intermediate_size)
+        # twice: some begin as bfloat16 and are trained
+        return cls(2 * num_bytes) if model.dtype == torch.float32 and num_bytes <= _PANEL_BYTES else None
+
+    def of(self, name: str, weight_EOD: Tensor) -> Tensor:
+        """A matrix as panels, (..., O / PANEL, D, PANEL): bfloat16 where that is exact, which halves its bytes."""
+        source, version, panels = self._of.get(name, (None, 0, None))
+        same = source is not None and source.data_ptr() == weight_EOD.data_ptr()
+        if panels is not None and same and version == weight_EOD._version:
+            return panels
+        exact = weight_EOD.bfloat16()
+        laid = exact if torch.equal(exact.to(weight_EOD.dtype), weight_EOD) else weight_EOD
+        laid = laid.unflatten(-2, (-1, native.PANEL)).transpose(-2, -1)
+        panels = self._pages.copy(laid) if panels is None or panels.dtype != laid.dtype else panels.copy_(laid)
+        self._of[name] = weight_EOD, weight_EOD._version, panels
+        return panels
+
+
 class NativeDecoder:
     """`TorchDecoder` in C: float32 and bfloat16, on a CPU. A row's result doesn't depend on the rows beside it.
 
     lanes     each layer's lane
     adapters  the first is the model's own; None: the model without one
     kernels   what `find_kernels` found
+    panels    what `Panels.wanted` made for this model, maybe for an earlier decoder
     """
 
     def __init__(
-        self, model: Transformer, lanes: Sequence[Lane], adapters: Sequence[Lora | None], kernels: Kernels
+        self,
+        model: Transformer,
+        lanes: Sequence[Lane],
+        adapters: Sequence[Lora | None],
+        kernels: Kernels,
+        panels: Panels | None = None,
     ) -> None:
         self._model, self._adapters, self._kernels = model, list(adapters), kernels
-        self._lanes = list(lanes)
+        self._lanes, self._panels = list(lanes), panels
         self._held: list[Tensor] = []  # what the structs below point into
         self._tables = (torch.empty(0), torch.empty(0))
         self._workspace = self._head_workspace = torch.empty(0, dtype=torch.uint8)
@@ -71,8 +110,6 @@ class NativeDecoder:
         """Read weights and adapters again."""
         arch = self._model.arch
         self._held, self._sized_for = [], (0, 0)
-        self._head: tuple[Tensor, Tensor] | None = None
-        self._pages = self._panel_pages()
         self._layers = (native.Layer * arch.num_layers)(*map(self._layer, range(arch.num_layers)))
         modules = [f"model.layers.{i}.{MODULE_OF[name]}" for i in range(arch.num_layers) for name in native.TARGETS]
         factors = [self._factors(lora, module) for lora in self._adapters for module in modules]
@@ -180,9 +217,6 @@ class NativeDecoder:
     def draw(self, h_BD: Tensor, head_VD: Tensor, draw: Draw) -> Drawn:
         """See `Decoder.draw`: the head's bytes are read once, and logits that nobody wants are never in memory."""
         num_products = len(h_BD) * head_VD.numel()
-        if self._head is None or self._head[0] is not head_VD:
-            self._head = head_VD, large_copy(head_VD)
-        head_VD = self._head[1]
         threads = max(1, min(torch.get_num_threads(), num_products // _HEAD_THREAD_PRODUCTS))
         num_bytes = self._kernels.head_workspace_bytes(len(h_BD), *head_VD.shape[::-1], threads) + 64
         if num_bytes > len(self._head_workspace):
@@ -238,31 +272,19 @@ class NativeDecoder:
         model = self._model
         return model.tensor(name) if name in model.trainable else model.weights.raw(name)
 
-    def _panel_pages(self) -> Pages | None:
-        """Room for panels, where a model is small and its sums are float32: they need no additions across lanes."""
-        arch = self._model.arch
-        attention = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim + arch.num_experts
-        experts = 3 * arch.num_experts * arch.intermediate_size
-        num_bytes = 4 * arch.num_layers * arch.hidden_size * (attention + experts)
-        wanted = self._model.dtype == torch.float32 and num_bytes <= _PANEL_BYTES
-        return Pages(num_bytes) if wanted else None
-
-    def _lay(self, matrix: native.Matrix, weight_EOD: Tensor, part: int) -> None:
+    def _lay(self, matrix: native.Matrix, name: str, weight_EOD: Tensor, part: int) -> None:
         """Point at a weight where it lies, or at its panels; `part`: results that are taken by themselves."""
-        if self._pages is None or part % native.PANEL:
-            matrix.weight, matrix.kind = self._hold(weight_EOD.detach()), _KINDS[weight_EOD.dtype]
-            return
-        exact = weight_EOD.detach().bfloat16()  # half the bytes, where that changes nothing
-        weight_EOD = exact if torch.equal(exact.to(weight_EOD.dtype), weight_EOD) else weight_EOD
-        panels = self._pages.copy(weight_EOD.unflatten(-2, (-1, native.PANEL)).transpose(-2, -1))
-        matrix.weight, matrix.kind = self._hold(panels), _PANEL_KINDS[panels.dtype]
+        kinds = _KINDS
+        if self._panels is not None and part % native.PANEL == 0:
+            weight_EOD, kinds = self._panels.of(name, weight_EOD.detach()), _PANEL_KINDS
+        matrix.weight, matrix.kind = self._hold(weight_EOD.detach()), kinds[weight_EOD.dtype]
 
     def _dense(self, module: str) -> native.Matrix:
         weight_OD = self._weight(f"{module}.weight")
         matrix = native.Matrix(
             bias=self._small(self._weight(f"{module}.bias")), fan_in=weight_OD.shape[1], fan_out=weight_OD.shape[0]
         )
-        self._lay(matrix, weight_OD, matrix.fan_out)
+        self._lay(matrix, module, weight_OD, matrix.fan_out)
         return matrix
 
     def _experts(self, index: int, projection: str) -> native.Matrix:
@@ -286,7 +308,7 @@ class NativeDecoder:
         rounded = self._model.rounds(module)
         if module in trainable or not (reads_codes or rounded):
             weight_EOD = self._model.expert_weight(index, projection)
-            self._lay(matrix, weight_EOD, matrix.fan_out // 2 if gate_up else matrix.fan_out)
+            self._lay(matrix, module, weight_EOD, matrix.fan_out // 2 if gate_up else matrix.fan_out)
             return matrix
         matrix.interleaved = gate_up
         if rounded:
