@@ -46,9 +46,10 @@ def find_kernels(model: Transformer, adapters: Sequence[Lora | None]) -> Kernels
 
 
 class Panels:
-    """Copies of a small model's matrices in the order in which C reads them best, kept while the matrices stay the same.
+    """Copies of a small model's matrices in the order in which C reads them best, kept while they stay the same.
 
-    Sums over small inputs then need no additions across lanes. Of float32 models alone: bfloat16 has its own instructions.
+    Sums over small inputs then need no additions across lanes. Of float32 models alone: bfloat16 has instructions of
+    its own.
     """
 
     def __init__(self, num_bytes: int) -> None:

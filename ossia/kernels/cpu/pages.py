@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 _LARGE, _LINE = 1 << 21, 64
 
 
