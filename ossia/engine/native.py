@@ -103,6 +103,7 @@ class NativeDecoder:
         self._workspace = self._head_workspace = torch.empty(0, dtype=torch.uint8)
         self._sized_for: tuple[int, int] = (0, 0)
         self._lane_structs = (native.Lane * len(self._lanes))()
+        self._pointed_at: list[int] = []  # what the lanes' `changes` were when the structs were filled
         self.reads_prompts = model.arch.hidden_size <= _READ_HIDDEN
         self.refresh()
 
@@ -111,6 +112,7 @@ class NativeDecoder:
         """Read weights and adapters again."""
         arch = self._model.arch
         self._held, self._sized_for = [], (0, 0)
+        self._places: tuple[Sequence[int], ctypes.Array[ctypes.c_int32]] = ((), _ints(()))
         self._layers = (native.Layer * arch.num_layers)(*map(self._layer, range(arch.num_layers)))
         modules = [f"model.layers.{i}.{MODULE_OF[name]}" for i in range(arch.num_layers) for name in native.TARGETS]
         factors = [self._factors(lora, module) for lora in self._adapters for module in modules]
@@ -161,7 +163,7 @@ class NativeDecoder:
             first_T += [len(first_T)] * count
             sequence_T += [number] * count
             adapter_T += [prompt.adapter] * count
-        tables = [self._table(lane, parts) for lane in self._lanes]
+        tables, self._pointed_at = [self._table(lane, parts) for lane in self._lanes], []
         for index, (lane, struct) in enumerate(zip(self._lanes, self._lane_structs, strict=True)):
             _point_at(struct, lane, index, tables[index])
         out_TD = self._run(x_TD, position_T, adapter_T, routes_LTk, _ints(sequence_T), _ints(first_T))
@@ -189,17 +191,19 @@ class NativeDecoder:
         assert x_BD.dtype == self._model.dtype, x_BD.dtype
         assert position_B.dtype == torch.int64, position_B.dtype
         assert len(adapter_B) == num_rows == len(position_B)
-        assert set(adapter_B) <= set(range(len(self._adapters))), adapter_B
+        if self._places[0] is not adapter_B:  # the same list, step by step
+            assert set(adapter_B) <= set(range(len(self._adapters))), adapter_B
+            self._places = (adapter_B, _ints(adapter_B))
         routes = None if routes_LBk is None else routes_LBk.contiguous()
         assert routes is None or routes.dtype == torch.int16, routes.dtype
-        cos_TF, sin_TF = self._rotary(int(position_B.max()) + 1)
+        cos_TF, sin_TF = self._rotary(max(position_B.tolist()) + 1)
         self._make_room(num_rows, threads)
         out_BD = torch.empty_like(x_BD)
         call = native.Call(
             x=x_BD.data_ptr(),
             out=out_BD.data_ptr(),
             positions=position_B.data_ptr(),
-            adapters=_ints(adapter_B),
+            adapters=self._places[1],
             cos=cos_TF.data_ptr(),
             sin=sin_TF.data_ptr(),
             lanes=self._lane_structs,
@@ -233,6 +237,10 @@ class NativeDecoder:
 
     def _point_at_caches(self, num_rows: int) -> None:
         """Pools and tables grow, and are other tensors then."""
+        changes = [lane.changes for lane in self._lanes]
+        if changes == self._pointed_at:
+            return
+        self._pointed_at = changes
         for index, (lane, struct) in enumerate(zip(self._lanes, self._lane_structs, strict=True)):
             assert len(lane.table_RM) >= num_rows
             _point_at(struct, lane, index, lane.table_RM)
@@ -360,7 +368,9 @@ def draw_natively(
     x_BD = h_BD.detach().float().contiguous()
     assert draw.temperature_B.dtype == torch.float32
     assert draw.uniform_B.dtype == torch.float64
-    place_of = {row: place for place, row in enumerate(draw.left)}
+    wanted_B = (ctypes.c_int32 * num_rows)(*[-1] * num_rows)
+    for place, row in enumerate(draw.left):
+        wanted_B[row] = place
     logits_LV = torch.empty(len(draw.left), vocab)
     ids_B, (logprob_B, lse_B) = torch.empty(num_rows, dtype=torch.int64), torch.empty(2, num_rows)
     kernels.draw(
@@ -369,7 +379,7 @@ def draw_natively(
             weight=head_VD.data_ptr(),
             temperature=draw.temperature_B.data_ptr(),
             uniform=draw.uniform_B.data_ptr(),
-            wanted=_ints([place_of.get(row, -1) for row in range(num_rows)]),
+            wanted=wanted_B,
             logits=logits_LV.data_ptr(),
             ids=ids_B.data_ptr(),
             logprobs=logprob_B.data_ptr(),

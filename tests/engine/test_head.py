@@ -97,6 +97,17 @@ def test_a_rows_draw_depends_neither_on_its_batch_nor_on_the_threads(
             assert torch.equal(alone.logprob_B, together.logprob_B[row : row + 1])
 
 
+def test_tiles_of_numbers_are_used_where_they_are_wanted() -> None:
+    """Sums in another order, which shows after rounding in one logit of some thousand."""
+    if not kernels().uses_tiles:
+        pytest.skip("this machine multiplies no tiles")
+    h_BD, head_VD, draw = stage(1024, 4000, BF16)
+    tiles, single = (in_c(h_BD, head_VD, draw, 1, tiles=tiles) for tiles in (True, False))
+    differ = float((tiles.logits_LV != single.logits_LV).float().mean())
+    assert 0 < differ < 0.01
+    assert torch.allclose(tiles.logits_LV, single.logits_LV, rtol=2**-7)
+
+
 @pytest.mark.parametrize("way", [draw_plainly, lambda *x: in_c(*x, 1)])
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_tokens_come_as_often_as_the_distribution_says(way: Callable[..., Drawn], temperature: float) -> None:
