@@ -53,8 +53,8 @@ class Panels:
     """
 
     def __init__(self, num_bytes: int) -> None:
-        self._pages, self._bytes = Pages(num_bytes), num_bytes
-        self._of: dict[str, tuple[Tensor, int, Tensor]] = {}
+        self._pages = Pages(num_bytes)
+        self._of: dict[str, tuple[Tensor, int | None, Tensor]] = {}
 
     @classmethod
     def wanted(cls, model: Transformer) -> Panels | None:
@@ -62,20 +62,22 @@ class Panels:
         arch = model.arch
         attention = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim + arch.num_experts
         num_bytes = 4 * arch.num_layers * arch.hidden_size * (attention + 3 * arch.num_experts * arch.intermediate_size)
-        # twice: some begin as bfloat16 and are trained
+        # twice: some begin as bfloat16, and once they are trained have floats as well
         return cls(2 * num_bytes) if model.dtype == torch.float32 and num_bytes <= _PANEL_BYTES else None
 
     def of(self, name: str, weight_EOD: Tensor) -> Tensor:
         """A matrix as panels, (..., O / PANEL, D, PANEL): bfloat16 where that is exact, which halves its bytes."""
-        source, version, panels = self._of.get(name, (None, 0, None))
+        source, version, panels = self._of.get(name, (None, None, None))
+        now = None if weight_EOD.is_inference() else weight_EOD._version  # such a tensor doesn't count its changes
         same = source is not None and source.data_ptr() == weight_EOD.data_ptr()
-        if panels is not None and same and version == weight_EOD._version:
+        if panels is not None and same and now is not None and version == now:
             return panels
         exact = weight_EOD.bfloat16()
         laid = exact if torch.equal(exact.to(weight_EOD.dtype), weight_EOD) else weight_EOD
         laid = laid.unflatten(-2, (-1, native.PANEL)).transpose(-2, -1)
-        panels = self._pages.copy(laid) if panels is None or panels.dtype != laid.dtype else panels.copy_(laid)
-        self._of[name] = weight_EOD, weight_EOD._version, panels
+        fits = panels is not None and (panels.dtype == laid.dtype or panels.dtype == torch.float32)
+        panels = panels.copy_(laid) if panels is not None and fits else self._pages.copy(laid)
+        self._of[name] = weight_EOD, now, panels
         return panels
 
 
