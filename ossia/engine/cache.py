@@ -17,6 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ossia.kernels.cpu.pages import large_zeros
 from ossia.model.arch import Arch
 from ossia.ops.attention import Backend, dense_attention
 
@@ -34,6 +35,7 @@ class Lane:
     table_RM  int32: the blocks of each row. Position p of a row is in slot
               `table_RM[row, place // block] * block + place % block`, place being p, or p % window.
               Rows that nothing runs in hold block 0, which is nobody's: a batch may be filled up with them
+    changes   how often the table or the pools have become other tensors
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class Lane:
         self._pools = {layer: torch.empty(0, *self._slot_shape, dtype=stored, device=device) for layer in layers}
         scales = torch.empty(0, self._slot_shape[0], dtype=torch.float32, device=device)
         self._scales = {layer: scales.clone() for layer in layers} if int8 else {}
+        self.changes = 0
         self._holders: list[int] = []  # of each block
         self._free: list[int] = []
         self.table_RM = torch.zeros(0, 1, dtype=torch.int32, device=device)
@@ -141,6 +144,7 @@ class Lane:
         wider = self.table_RM.new_zeros(num_rows, width)
         wider[: self.table_RM.shape[0], : self.table_RM.shape[1]] = self.table_RM
         self.table_RM = wider
+        self.changes += 1
 
     def tensors(self, layer: int) -> list[Tensor]:
         """What `write` writes into, indexed by slot."""
@@ -178,9 +182,11 @@ class Lane:
         for pools in (self._pools, self._scales):
             for layer, pool in pools.items():
                 # zeros, because a slot that holds no token is masked, but 0 * nan would be nan
-                wider = pool.new_zeros(num_blocks * self.block, *pool.shape[1:])
+                shape = (num_blocks * self.block, *pool.shape[1:])
+                wider = large_zeros(shape, pool.dtype) if pool.device.type == "cpu" else pool.new_zeros(shape)
                 wider[: len(pool)] = pool
                 pools[layer] = wider
+        self.changes += 1
         self._free += reversed(range(max(len(self._holders), 1), num_blocks))
         self._holders += [0] * (num_blocks - len(self._holders))
 

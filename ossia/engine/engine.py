@@ -19,7 +19,7 @@ import torch
 from ossia.engine.cache import Cache
 from ossia.engine.decode import Decoder, TorchDecoder, fuses
 from ossia.engine.graphs import GraphDecoder
-from ossia.engine.native import NativeDecoder, find_kernels
+from ossia.engine.native import NativeDecoder, Panels, find_kernels
 from ossia.engine.request import Completion, Finish, Request, Token
 from ossia.engine.session import Session
 from ossia.errors import UserError
@@ -65,6 +65,7 @@ class Engine:
         self.model, self.vocab, self.adapters = model, vocab, dict(adapters or {})
         self.max_batch, self.prefill_tokens = max_batch, prefill_tokens
         self._int8, self._decoder = cache_dtype == "int8", decoder
+        self._panels = Panels.wanted(model)
         self.cache_bytes = default_cache_bytes(model) if cache_bytes is None else cache_bytes
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
@@ -122,7 +123,7 @@ class Engine:
         if self._decoder != "torch":
             kernels = find_kernels(model, adapters)
             if not isinstance(kernels, Unavailable):
-                return NativeDecoder(model, cache.of_layer, adapters, kernels)
+                return NativeDecoder(model, cache.of_layer, adapters, kernels, self._panels)
             if self._decoder == "native":
                 raise UserError(f"decoder: native can't be used here: {kernels.reason}\n  next: use auto or torch")
         return TorchDecoder(model, cache.of_layer, adapters)

@@ -190,7 +190,9 @@ class Heads:
         h_BD, head_VD = step_norm(x_BD, self._norm_D, self._eps), self._heads[0].weight
         drawn = self._decoder.draw(h_BD, head_VD, rules.draw())
         if not rules.left:
-            failed.update({i: NOT_FINITE for i, lse in enumerate(drawn.lse_B.tolist()) if not math.isfinite(lse)})
+            found = drawn.lse_B.tolist()
+            if not math.isfinite(sum(found)):
+                failed.update({i: NOT_FINITE for i, lse in enumerate(found) if not math.isfinite(lse)})
             return Picked(drawn.ids_B, drawn.ids_B.tolist(), drawn.logprob_B.tolist(), {})
         lse_B, logits_LV, h_LD = drawn.lse_B, drawn.logits_LV, h_BD[rules.left_L]
         adapted = self._adapted(h_LD, [adapter_B[i] for i in rules.left])

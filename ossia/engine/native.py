@@ -19,6 +19,7 @@ from ossia.engine.head import Draw, Drawn
 from ossia.engine.prefill import Prompt
 from ossia.kernels.cpu import native
 from ossia.kernels.cpu.native import Kernels, Unavailable, load_kernels
+from ossia.kernels.cpu.pages import Pages
 from ossia.model.lora import MODULE_OF, Lora
 from ossia.model.transformer import Transformer
 from ossia.model.weights import EXPERT_WEIGHTS, expert_module
@@ -28,7 +29,9 @@ _FIRST_POSITIONS = 1024  # of the rotary tables, which double when a sequence ou
 _THREAD_PRODUCTS = 4_000_000  # multiplications of a step that are worth a thread
 _HEAD_THREAD_PRODUCTS = 2_000_000  # the same of the head
 _READ_HIDDEN = 1024  # of a larger model, torch's own matrix products are the faster way through a prompt
+_PANEL_BYTES = 1 << 26  # of all matrices of a float32 model, up to which they are copied in the order they are read
 _KINDS = {torch.float32: native.FLOAT32, torch.bfloat16: native.BFLOAT16}
+_PANEL_KINDS = {torch.float32: native.FLOAT32_PANELS, torch.bfloat16: native.BFLOAT16_PANELS}
 
 
 def find_kernels(model: Transformer, adapters: Sequence[Lora | None]) -> Kernels | Unavailable:
@@ -42,24 +45,67 @@ def find_kernels(model: Transformer, adapters: Sequence[Lora | None]) -> Kernels
     return load_kernels()
 
 
+class Panels:
+    """Copies of a small model's matrices in the order in which C reads them best, kept while they stay the same.
+
+    Sums over small inputs then need no additions across lanes. Of float32 models alone: bfloat16 has instructions of
+    its own.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        self._pages = Pages(num_bytes)
+        self._of: dict[str, tuple[Tensor, int | None, Tensor]] = {}
+
+    @classmethod
+    def wanted(cls, model: Transformer) -> Panels | None:
+        """Room for them, if this model is to have any."""
+        arch = model.arch
+        attention = 2 * (arch.num_heads + arch.num_kv_heads) * arch.head_dim + arch.num_experts
+        num_bytes = 4 * arch.num_layers * arch.hidden_size * (attention + 3 * arch.num_experts * arch.intermediate_size)
+        # twice: some begin as bfloat16, and once they are trained have floats as well
+        return cls(2 * num_bytes) if model.dtype == torch.float32 and num_bytes <= _PANEL_BYTES else None
+
+    def of(self, name: str, weight_EOD: Tensor) -> Tensor:
+        """A matrix as panels, (..., O / PANEL, D, PANEL): bfloat16 where that is exact, which halves its bytes."""
+        source, version, panels = self._of.get(name, (None, None, None))
+        now = None if weight_EOD.is_inference() else weight_EOD._version  # such a tensor doesn't count its changes
+        same = source is not None and source.data_ptr() == weight_EOD.data_ptr()
+        if panels is not None and same and now is not None and version == now:
+            return panels
+        exact = weight_EOD.bfloat16()
+        laid = exact if torch.equal(exact.to(weight_EOD.dtype), weight_EOD) else weight_EOD
+        laid = laid.unflatten(-2, (-1, native.PANEL)).transpose(-2, -1)
+        fits = panels is not None and (panels.dtype == laid.dtype or panels.dtype == torch.float32)
+        panels = panels.copy_(laid) if panels is not None and fits else self._pages.copy(laid)
+        self._of[name] = weight_EOD, now, panels
+        return panels
+
+
 class NativeDecoder:
     """`TorchDecoder` in C: float32 and bfloat16, on a CPU. A row's result doesn't depend on the rows beside it.
 
     lanes     each layer's lane
     adapters  the first is the model's own; None: the model without one
     kernels   what `find_kernels` found
+    panels    what `Panels.wanted` made for this model, maybe for an earlier decoder
     """
 
     def __init__(
-        self, model: Transformer, lanes: Sequence[Lane], adapters: Sequence[Lora | None], kernels: Kernels
+        self,
+        model: Transformer,
+        lanes: Sequence[Lane],
+        adapters: Sequence[Lora | None],
+        kernels: Kernels,
+        panels: Panels | None = None,
     ) -> None:
         self._model, self._adapters, self._kernels = model, list(adapters), kernels
-        self._lanes = list(lanes)
+        self._lanes, self._panels = list(lanes), panels
         self._held: list[Tensor] = []  # what the structs below point into
         self._tables = (torch.empty(0), torch.empty(0))
         self._workspace = self._head_workspace = torch.empty(0, dtype=torch.uint8)
         self._sized_for: tuple[int, int] = (0, 0)
         self._lane_structs = (native.Lane * len(self._lanes))()
+        self._pointed_at: list[int] = []  # what the lanes' `changes` were when the structs were filled
         self.reads_prompts = model.arch.hidden_size <= _READ_HIDDEN
         self.refresh()
 
@@ -68,6 +114,7 @@ class NativeDecoder:
         """Read weights and adapters again."""
         arch = self._model.arch
         self._held, self._sized_for = [], (0, 0)
+        self._places: tuple[Sequence[int], ctypes.Array[ctypes.c_int32]] = ((), _ints(()))
         self._layers = (native.Layer * arch.num_layers)(*map(self._layer, range(arch.num_layers)))
         modules = [f"model.layers.{i}.{MODULE_OF[name]}" for i in range(arch.num_layers) for name in native.TARGETS]
         factors = [self._factors(lora, module) for lora in self._adapters for module in modules]
@@ -88,6 +135,7 @@ class NativeDecoder:
             num_experts=arch.num_experts,
             top_k=arch.experts_per_token,
             bf16=self._model.dtype == torch.bfloat16,
+            tiles=self._kernels.uses_tiles and self._model.dtype == torch.bfloat16,
             max_rank=max(factor.rank for factor in factors),
             rms_eps=arch.rms_eps,
             swiglu_limit=arch.swiglu_limit,
@@ -117,7 +165,7 @@ class NativeDecoder:
             first_T += [len(first_T)] * count
             sequence_T += [number] * count
             adapter_T += [prompt.adapter] * count
-        tables = [self._table(lane, parts) for lane in self._lanes]
+        tables, self._pointed_at = [self._table(lane, parts) for lane in self._lanes], []
         for index, (lane, struct) in enumerate(zip(self._lanes, self._lane_structs, strict=True)):
             _point_at(struct, lane, index, tables[index])
         out_TD = self._run(x_TD, position_T, adapter_T, routes_LTk, _ints(sequence_T), _ints(first_T))
@@ -145,17 +193,19 @@ class NativeDecoder:
         assert x_BD.dtype == self._model.dtype, x_BD.dtype
         assert position_B.dtype == torch.int64, position_B.dtype
         assert len(adapter_B) == num_rows == len(position_B)
-        assert set(adapter_B) <= set(range(len(self._adapters))), adapter_B
+        if self._places[0] is not adapter_B:  # the same list, step by step
+            assert set(adapter_B) <= set(range(len(self._adapters))), adapter_B
+            self._places = (adapter_B, _ints(adapter_B))
         routes = None if routes_LBk is None else routes_LBk.contiguous()
         assert routes is None or routes.dtype == torch.int16, routes.dtype
-        cos_TF, sin_TF = self._rotary(int(position_B.max()) + 1)
+        cos_TF, sin_TF = self._rotary(max(position_B.tolist()) + 1)
         self._make_room(num_rows, threads)
         out_BD = torch.empty_like(x_BD)
         call = native.Call(
             x=x_BD.data_ptr(),
             out=out_BD.data_ptr(),
             positions=position_B.data_ptr(),
-            adapters=_ints(adapter_B),
+            adapters=self._places[1],
             cos=cos_TF.data_ptr(),
             sin=sin_TF.data_ptr(),
             lanes=self._lane_structs,
@@ -189,6 +239,10 @@ class NativeDecoder:
 
     def _point_at_caches(self, num_rows: int) -> None:
         """Pools and tables grow, and are other tensors then."""
+        changes = [lane.changes for lane in self._lanes]
+        if changes == self._pointed_at:
+            return
+        self._pointed_at = changes
         for index, (lane, struct) in enumerate(zip(self._lanes, self._lane_structs, strict=True)):
             assert len(lane.table_RM) >= num_rows
             _point_at(struct, lane, index, lane.table_RM)
@@ -229,15 +283,20 @@ class NativeDecoder:
         model = self._model
         return model.tensor(name) if name in model.trainable else model.weights.raw(name)
 
+    def _lay(self, matrix: native.Matrix, name: str, weight_EOD: Tensor, part: int) -> None:
+        """Point at a weight where it lies, or at its panels; `part`: results that are taken by themselves."""
+        kinds = _KINDS
+        if self._panels is not None and part % native.PANEL == 0:
+            weight_EOD, kinds = self._panels.of(name, weight_EOD.detach()), _PANEL_KINDS
+        matrix.weight, matrix.kind = self._hold(weight_EOD.detach()), kinds[weight_EOD.dtype]
+
     def _dense(self, module: str) -> native.Matrix:
         weight_OD = self._weight(f"{module}.weight")
-        return native.Matrix(
-            weight=self._hold(weight_OD.detach()),
-            bias=self._small(self._weight(f"{module}.bias")),
-            kind=_KINDS[weight_OD.dtype],
-            fan_in=weight_OD.shape[1],
-            fan_out=weight_OD.shape[0],
+        matrix = native.Matrix(
+            bias=self._small(self._weight(f"{module}.bias")), fan_in=weight_OD.shape[1], fan_out=weight_OD.shape[0]
         )
+        self._lay(matrix, module, weight_OD, matrix.fan_out)
+        return matrix
 
     def _experts(self, index: int, projection: str) -> native.Matrix:
         arch, weights, trainable = self._model.arch, self._model.weights, self._model.trainable
@@ -260,7 +319,7 @@ class NativeDecoder:
         rounded = self._model.rounds(module)
         if module in trainable or not (reads_codes or rounded):
             weight_EOD = self._model.expert_weight(index, projection)
-            matrix.weight, matrix.kind = self._hold(weight_EOD.detach()), _KINDS[weight_EOD.dtype]
+            self._lay(matrix, module, weight_EOD, matrix.fan_out // 2 if gate_up else matrix.fan_out)
             return matrix
         matrix.interleaved = gate_up
         if rounded:
@@ -311,7 +370,9 @@ def draw_natively(
     x_BD = h_BD.detach().float().contiguous()
     assert draw.temperature_B.dtype == torch.float32
     assert draw.uniform_B.dtype == torch.float64
-    place_of = {row: place for place, row in enumerate(draw.left)}
+    wanted_B = (ctypes.c_int32 * num_rows)(*[-1] * num_rows)
+    for place, row in enumerate(draw.left):
+        wanted_B[row] = place
     logits_LV = torch.empty(len(draw.left), vocab)
     ids_B, (logprob_B, lse_B) = torch.empty(num_rows, dtype=torch.int64), torch.empty(2, num_rows)
     kernels.draw(
@@ -320,7 +381,7 @@ def draw_natively(
             weight=head_VD.data_ptr(),
             temperature=draw.temperature_B.data_ptr(),
             uniform=draw.uniform_B.data_ptr(),
-            wanted=_ints([place_of.get(row, -1) for row in range(num_rows)]),
+            wanted=wanted_B,
             logits=logits_LV.data_ptr(),
             ids=ids_B.data_ptr(),
             logprobs=logprob_B.data_ptr(),
@@ -331,6 +392,7 @@ def draw_natively(
             vocab=vocab,
             kind=_KINDS[head_VD.dtype],
             bf16=h_BD.dtype == torch.bfloat16,
+            tiles=kernels.uses_tiles and h_BD.dtype == torch.bfloat16,
             threads=threads,
         )
     )

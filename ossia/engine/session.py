@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, deque
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -45,6 +45,7 @@ class _Sequence:
     room    how long it may get with the blocks it has
     tail    the last bytes of what was sampled, in which a stop text may end
     routes  the experts chosen at each position so far: (positions, L, k) each
+    stops, is_watched  the request's stops; and whether more than its last id decides if it goes on
     """
 
     number: int
@@ -59,16 +60,17 @@ class _Sequence:
     room: float = 0.0
     routes: list[np.ndarray] = field(default_factory=list)
     key: _Key = (0, (), False)
+    stops: Collection[int] = ()
+    is_watched: bool = False
+
+    def __post_init__(self) -> None:
+        self.stops = self.request.stops
+        self.is_watched = bool(self.request.stop_texts) or self.constraint is not None
 
     @property
     def length(self) -> int:
         """Tokens in the cache while it runs: all but the last sampled one."""
         return len(self.request.ids) + len(self.ids) - 1
-
-    @property
-    def is_watched(self) -> bool:
-        """Whether more than its last id decides if it goes on."""
-        return bool(self.request.stop_texts) or self.constraint is not None
 
 
 class Session:
@@ -444,11 +446,11 @@ class Session:
         rows, failed = self._rows[first:], dict[int, str]()
         picked = self._heads.pick(x_BD, rules, [row.adapter for row in rows], failed, partial(_masks, rows))
         self._ids_B = picked.ids_B
-        tokens, finished = [], []
+        tokens, finished, plain = [], [], not (failed or picked.top)
         for i, (row, number, logprob) in enumerate(zip(rows, picked.ids, picked.logprobs, strict=True)):
-            row.ids.append(number)
-            goes_on = len(row.ids) < row.limit and number not in row.request.stops
-            if goes_on and not (failed or picked.top or row.is_watched):
+            ids = row.ids
+            ids.append(number)
+            if plain and len(ids) < row.limit and number not in row.stops and not row.is_watched:
                 tokens.append(Token(row.number, number, logprob, None))
                 continue
             tokens.append(

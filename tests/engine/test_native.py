@@ -12,8 +12,8 @@ from torch import Tensor
 
 from ossia.engine.cache import Cache
 from ossia.engine.decode import Decoder, TorchDecoder
-from ossia.engine.native import NativeDecoder, find_kernels
-from ossia.kernels.cpu.native import Kernels, Unavailable
+from ossia.engine.native import NativeDecoder, Panels, find_kernels
+from ossia.kernels.cpu.native import Kernels, Unavailable, load_kernels
 from ossia.model.arch import Arch, Layout, alternating_layers
 from ossia.model.lora import TARGETS, Lora, LoraSpec
 from ossia.model.transformer import Transformer
@@ -59,8 +59,13 @@ def kernels_for(model: Transformer, adapters: Sequence[Lora | None] = (None,)) -
     return found
 
 
-def native(model: Transformer, cache: Cache, adapters: Sequence[Lora | None]) -> NativeDecoder:
-    return NativeDecoder(model, cache.of_layer, adapters, kernels_for(model, adapters))
+def native(
+    model: Transformer, cache: Cache, adapters: Sequence[Lora | None], *, tiles: bool = True, panels: bool = True
+) -> NativeDecoder:
+    kernels_for(model, adapters)
+    kernels = load_kernels(tiles=tiles)
+    assert isinstance(kernels, Kernels)
+    return NativeDecoder(model, cache.of_layer, adapters, kernels, Panels.wanted(model) if panels else None)
 
 
 @dataclasses.dataclass
@@ -72,6 +77,8 @@ class Stage:
     adapters: Sequence[Lora | None] = (None,)
     seed: int = 0
     int8: bool = False
+    tiles: bool = True
+    panels: bool = True
 
     def step(self, make: type[TorchDecoder] | None = None, rows: slice = slice(None)) -> tuple[Tensor, Tensor, Tensor]:
         """Output, routes, and all keys and values afterwards; in C unless `make` says otherwise."""
@@ -82,7 +89,11 @@ class Stage:
         x_BD = torch.randn(len(self.lengths), arch.hidden_size, generator=generator).to(self.model.dtype)[rows]
         adapter_B = [row % len(self.adapters) for row in range(len(self.lengths))][rows]
         routes_LBk = torch.full((arch.num_layers, len(lengths), arch.experts_per_token), -1, dtype=torch.int16)
-        decoder: Decoder = (make or native)(self.model, cache.of_layer if make else cache, self.adapters)
+        decoder: Decoder
+        if make is None:
+            decoder = native(self.model, cache, self.adapters, tiles=self.tiles, panels=self.panels)
+        else:
+            decoder = make(self.model, cache.of_layer, self.adapters)
         with torch.inference_mode():
             out_BD = decoder.forward(x_BD, torch.tensor(lengths), adapter_B, routes_LBk)
         written = [
@@ -173,15 +184,52 @@ def test_every_placement_gives_the_same_bits(tiny: MakeTiny, dtype: torch.dtype)
     assert all(same(steps[0], step) for step in steps[1:])
 
 
+@pytest.mark.parametrize("layout", ["mxfp4", "bf16"])
+def test_tiles_of_numbers_are_another_order_of_the_same_sums(tiny: MakeTiny, layout: Layout) -> None:
+    """With adapters: their factors are multiplied by tiles too, of fewer rows than a tile has."""
+    model = load(tiny(UNEQUAL, layout), BF16, "bf16")
+    if not kernels_for(model).uses_tiles:
+        pytest.skip("this machine multiplies no tiles")
+    adapters = [None, adapter(model, dict.fromkeys(TARGETS, 5))]
+    tiles, single = (Stage(model, EDGES, adapters, tiles=tiles).step()[0] for tiles in (True, False))
+    assert relative_error(tiles, single) < 0.03
+    assert relative_error(tiles, Stage(model, EDGES, adapters).step(TorchDecoder)[0]) < 0.1
+
+
+def test_panels_are_another_order_of_the_same_sums(tiny: MakeTiny) -> None:
+    for arch in (UNEQUAL, dataclasses.replace(ODD, num_experts=32)):
+        model = load(tiny(arch), FLOAT, "bf16")
+        panels, rows = (Stage(model, EDGES, panels=panels).step()[0] for panels in (True, False))
+        assert 0 < relative_error(panels, rows) < 2e-6
+
+
+def test_panels_follow_a_matrix_that_is_trained(tiny: MakeTiny) -> None:
+    model = load(tiny(UNEQUAL), FLOAT, "bf16")
+    panels = Panels.wanted(model)
+    assert panels is not None
+    assert Panels.wanted(load(tiny(UNEQUAL), BF16, "bf16")) is None
+    weight_EOD = torch.randn(3, 64, 5).bfloat16().float()
+    first = panels.of("some", weight_EOD)
+    assert first.dtype == BF16
+    assert torch.equal(first.float(), weight_EOD.view(3, 2, 32, 5).transpose(2, 3))
+    assert panels.of("some", weight_EOD) is first
+    for _ in range(2):
+        weight_EOD.add_(0.1)
+        trained = panels.of("some", weight_EOD)
+        assert torch.equal(trained, weight_EOD.view(3, 2, 32, 5).transpose(2, 3))
+
+
 @pytest.mark.parametrize("dtype", [FLOAT, BF16])
 @pytest.mark.parametrize("placement", ["bf16", "mmap"])
+@pytest.mark.parametrize("fast", [True, False])
 def test_a_rows_bits_depend_neither_on_its_batch_nor_on_the_threads(
-    tiny: MakeTiny, dtype: torch.dtype, placement: Placement, monkeypatch: pytest.MonkeyPatch
+    tiny: MakeTiny, dtype: torch.dtype, placement: Placement, fast: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("ossia.engine.native._THREAD_PRODUCTS", 1)
     model = load(tiny(UNEQUAL), dtype, placement)
     adapters = [None, adapter(model, dict.fromkeys(TARGETS, 5))]
     stage = Stage(model, [(37 * row) % 150 for row in range(64)], adapters, int8=placement == "mmap")
+    stage.tiles = stage.panels = fast
     together = stage.step()
     for rows in (slice(0, 1), slice(11, 12), slice(20, 25), slice(30, 63)):
         assert torch.equal(stage.step(rows=rows)[0], together[0][rows]), rows

@@ -19,12 +19,12 @@
 
 /* ---- A projection: weight, bias and adapter ---- */
 
-static View view_of(const Matrix *m, int expert, int bf16) {
+static View view_of(const Matrix *m, int expert, const Model *model) {
     const int64_t elements = (int64_t)m->fan_in * m->fan_out, skipped = expert * elements;
     const int64_t stride = bytes_of(m->kind, m->kind == BFLOAT16_COLUMNS ? m->fan_out : m->fan_in);
     const uint8_t *scales = is_mxfp4(m->kind) ? m->scales + skipped / MX_BLOCK : 0;
     return (View){(const uint8_t *)m->weight + bytes_of(m->kind, skipped), scales, stride, m->fan_in / MX_BLOCK,
-                  kind_of(m->kind, bf16), m->fan_in, 0};
+                  kind_of(m->kind, model->bf16, model->tiles, m->fan_in), m->fan_in, 0, 0};
 }
 
 static Rows some_rows(const float *x, int64_t stride, const int32_t *rows, int first) {
@@ -44,7 +44,7 @@ static void lower(Step *s, int target, const Batch *batch, const float *x, int64
         Part part = part_of(s, (int32_t)f->rank, TILE_OUTS);
         Matrix a = {f->a, 0, 0, m->bf16 ? BFLOAT16 : FLOAT32, m->layers[s->layer].matrix[target].fan_in,
                     (int32_t)f->rank, 0};
-        View view = view_of(&a, run->expert, m->bf16);
+        View view = view_of(&a, run->expert, m);
         Rows in = some_rows(x, stride, batch->sources, run->first);
         Results out = {low + (int64_t)run->first * m->max_rank, m->max_rank, 0, 0};
         multiply(&view, part.begin, part.end, &in, run->count, &out, s->mine.expanded);
@@ -64,7 +64,7 @@ static void finish(const Step *s, int target, const Run *run, const float *low, 
     if (f->rank) {
         const int64_t size = bf16 ? 2 : 4, elements = f->rank * m->fan_out;
         View b = {(const uint8_t *)f->b + run->expert * elements * size, 0, m->fan_out * size, 0,
-                  bf16 ? BFLOAT16 : FLOAT32, (int32_t)f->rank, 0};
+                  bf16 ? BFLOAT16 : FLOAT32, (int32_t)f->rank, 0, 1};
         b.weight += begin * size;
         float *added = s->mine.expanded;
         multiply_columns(&b, 0, end - begin, &(Rows){low, 0, 0}, 1, &(Results){added, 0, 0, 0});
@@ -87,14 +87,16 @@ static void project(Step *s, int target, const Batch *batch, const float *x, con
         int count = 0;
         for (next = i; next < batch->num_runs && batch->runs[next].expert == run->expert; next++)
             count += batch->runs[next].count;
-        const View view = view_of(m, run->expert, s->model->bf16);
+        const View view = view_of(m, run->expert, s->model);
         const Rows in = some_rows(view.kind == MXFP4 ? packed : x, stride, batch->sources, run->first);
         const Results out = some_results(y, m->fan_out, batch->targets, run->first, m->interleaved ? half : 0);
         const int ranges = half ? 2 : 1; /* of gates, and of ups; interleaved ones are one range of the matrix */
+        float *scratch = s->mine.expanded;
+        const Rows rows = prepared(&view, &in, count, scratch);
         if (m->interleaved)
-            multiply(&view, 2 * part.begin, 2 * part.end, &in, count, &out, s->mine.expanded);
+            multiply_prepared(&view, 2 * part.begin, 2 * part.end, &rows, count, &out, scratch);
         for (int range = 0; range < ranges && !m->interleaved; range++)
-            multiply(&view, range * half + part.begin, range * half + part.end, &in, count, &out, s->mine.expanded);
+            multiply_prepared(&view, range * half + part.begin, range * half + part.end, &rows, count, &out, scratch);
         for (; run < batch->runs + next; run++)
             for (int n = run->first; n < run->first + run->count; n++)
                 for (int range = 0; range < ranges; range++)
@@ -135,7 +137,7 @@ static Stretch stretch_of(const Step *s, int b, int head, int64_t at, int64_t en
     if (c->first && at >= c->positions[c->first[b]]) {
         const int64_t row = c->first[b] + at - c->positions[c->first[b]], B = c->rows;
         const float *from = s->shared.qkv + B * m->num_heads * d + values * B * kv + row * kv + head * d;
-        return (Stretch){{(const uint8_t *)from, 0, 4 * kv, 0, FLOAT32, values ? (int32_t)(end - at) : d, 0}, end};
+        return (Stretch){{(const uint8_t *)from, 0, 4 * kv, 0, FLOAT32, values ? (int32_t)(end - at) : d, 0, 1}, end};
     }
     const int64_t place = c->first && lane->window ? at % lane->window : at;
     const int32_t *table = lane->table + (int64_t)(c->sequence ? c->sequence[b] : b) * lane->table_width;
@@ -149,11 +151,12 @@ static Stretch stretch_of(const Step *s, int b, int head, int64_t at, int64_t en
         const float *scales = lane->scales + slot * heads + mine;
         for (int i = 0; i < count; i++)
             load_int8(m->bf16, s->mine.slots + i * d, from + i * heads * d, scales[i * heads], d);
-        return (Stretch){{(const uint8_t *)s->mine.slots, 0, 4 * d, 0, FLOAT32, fan_in, 0}, next};
+        return (Stretch){{(const uint8_t *)s->mine.slots, 0, 4 * d, 0, FLOAT32, fan_in, 0, 1}, next};
     }
     const int64_t size = m->bf16 ? 2 : 4;
     const uint8_t *from = (const uint8_t *)lane->pool + (slot * heads + mine) * d * size;
-    return (Stretch){{from, 0, heads * d * size, 0, values ? plain : kind_of(plain, m->bf16), fan_in, 0}, next};
+    return (Stretch){{from, 0, heads * d * size, 0, values ? plain : kind_of(plain, m->bf16, 0, d), fan_in, 0, head > 0},
+                     next};
 }
 
 /* Row b's new keys and values of some key-value heads into the cache. Keys are turned already. */
@@ -321,7 +324,7 @@ static void route(Step *s, const Layer *layer, Part rows) {
     const Model *m = s->model;
     Shared *a = &s->shared;
     const int64_t D = m->hidden, k = m->top_k;
-    const int packs = kind_of(layer->matrix[GATE_UP].kind, m->bf16) == MXFP4;
+    const int packs = kind_of(layer->matrix[GATE_UP].kind, m->bf16, 0, 0) == MXFP4;
     for (int i = rows.begin; i < rows.end; i++) {
         const int64_t b = s->mine.order[i];
         for (int j = 0; j < D; j++) a->x[b * D + j] = rounded(m->bf16, a->x[b * D + j] + a->y[b * D + j]);
@@ -362,7 +365,7 @@ static void experts_part(Step *s, const Layer *layer, Part rows) {
         float *hidden = a->hidden + n * I + part.begin;
         if (m->bf16) swiglu(1, gates, gates + I, part.end - part.begin, m->swiglu_limit, m->swiglu_alpha, hidden);
         else swiglu(0, gates, gates + I, part.end - part.begin, m->swiglu_limit, m->swiglu_alpha, hidden);
-        if (kind_of(layer->matrix[DOWN].kind, m->bf16) == MXFP4)
+        if (kind_of(layer->matrix[DOWN].kind, m->bf16, 0, 0) == MXFP4)
             pack_row(a->hidden_packed + n * I + part.begin, hidden, part.end - part.begin);
     }
     wait_for_all(s);
@@ -378,6 +381,7 @@ void ossia_decode(const Model *m, const Call *c) {
         Step s = {.model = m, .call = c, .meeting = &meeting};
         s.thread = omp_get_thread_num(), s.threads = omp_get_num_threads();
         share_out(m, c, &s.shared, &s.mine, s.threads);
+        begin_tiles(m->tiles);
         Part rows = sort_rows(&s, 0);
         const int64_t D = m->hidden, size = m->bf16 ? 2 : 4;
         for (int i = rows.begin; i < rows.end; i++)
@@ -393,5 +397,6 @@ void ossia_decode(const Model *m, const Call *c) {
             const int64_t b = s.mine.order[i];
             store(m->bf16, c->out, b * D, s.shared.x + b * D, m->hidden);
         }
+        end_tiles(m->tiles);
     }
 }

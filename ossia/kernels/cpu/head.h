@@ -24,6 +24,7 @@ typedef struct {
     char *workspace;          /* of ossia_head_workspace bytes, aligned to 64 */
     int32_t rows, hidden, vocab, kind;
     int32_t bf16; /* logits are rounded to bfloat16, as torch's are */
+    int32_t tiles; /* may be used, see tiles.h */
     int32_t threads;
 } Head;
 
@@ -50,13 +51,17 @@ int64_t ossia_head_workspace(int32_t rows, int32_t hidden, int32_t vocab, int32_
     return share_out_head(&head, &blocks, &scratch, &logits) - (char *)0;
 }
 
-/* Logits of some rows in one block, (count, HEAD_BLOCK); of tokens past the vocabulary's end -infinity. */
-static void block_logits(const Head *h, int32_t block, const float *x, int count, float *scratch, float *logits) {
-    const int first = block * HEAD_BLOCK, size = h->vocab - first < HEAD_BLOCK ? h->vocab - first : HEAD_BLOCK;
+static View block_of(const Head *h, int32_t block) {
     const int64_t stride = (int64_t)h->hidden * (h->kind == FLOAT32 ? 4 : 2);
-    const View view = {(const uint8_t *)h->weight + first * stride, 0, stride, 0, kind_of(h->kind, h->bf16), h->hidden,
-                       0};
-    multiply(&view, 0, size, &(Rows){x, h->hidden, 0}, count, &(Results){logits, HEAD_BLOCK, 0, 0}, scratch);
+    return (View){(const uint8_t *)h->weight + block * HEAD_BLOCK * stride, 0, stride, 0,
+                  kind_of(h->kind, h->bf16, h->tiles, h->hidden), h->hidden, 0, 0};
+}
+
+/* Logits of some rows in one block, (count, HEAD_BLOCK); of tokens past the vocabulary's end -infinity. */
+static void block_logits(const Head *h, int32_t block, const Rows *in, int count, float *scratch, float *logits) {
+    const int left = h->vocab - block * HEAD_BLOCK, size = left < HEAD_BLOCK ? left : HEAD_BLOCK;
+    const View view = block_of(h, block);
+    multiply_prepared(&view, 0, size, in, count, &(Results){logits, HEAD_BLOCK, 0, 0}, scratch);
     for (int r = 0; r < count; r++) {
         round_range(h->bf16, logits + r * HEAD_BLOCK, size);
         for (int i = size; i < HEAD_BLOCK; i++) logits[r * HEAD_BLOCK + i] = -INFINITY;
@@ -104,7 +109,9 @@ static int64_t drawn_token(const Head *h, const Block *blocks, int row, float to
         passed += weight;
     }
     if (at == W) at = last, scale = exp((blocks[at * B].top - (double)top) * factor), passed = INFINITY;
-    block_logits(h, at, h->x + (int64_t)row * h->hidden, 1, scratch, logits);
+    const View view = block_of(h, at);
+    const Rows alone = prepared(&view, &(Rows){h->x + (int64_t)row * h->hidden, h->hidden, 0}, 1, scratch);
+    block_logits(h, at, &alone, 1, scratch, logits);
     int token = 0;
     for (int i = 0; i < HEAD_BLOCK; i++) {
         const double weight = exp_of((logits[i] - blocks[at * B].top) * (float)factor) * scale;
@@ -155,19 +162,29 @@ void ossia_head(const Head *h) {
         float *scratch = 0, *logits = 0;
         share_out_head(h, &blocks, &scratch, &logits);
         const int32_t W = num_blocks(h), B = h->rows, turn = W < HEAD_TURN * h->threads ? 1 : HEAD_TURN;
-        for (int32_t from; (from = atomic_fetch_add(&next, turn)) < W;)
+        begin_tiles(h->tiles);
+        const View view = block_of(h, 0);
+        const Rows in = prepared(&view, &(Rows){h->x, h->hidden, 0}, B, scratch);
+        for (int32_t from = atomic_fetch_add(&next, turn), then; from < W; from = then) {
+            then = atomic_fetch_add(&next, turn);
             for (int32_t w = from; w < W && w < from + turn; w++) {
                 const int first = w * HEAD_BLOCK, size = h->vocab - first < HEAD_BLOCK ? h->vocab - first : HEAD_BLOCK;
-                block_logits(h, w, h->x, B, scratch, logits);
+                block_logits(h, w, &in, B, scratch, logits);
+                const int32_t coming = (w + 1 < from + turn ? w + 1 : then) * HEAD_BLOCK;
+                Ahead ahead = after(&view, coming, TILES_OUTS, h->vocab);
+                const int64_t lines = (ahead.end - ahead.next) / 64 / B + 1;
                 for (int r = 0; r < B; r++) {
+                    ask(&ahead, lines);
                     blocks[(int64_t)w * B + r] = look_at(logits + r * HEAD_BLOCK, h->temperature[r]);
                     if (h->wanted[r] >= 0)
                         memcpy(h->logits + (int64_t)h->wanted[r] * h->vocab + first, logits + r * HEAD_BLOCK,
                                sizeof(float) * (size_t)size);
                 }
             }
+        }
         meet(&meeting, omp_get_num_threads());
         for (int r = omp_get_thread_num(); r < B; r += omp_get_num_threads())
             finish_row(h, blocks + r, r, scratch, logits);
+        end_tiles(h->tiles);
     }
 }

@@ -11,16 +11,17 @@
 #include <immintrin.h>
 #endif
 #if defined(__AVX512F__)
-enum { LANES = 16, TILE_ROWS = 4 };
+enum { LANES = 16, TILE_ROWS = 4, PANEL_ROWS = 8 };
 #else
-enum { LANES = 8, TILE_ROWS = 2 };
+enum { LANES = 8, TILE_ROWS = 2, PANEL_ROWS = 2 };
 #endif
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512BF16__)
 enum { MULTIPLIES_PAIRS = 1 }; /* of bfloat16, into sums of 32 bits */
 #else
 enum { MULTIPLIES_PAIRS = 0 };
 #endif
-enum { TILE_OUTS = 4, AXPY_VECTORS = 2, MX_BLOCK = 32, EXPAND_ABOVE = 2 * TILE_ROWS, FETCH_OUTS = 4 * TILE_OUTS };
+enum { TILE_OUTS = 4, MOST_OUTS = TILE_ROWS * TILE_OUTS, AXPY_VECTORS = 2, MX_BLOCK = 32, EXPAND_ABOVE = 2 * TILE_ROWS, FETCH_OUTS = 4 * TILE_OUTS,
+       PANEL = 32, PANEL_VECTORS = PANEL / LANES };
 #define INLINE static inline __attribute__((always_inline))
 #define UNROLL _Pragma("GCC unroll 16")
 #if defined(__AVX2__)
@@ -36,20 +37,27 @@ typedef uint16_t Hu __attribute__((vector_size(2 * LANES), may_alias, aligned(1)
 typedef uint8_t Bu __attribute__((vector_size(LANES), may_alias, aligned(1)));
 
 /* How a matrix lies in memory; columns: (in, out). Pairs: as the kind before, and the rows it meets hold bfloat16 values
-   too: products of such are exact in float32, and a machine that multiplies pairs of them needs half the instructions. */
-enum { FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS, BFLOAT16_PAIRS, MXFP4_PAIRS };
+   too: products of such are exact in float32, and a machine that multiplies pairs of them needs half the instructions.
+   Tiles: as pairs, and the machine multiplies a tile of them at once, see tiles.h. Panels: (out / PANEL, in, PANEL). */
+enum { FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS, FLOAT32_PANELS, BFLOAT16_PANELS, BFLOAT16_PAIRS, MXFP4_PAIRS,
+       BFLOAT16_TILES, MXFP4_TILES };
+INLINE int is_panels(int kind) { return kind == FLOAT32_PANELS || kind == BFLOAT16_PANELS; }
+INLINE int is_float(int kind) { return kind == FLOAT32 || kind == FLOAT32_PANELS; }
 INLINE int is_pairs(int kind) { return kind == BFLOAT16_PAIRS || kind == MXFP4_PAIRS; }
-INLINE int is_mxfp4(int kind) { return kind == MXFP4 || kind == MXFP4_PAIRS; }
+INLINE int is_tiles(int kind) { return kind == BFLOAT16_TILES || kind == MXFP4_TILES; }
+INLINE int is_mxfp4(int kind) { return kind == MXFP4 || kind == MXFP4_PAIRS || kind == MXFP4_TILES; }
 
-/* A matrix's kind, given that the rows it meets are of the activations' dtype. */
-static int kind_of(int kind, int bf16) {
-    if (!MULTIPLIES_PAIRS || !bf16) return kind;
-    return kind == BFLOAT16 ? BFLOAT16_PAIRS : kind == MXFP4 ? MXFP4_PAIRS : kind;
+/* A matrix's kind, given that the rows it meets are of the activations' dtype; `tiles`: where they may be used. */
+static int kind_of(int kind, int bf16, int tiles, int fan_in) {
+    if (!MULTIPLIES_PAIRS || !bf16 || (kind != BFLOAT16 && kind != MXFP4)) return kind;
+    if (tiles && fan_in % 32 == 0) return kind == BFLOAT16 ? BFLOAT16_TILES : MXFP4_TILES;
+    return kind == BFLOAT16 ? BFLOAT16_PAIRS : MXFP4_PAIRS;
 }
 
 /* ---- Vectors ---- */
 
 INLINE V load(const float *p) { return *(const Vu *)p; }
+INLINE V load_floats(const void *p) { return load((const float *)p); }
 INLINE V splat(float value) { return value - (V){0}; }
 
 /* Bytes, and 16-bit words, as integers of 32 bits. */
@@ -80,7 +88,7 @@ INLINE float as_float(uint32_t bits) { float value; memcpy(&value, &bits, 4); re
 INLINE uint32_t as_bits(float value) { uint32_t bits; memcpy(&bits, &value, 4); return bits; }
 
 INLINE int64_t bytes_of(int kind, int64_t elements) {
-    return kind == FLOAT32 ? 4 * elements : is_mxfp4(kind) ? elements / 2 : 2 * elements;
+    return is_float(kind) ? 4 * elements : is_mxfp4(kind) ? elements / 2 : 2 * elements;
 }
 
 /* Elements p[i] .. of a row of floats or bfloat16; past `count` of them zeros. */
@@ -121,10 +129,10 @@ INLINE V sum_each(V a, V b, V c, V d) {
 /* The sums of four times four vectors, added in the same order as `sum_each` adds: a lane for each. Of two vectors one
    half each is blended and the others are shuffled into their places: half as many shuffles as bringing both there. */
 #if defined(__AVX512F__)
-INLINE V sum_sixteen(V sum[4][4]) {
+INLINE V sum_sixteen(const V *sum) {
     V by8[8], by4[4], by2[2];
     UNROLL for (int i = 0; i < 8; i++) { /* row i / 4 * 2 in the lower half, the next in the upper one */
-        const V a = sum[i / 4 * 2][i % 4], b = sum[i / 4 * 2 + 1][i % 4];
+        const V a = sum[i / 4 * 8 + i % 4], b = sum[i / 4 * 8 + 4 + i % 4];
         by8[i] = SHUFFLE(a, b, 0, 1, 2, 3, 4, 5, 6, 7, 24, 25, 26, 27, 28, 29, 30, 31) +
                  SHUFFLE(a, b, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23);
     }
@@ -142,7 +150,7 @@ INLINE V sum_sixteen(V sum[4][4]) {
            SHUFFLE(by2[0], by2[1], 1, 16, 3, 18, 9, 24, 11, 26, 5, 20, 7, 22, 13, 28, 15, 30);
 }
 #else
-INLINE V sum_sixteen(V sum[TILE_ROWS][4]) { return sum[0][0]; } /* a tile has fewer here */
+INLINE V sum_sixteen(const V *sum) { return sum[0]; } /* a tile has fewer here */
 #endif
 
 static const float MX_VALUES[16] = {0, .5f, 1, 1.5f, 2, 3, 4, 6, -0.f, -.5f, -1, -1.5f, -2, -3, -4, -6};
@@ -215,6 +223,7 @@ typedef struct { /* one matrix: row o at weight + (o - origin) * stride, its sca
     const uint8_t *weight, *scales;
     int64_t stride, scale_stride;
     int32_t kind, fan_in, origin;
+    int32_t near; /* in a cache already: nothing is asked for early */
 } View;
 
 typedef struct { /* row i at x + rows[i] * stride, or x + i * stride where rows is null */
@@ -263,17 +272,17 @@ INLINE __m512bh decode_pairs(const uint8_t *block, uint32_t scale) {
 }
 
 /* Products of a tile's elements i .. i + 2 LANES - 1, its rows being bfloat16 too; where not `whole`, of `count`. */
-INLINE void add_pairs(const int kind, const int rows, const int whole, const uint8_t *const *weight,
-                      const uint8_t *const *scales, const float *const *x, int i, int count,
-                      V sum[TILE_ROWS][TILE_OUTS]) {
+INLINE void add_pairs(const int kind, const int rows, const int outs, const int whole, const uint8_t *const *weight,
+                      const uint8_t *const *scales, const float *const *x, int i, int count, V *sum) {
     const __mmask32 some = whole ? ~(__mmask32)0 : ((__mmask32)1 << count) - 1;
-    __m512bh value[TILE_OUTS];
-    UNROLL for (int j = 0; j < TILE_OUTS; j++)
+    __m512bh value[MOST_OUTS];
+    UNROLL for (int j = 0; j < outs; j++)
         value[j] = kind == MXFP4_PAIRS ? decode_pairs(weight[j] + i / 2, scales[j][i / MX_BLOCK])
                                        : (__m512bh)_mm512_maskz_loadu_epi16(some, (const uint16_t *)weight[j] + i);
     UNROLL for (int r = 0; r < rows; r++) {
         const __m512bh xs = (__m512bh)_mm512_maskz_loadu_epi16(some, (const uint16_t *)x[r] + i);
-        UNROLL for (int j = 0; j < TILE_OUTS; j++) sum[r][j] = (V)_mm512_dpbf16_ps((__m512)sum[r][j], value[j], xs);
+        UNROLL for (int j = 0; j < outs; j++)
+            sum[r * outs + j] = (V)_mm512_dpbf16_ps((__m512)sum[r * outs + j], value[j], xs);
     }
 }
 
@@ -285,21 +294,20 @@ static void expand_pairs(const View *w, int o, uint16_t *words) {
         _mm512_storeu_si512(words + i, (__m512i)decode_pairs(weight + i / 2, scales[i / MX_BLOCK]));
 }
 #else /* no matrix is of these kinds here */
-INLINE void add_pairs(const int kind, const int rows, const int whole, const uint8_t *const *weight,
-                      const uint8_t *const *scales, const float *const *x, int i, int count,
-                      V sum[TILE_ROWS][TILE_OUTS]) {
-    (void)kind, (void)rows, (void)whole, (void)weight, (void)scales, (void)x, (void)i, (void)count, (void)sum;
+INLINE void add_pairs(const int kind, const int rows, const int outs, const int whole, const uint8_t *const *weight,
+                      const uint8_t *const *scales, const float *const *x, int i, int count, V *sum) {
+    (void)kind, (void)rows, (void)outs, (void)whole, (void)weight, (void)scales, (void)x, (void)i, (void)count, (void)sum;
 }
 static void expand_pairs(const View *w, int o, uint16_t *words) { (void)w, (void)o, (void)words; }
 #endif
 
-/* Results o .. o + TILE_OUTS - 1 of `rows` rows from the `first` on. Constant arguments make it many functions. */
-INLINE void dot_tile(const int kind, const int rows, const View *w, int o, int end, const Rows *in, int first,
-                     const Results *out) {
-    const uint8_t *weight[TILE_OUTS], *scales[TILE_OUTS];
+/* Results o .. o + outs - 1 of `rows` rows from the `first` on. Constant arguments make it many functions. */
+INLINE void dot_tile(const int kind, const int rows, const int outs, const View *w, int o, int end, const Rows *in,
+                     int first, const Results *out) {
+    const uint8_t *weight[MOST_OUTS], *scales[MOST_OUTS];
     const float *x[TILE_ROWS];
-    V sum[TILE_ROWS][TILE_OUTS] = {0};
-    UNROLL for (int j = 0; j < TILE_OUTS; j++) { /* past the end the last one is repeated, and dropped */
+    V sum[TILE_ROWS * TILE_OUTS] = {0};
+    UNROLL for (int j = 0; j < outs; j++) { /* past the end the last one is repeated, and dropped */
         const int64_t from = (o + j < end ? o + j : end - 1) - w->origin;
         weight[j] = w->weight + from * w->stride;
         scales[j] = w->scales + from * w->scale_stride;
@@ -310,17 +318,17 @@ INLINE void dot_tile(const int kind, const int rows, const View *w, int o, int e
     }
     int i = 0;
     if (is_pairs(kind)) {
-        for (; i + 2 * LANES <= w->fan_in; i += 2 * LANES) add_pairs(kind, rows, 1, weight, scales, x, i, 0, sum);
-        if (i < w->fan_in) add_pairs(kind, rows, 0, weight, scales, x, i, w->fan_in - i, sum);
+        for (; i + 2 * LANES <= w->fan_in; i += 2 * LANES) add_pairs(kind, rows, outs, 1, weight, scales, x, i, 0, sum);
+        if (i < w->fan_in) add_pairs(kind, rows, outs, 0, weight, scales, x, i, w->fan_in - i, sum);
         i = w->fan_in;
     }
     for (; i + MX_BLOCK <= w->fan_in; i += MX_BLOCK) {
-        V table[TILE_OUTS][16 / LANES];
+        V table[MOST_OUTS][16 / LANES];
         if (kind == MXFP4)
-            UNROLL for (int j = 0; j < TILE_OUTS; j++) scaled_table(table[j], scales[j][i / MX_BLOCK]);
+            UNROLL for (int j = 0; j < outs; j++) scaled_table(table[j], scales[j][i / MX_BLOCK]);
         UNROLL for (int part = 0; part < MX_BLOCK; part += LANES) {
-            V value[TILE_OUTS];
-            UNROLL for (int j = 0; j < TILE_OUTS; j++) {
+            V value[MOST_OUTS];
+            UNROLL for (int j = 0; j < outs; j++) {
                 if (kind == FLOAT32) value[j] = load((const float *)weight[j] + i + part);
                 if (kind == BFLOAT16) value[j] = from_bf16(weight[j] + 2 * (i + part));
                 if (kind == MXFP4) value[j] = decode(table[j], weight[j] + i / 2, part);
@@ -329,31 +337,32 @@ INLINE void dot_tile(const int kind, const int rows, const View *w, int o, int e
             UNROLL for (int r = 0; r < rows; r++) {
                 V xs = load(x[r] + i + part);
                 KEEP(xs);
-                UNROLL for (int j = 0; j < TILE_OUTS; j++) sum[r][j] += value[j] * xs;
+                UNROLL for (int j = 0; j < outs; j++) sum[r * outs + j] += value[j] * xs;
             }
         }
     }
     if (kind != MXFP4)
         for (; i < w->fan_in; i += LANES)
-            UNROLL for (int j = 0; j < TILE_OUTS; j++) {
+            UNROLL for (int j = 0; j < outs; j++) {
                 V value = load_some(kind, weight[j], i, w->fan_in - i);
                 UNROLL for (int r = 0; r < rows; r++)
-                    sum[r][j] += value * load_some(FLOAT32, x[r], i, w->fan_in - i);
+                    sum[r * outs + j] += value * load_some(FLOAT32, x[r], i, w->fan_in - i);
             }
-    const V all = rows == 4 ? sum_sixteen(sum) : (V){0};
-    UNROLL for (int r = 0; r < rows; r++) {
-        float sums[TILE_OUTS];
-        if (rows == 4) {
-            memcpy(sums, (const float *)&all + r * TILE_OUTS, sizeof sums);
-        } else {
-            const V mine = sum_each(sum[r][0], sum[r][1], sum[r][2], sum[r][3]);
-            memcpy(sums, &mine, sizeof sums);
+    float sums[TILE_ROWS * TILE_OUTS];
+    if (rows * outs == 16) {
+        const V all = sum_sixteen(sum);
+        memcpy(sums, &all, sizeof all);
+    } else
+        UNROLL for (int i = 0; i < rows * outs; i += 4) {
+            const V four = sum_each(sum[i], sum[i + 1], sum[i + 2], sum[i + 3]);
+            memcpy(sums + i, &four, 4 * sizeof(float));
         }
+    UNROLL for (int r = 0; r < rows; r++) {
         float *y = result_of(out, first + r);
-        if (!out->half && o + TILE_OUTS <= end)
-            memcpy(y + o, sums, sizeof sums);
+        if (!out->half && o + outs <= end)
+            memcpy(y + o, sums + r * outs, sizeof(float) * (size_t)outs);
         else
-            for (int j = 0; j < TILE_OUTS && o + j < end; j++) y[place(out->half, o + j)] = sums[j];
+            for (int j = 0; j < outs && o + j < end; j++) y[place(out->half, o + j)] = sums[r * outs + j];
     }
 }
 
@@ -376,8 +385,9 @@ static void expand(const View *w, int o, int end, float *floats) {
 
 /* Results o .. of `rows` rows, AXPY_VECTORS vectors of them, where the matrix lies by columns: the sum over i of x[i]
    times a stretch of weight[i]. Of a stretch that is cut short by the matrix's end, one vector. */
-INLINE void axpy_tile(const int kind, const int rows, const View *w, int o, int end, const Rows *in, int first,
-                      const Results *out) {
+INLINE void axpy_tile(const int kind, const int rows, const int outs, const View *w, int o, int end, const Rows *in,
+                      int first, const Results *out) {
+    (void)outs;
     const float *x[TILE_ROWS];
     V sum[TILE_ROWS][AXPY_VECTORS] = {0};
     UNROLL for (int r = 0; r < rows; r++) x[r] = row_of(in, first + r);
@@ -411,7 +421,7 @@ INLINE void axpy_tile(const int kind, const int rows, const View *w, int o, int 
 typedef void (*Tile)(const View *, int, int, const Rows *, int, const Results *);
 #define TILE(name, kind, rows)                                                                                        \
     static void name##_##kind##_##rows(const View *w, int o, int end, const Rows *in, int first, const Results *out) { \
-        name##_tile(kind, rows, w, o, end, in, first, out);                                                           \
+        name##_tile(kind, rows, TILE_OUTS, w, o, end, in, first, out);                                                           \
     }
 #if defined(__AVX512F__)
 #define TILES(name, kind) TILE(name, kind, 1) TILE(name, kind, 2) TILE(name, kind, 3) TILE(name, kind, 4)
@@ -423,8 +433,23 @@ typedef void (*Tile)(const View *, int, int, const Rows *, int, const Results *)
 TILES(dot, FLOAT32) TILES(dot, BFLOAT16) TILES(dot, MXFP4)
 TILES(dot, BFLOAT16_PAIRS) TILES(dot, MXFP4_PAIRS)
 TILES(axpy, FLOAT32) TILES(axpy, BFLOAT16)
-static const Tile DOT_TILES[][TILE_ROWS] = {NAMES(dot, FLOAT32), NAMES(dot, BFLOAT16), NAMES(dot, MXFP4), {0},
+static const Tile DOT_TILES[][TILE_ROWS] = {NAMES(dot, FLOAT32), NAMES(dot, BFLOAT16), NAMES(dot, MXFP4), {0}, {0}, {0},
                                             NAMES(dot, BFLOAT16_PAIRS), NAMES(dot, MXFP4_PAIRS)};
+#if defined(__AVX512F__) /* of one row or two, as many results at once as of four */
+#define FEW(kind)                                                                                                     \
+    static void few_##kind##_1(const View *w, int o, int end, const Rows *in, int first, const Results *out) {        \
+        dot_tile(kind, 1, 16, w, o, end, in, first, out);                                                             \
+    }                                                                                                                 \
+    static void few_##kind##_2(const View *w, int o, int end, const Rows *in, int first, const Results *out) {        \
+        dot_tile(kind, 2, 8, w, o, end, in, first, out);                                                              \
+    }
+FEW(FLOAT32) FEW(BFLOAT16_PAIRS)
+static const Tile FEW_TILES[][2] = {{few_FLOAT32_1, few_FLOAT32_2}, {few_BFLOAT16_PAIRS_1, few_BFLOAT16_PAIRS_2}};
+enum { FEW_RESULTS = 16 };
+#else
+static const Tile FEW_TILES[][2] = {{0}, {0}};
+enum { FEW_RESULTS = 0 };
+#endif
 static const Tile AXPY_TILES[][TILE_ROWS] = {NAMES(axpy, FLOAT32), NAMES(axpy, BFLOAT16)};
 
 static void all_rows(const Tile *tiles, const View *w, int o, int end, const Rows *in, int count, const Results *out) {
@@ -439,13 +464,70 @@ static void multiply_columns(const View *w, int begin, int end, const Rows *in, 
         all_rows(AXPY_TILES[w->kind != FLOAT32], w, o, end, in, count, out);
 }
 
-/* Ask memory for the rows after those that are computed now, in one sweep: the tile itself reads several at once, which
-   the machine's own prefetching doesn't follow. Into the second level: the first is full of what the tile uses. */
-static void fetch_ahead(const View *w, int o, int end) {
-    const int last = o + TILE_OUTS < end ? o + TILE_OUTS : end;
-    for (int64_t at = (o - w->origin) * w->stride; at < (last - w->origin) * w->stride; at += 64)
-        __builtin_prefetch(w->weight + at, 0, 2);
+/* Results o .. of `rows` rows, some panels of them: nothing is added across lanes, so small inputs lose nothing. A result
+   is one sum over the inputs from first to last, however many rows and panels are taken at once. */
+INLINE void panel_tile(const int rows, const int panels, const View *w, int o, const Rows *in, int first,
+                       const Results *out) {
+    const float *x[PANEL_ROWS];
+    const int64_t panel_bytes = bytes_of(w->kind, PANEL * (int64_t)w->fan_in);
+    const uint8_t *weight = w->weight + o / PANEL * panel_bytes;
+    V sum[PANEL_ROWS][4 * PANEL_VECTORS] = {0};
+    UNROLL for (int r = 0; r < rows; r++) x[r] = row_of(in, first + r);
+#define ADD_PANELS(load_it, size)                                                                                     \
+    for (int i = 0; i < w->fan_in; i++, weight += PANEL * (size))                                                     \
+        UNROLL for (int p = 0; p < panels; p++) UNROLL for (int v = 0; v < PANEL_VECTORS; v++) {                      \
+            V value = load_it(weight + p * panel_bytes + v * LANES * (size));                                         \
+            KEEP(value);                                                                                              \
+            UNROLL for (int r = 0; r < rows; r++) sum[r][p * PANEL_VECTORS + v] += value * splat(x[r][i]);            \
+        }
+    if (w->kind == FLOAT32_PANELS) ADD_PANELS(load_floats, 4)
+    else ADD_PANELS(from_bf16, 2)
+    UNROLL for (int r = 0; r < rows; r++) {
+        float *y = result_of(out, first + r) + o;
+        UNROLL for (int v = 0; v < panels * PANEL_VECTORS; v++) *(Vu *)(y + v * LANES) = sum[r][v];
+    }
 }
+
+typedef void (*Panels)(const View *, int, const Rows *, int, const Results *);
+#define PANELS(rows, panels)                                                                                          \
+    static void panels_##rows##_##panels(const View *w, int o, const Rows *in, int first, const Results *out) {       \
+        panel_tile(rows, panels, w, o, in, first, out);                                                               \
+    }
+PANELS(1, 1) PANELS(2, 1) PANELS(1, 4) PANELS(2, 2)
+#if defined(__AVX512F__)
+PANELS(3, 1) PANELS(4, 1) PANELS(5, 1) PANELS(6, 1) PANELS(7, 1) PANELS(8, 1)
+static const Panels PANELS_OF[] = {panels_1_1, panels_2_1, panels_3_1, panels_4_1,
+                                   panels_5_1, panels_6_1, panels_7_1, panels_8_1};
+#else
+static const Panels PANELS_OF[] = {panels_1_1, panels_2_1};
+#endif
+
+/* `multiply` for panels: begin and end are multiples of PANEL. Few rows take more panels at once, as sums that follow
+   each other have to be many. */
+static void multiply_panels(const View *w, int begin, int end, const Rows *in, int count, const Results *out) {
+    for (int o = begin, panels; o < end; o += panels * PANEL) {
+        panels = count == 1 && o + 4 * PANEL <= end ? 4 : count == 2 && o + 2 * PANEL <= end ? 2 : 1;
+        if (panels > 1) (count == 1 ? panels_1_4 : panels_2_2)(w, o, in, 0, out);
+        else
+            for (int first = 0; first < count; first += PANEL_ROWS)
+                PANELS_OF[(count - first < PANEL_ROWS ? count - first : PANEL_ROWS) - 1](w, o, in, first, out);
+    }
+}
+
+/* Rows after those that are computed now, for which memory is asked early: a tile reads several at once, which the
+   machine's own prefetching doesn't follow. Into the second level: the first is full of what the tile uses. */
+typedef struct { const uint8_t *next, *end; } Ahead;
+
+static Ahead after(const View *w, int o, int count, int end) {
+    const int last = w->near ? o : o + count < end ? o + count : end;
+    const uint8_t *from = w->weight + (o - w->origin) * w->stride;
+    return (Ahead){from, o < last ? from + (last - o) * w->stride : from};
+}
+INLINE void ask(Ahead *ahead, int64_t lines) {
+    for (; lines > 0 && ahead->next < ahead->end; lines--, ahead->next += 64) __builtin_prefetch(ahead->next, 0, 2);
+}
+
+#include "tiles.h"
 
 /* Rows that hold bfloat16 values, as such, one after the other. */
 static void narrow(const Rows *in, int count, int fan_in, uint16_t *narrowed) {
@@ -455,26 +537,53 @@ static void narrow(const Rows *in, int count, int fan_in, uint16_t *narrowed) {
     }
 }
 
-/* Bytes of `multiply`'s scratch: some outs as floats, and all rows as bfloat16. */
-static int64_t scratch_bytes(int64_t rows, int64_t fan_in) { return fan_in * (rows * 2 + TILE_OUTS * 4); }
+static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
-/* Results begin .. end - 1 of `count` rows, without bias. */
-static void multiply(const View *w, int begin, int end, const Rows *in, int count, const Results *out, float *scratch) {
+/* Bytes of `multiply`'s scratch: some outs as floats, then all rows as bfloat16. */
+static int64_t outs_bytes(int64_t fan_in) {
+    const int64_t floats = fan_in * TILE_OUTS * 4, words = max_of(fan_in * TILES_OUTS * 2, 8 * TILE_BYTES) + 4 * TILE_BYTES;
+    return (max_of(floats, words) + 63) & ~(int64_t)63;
+}
+static int64_t scratch_bytes(int64_t rows, int64_t fan_in) {
+    return outs_bytes(fan_in) + (rows + SIDE - 1) / SIDE * SIDE * fan_in * 2;
+}
+
+/* Rows as a matrix wants to meet them; what it needs anew is in `scratch`. */
+static Rows prepared(const View *w, const Rows *in, int count, float *scratch) {
+    uint8_t *room = (uint8_t *)scratch + outs_bytes(w->fan_in);
+    if (!is_pairs(w->kind) && !is_tiles(w->kind)) return *in;
+    if (is_pairs(w->kind)) narrow(in, count, w->fan_in, (uint16_t *)room);
+    else lay_out(in, count, w->fan_in, room);
+    return (Rows){(const float *)room, w->fan_in, 0};
+}
+
+/* Results begin .. end - 1 of `count` rows that are prepared, without bias. */
+static void multiply_prepared(const View *w, int begin, int end, const Rows *in, int count, const Results *out,
+                              float *scratch) {
     if (w->kind == BFLOAT16_COLUMNS) return multiply_columns(w, begin, end, in, count, out);
-    const Rows narrowed = {scratch + TILE_OUTS * w->fan_in, w->fan_in, 0};
-    if (is_pairs(w->kind)) {
-        narrow(in, count, w->fan_in, (uint16_t *)(scratch + TILE_OUTS * w->fan_in));
-        in = &narrowed;
-    }
+    if (is_panels(w->kind)) return multiply_panels(w, begin, end, in, count, out);
+    if (is_tiles(w->kind))
+        return multiply_tiles(w, begin, end, (const uint8_t *)in->x, count, out, (uint8_t *)scratch + 4 * TILE_BYTES,
+                              scratch);
     const int is_wide = w->kind == FLOAT32 || w->kind == BFLOAT16_PAIRS; /* nothing to expand */
     const int expanded = w->kind == MXFP4_PAIRS ? BFLOAT16_PAIRS : FLOAT32;
+    if (FEW_RESULTS && is_wide && count <= 2) {
+        const int step = FEW_RESULTS / count;
+        for (int o = begin; o < end; o += step) {
+            Ahead ahead = after(w, o + 2 * step, step, end);
+            ask(&ahead, INT64_MAX);
+            FEW_TILES[w->kind != FLOAT32][count - 1](w, o, end, in, 0, out);
+        }
+        return;
+    }
     for (int o = begin; o < end; o += TILE_OUTS) {
-        if (o + FETCH_OUTS < end) fetch_ahead(w, o + FETCH_OUTS, end);
+        Ahead ahead = after(w, o + FETCH_OUTS, TILE_OUTS, end);
+        ask(&ahead, INT64_MAX);
         if (is_wide || count <= (w->kind == MXFP4_PAIRS ? TILE_ROWS : EXPAND_ABOVE)) {
             all_rows(DOT_TILES[w->kind], w, o, end, in, count, out);
             continue;
         }
-        const View other = {(const uint8_t *)scratch, 0, bytes_of(expanded, w->fan_in), 0, expanded, w->fan_in, o};
+        const View other = {(const uint8_t *)scratch, 0, bytes_of(expanded, w->fan_in), 0, expanded, w->fan_in, o, 1};
         if (w->kind == MXFP4_PAIRS)
             for (int j = 0; j < TILE_OUTS; j++)
                 expand_pairs(w, o + j < end ? o + j : end - 1, (uint16_t *)scratch + j * w->fan_in);
@@ -482,4 +591,10 @@ static void multiply(const View *w, int begin, int end, const Rows *in, int coun
             expand(w, o, end, scratch);
         all_rows(DOT_TILES[expanded], &other, o, end, in, count, out);
     }
+}
+
+/* Results begin .. end - 1 of `count` rows, without bias. */
+static void multiply(const View *w, int begin, int end, const Rows *in, int count, const Results *out, float *scratch) {
+    const Rows rows = prepared(w, in, count, scratch);
+    multiply_prepared(w, begin, end, &rows, count, out, scratch);
 }

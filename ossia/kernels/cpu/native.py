@@ -8,9 +8,10 @@ from pathlib import Path
 
 from ossia.kernels.cpu.build import COMPILERS, Library, Unavailable, load_library
 
-FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS = range(4)  # Matrix.kind
+FLOAT32, BFLOAT16, MXFP4, BFLOAT16_COLUMNS, FLOAT32_PANELS, BFLOAT16_PANELS = range(6)  # Matrix.kind
+PANEL = 32  # results that lie side by side in a panel
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "router", "gate_up_proj", "down_proj")  # Layer.matrix, in order
-_SOURCES = ("decode.c", "head.h", "step.h", "parts.h", "matrix.h")
+_SOURCES = ("decode.c", "head.h", "step.h", "parts.h", "matrix.h", "tiles.h")
 
 
 class Matrix(ctypes.Structure):
@@ -74,6 +75,7 @@ class Model(ctypes.Structure):
         ("num_experts", c_int32),
         ("top_k", c_int32),
         ("bf16", c_int32),
+        ("tiles", c_int32),
         ("max_rank", c_int32),
         ("rms_eps", c_float),
         ("swiglu_limit", c_float),
@@ -120,6 +122,7 @@ class Head(ctypes.Structure):
         ("vocab", c_int32),
         ("kind", c_int32),
         ("bf16", c_int32),
+        ("tiles", c_int32),
         ("threads", c_int32),
     ]
 
@@ -128,9 +131,10 @@ class Kernels:
     """The loaded library.
 
     multiplies_pairs  of bfloat16, into sums of 32 bits: this machine has an instruction for it
+    uses_tiles        of them: it has instructions for 16 rows at a time, and they are wanted
     """
 
-    def __init__(self, library: Library) -> None:
+    def __init__(self, library: Library, *, tiles: bool = True) -> None:
         self.path, self._library = library.path, library.functions
         self._library.ossia_workspace.argtypes = (POINTER(Model), c_int32, c_int32)
         self._library.ossia_workspace.restype = c_int64
@@ -139,6 +143,9 @@ class Kernels:
         self._library.ossia_multiplies_pairs.argtypes = ()
         self._library.ossia_multiplies_pairs.restype = c_int32
         self.multiplies_pairs: bool = bool(self._library.ossia_multiplies_pairs())
+        self._library.ossia_multiplies_tiles.argtypes = ()
+        self._library.ossia_multiplies_tiles.restype = c_int32
+        self.uses_tiles: bool = tiles and bool(self._library.ossia_multiplies_tiles())
         self._library.ossia_head_workspace.argtypes = (c_int32,) * 4
         self._library.ossia_head_workspace.restype = c_int64
         self._library.ossia_head.argtypes = (POINTER(Head),)
@@ -161,7 +168,12 @@ class Kernels:
         self._library.ossia_head(ctypes.byref(head))
 
 
-def load_kernels(folder: Path | None = None, compilers: tuple[str, ...] = COMPILERS) -> Kernels | Unavailable:
-    """The library; see `build.load_library`."""
+def load_kernels(
+    folder: Path | None = None, compilers: tuple[str, ...] = COMPILERS, *, tiles: bool = True
+) -> Kernels | Unavailable:
+    """The library; see `build.load_library`.
+
+    tiles  use instructions for tiles of numbers where the machine has them (AMX)
+    """
     found = load_library([Path(__file__).with_name(name) for name in _SOURCES], folder, compilers)
-    return found if isinstance(found, Unavailable) else Kernels(found)
+    return found if isinstance(found, Unavailable) else Kernels(found, tiles=tiles)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ossia.kernels.cpu.build import Library, Unavailable, load_library
 
 DTYPES = (torch.float32, torch.bfloat16)
-_SOURCES = ("passes.c", "parts.h", "matrix.h")
+_SOURCES = ("passes.c", "parts.h", "matrix.h", "tiles.h")
 _ALONE = 1 << 14  # elements that a thread is done with before another would have begun
 
 

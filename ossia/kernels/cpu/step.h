@@ -12,7 +12,8 @@ enum { SLOTS = 512 }; /* of the cache that attention takes at a time, as torch's
 enum { Q, K_, V_, O, ROUTER, GATE_UP, DOWN, TARGETS }; /* what may have an adapter */
 
 typedef struct { /* y = W x + b, of one expert or many */
-    const void *weight;    /* (E, out, in); MXFP4: (E, out, in / 2) codes; BFLOAT16_COLUMNS: (E, in, out) */
+    const void *weight;    /* (E, out, in); MXFP4: (E, out, in / 2) codes; BFLOAT16_COLUMNS: (E, in, out);
+                              panels: (E, out / PANEL, in, PANEL) */
     const uint8_t *scales; /* MXFP4: (E, out, in / 32) */
     const float *bias;     /* (E, out), in the order of the results */
     int32_t kind, fan_in, fan_out;
@@ -41,6 +42,7 @@ typedef struct {
     const Factors *factors; /* (adapters, layers, TARGETS) */
     int32_t num_layers, num_adapters, hidden, num_heads, num_kv_heads, head_dim, width, num_experts, top_k;
     int32_t bf16;     /* activations are bfloat16, else float32 */
+    int32_t tiles;    /* may be used, see tiles.h */
     int32_t max_rank; /* of all factors */
     float rms_eps, swiglu_limit, swiglu_alpha;
 } Model;
@@ -89,8 +91,6 @@ static void *take(char **at, int64_t bytes) {
     return mine;
 }
 
-static int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
 static char *share_out(const Model *m, const Call *c, Shared *s, Private *p, int threads) {
     char *at = c->workspace;
     const int64_t B = c->rows, N = B * m->top_k, D = m->hidden, I = m->width, f = sizeof(float);
@@ -118,6 +118,9 @@ static char *share_out(const Model *m, const Call *c, Shared *s, Private *p, int
 
 /* Whether this machine multiplies pairs of bfloat16: then codes are as fast to multiply by as what they stand for. */
 int32_t ossia_multiplies_pairs(void) { return MULTIPLIES_PAIRS; }
+
+/* Whether it multiplies tiles of them, and lets this process do so: a tile is as fast as a few single rows. */
+int32_t ossia_multiplies_tiles(void) { return MULTIPLIES_TILES && may_use_tiles(); }
 
 /* Bytes of workspace for a step of this many rows and threads. */
 int64_t ossia_workspace(const Model *m, int32_t rows, int32_t threads) {
