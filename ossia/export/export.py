@@ -175,7 +175,8 @@ def _export_gguf_lora(path: Path, source: Source, name: str, given: str, max_kl:
         _say(f"llama.cpp knows one alpha for a file, so the scaling of these is multiplied into their B: {each}")
     write_gguf_lora(path, source.base, lora, name=name)
     read = Changes(read_gguf_lora(path, source.base.arch), qat=source.changes.qat)
-    _judge(source, changed_model(PassingWeights(source.base), read), _say, MIN_KL, max_kl, _WHEN_NOT)
+    _say(_WRITTEN)
+    _judge(source, read, _say, MIN_KL, max_kl, _WHEN_NOT)
     _tell_of_yarn(source)
 
 
@@ -228,19 +229,21 @@ def verify_export(
 
 def _judge(
     source: Source,
-    exported: Transformer,
+    exported: Transformer | Changes,
     say: Callable[[str], None],
     min_kl: float,
     max_kl: float | None,
     next_step: str,
 ) -> Agreement:
+    """Raises CheckpointError as `verify_export`, for a model, or for what it changes of the same base."""
     vocab = Vocabulary.from_file(source.base.path)
     packs = [] if source.recipe is None else held_out_texts(source.recipe, vocab)
     texts = f"{sum(len(pack.sources) for pack in packs)} held-out texts" if packs else "fixed texts"
     packs = packs or fixed_texts(vocab)
     base = PassingWeights(source.base)
     trained = changed_model(base, source.changes)
-    found, before = compare(trained, [exported, changed_model(base)], packs)
+    other = changed_model(base, exported) if isinstance(exported, Changes) else exported
+    found, before = compare(trained, [other, changed_model(base)], packs)
     say(f"read back and compared with what was trained, on {texts}: {found}")
     allowed = min(max(MAX_SHARE * before.kl, min_kl), MAX_KL) if max_kl is None else max_kl
     if not found.kl <= allowed:  # written so that nan fails it
