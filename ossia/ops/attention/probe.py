@@ -1,4 +1,4 @@
-"""Two questions that a backend of attention answers on the device itself, in milliseconds, before a run begins.
+"""Two questions that a backend of attention answers on the device itself, within a second, before a run begins.
 
 Documents apart: does anything of one document, its keys or what is asked of its rows, change another's output or
 gradients? Sinks: are the output and all gradients, the sinks' own included, those of the definition in float32? Both
