@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import socket
 import sys
 import threading
@@ -30,6 +31,7 @@ from ossia.rl.judge import Judge
 
 TASKS = 4  # different ones that attacks are tried on, in turn
 _LATE = "no verdict in time"
+_TIDY_S = 5.0
 # Where a clock decides what is earned, an honest answer has so many tries to earn so much of what it earned at first,
 # counted from a failure's; anywhere else it has to earn the same.
 _SHARE, _TRIES = 0.75, 4
@@ -175,11 +177,13 @@ class _Said:
         self._write(json.dumps(answer))
 
     def live(self) -> None:
-        """Never returns while somebody listens."""
+        """Never returns; once nobody listens any more, this process has a moment to tidy up and is ended."""
         with contextlib.suppress(OSError, ValueError):
             while True:
                 self._write("")
                 time.sleep(1)
+        time.sleep(_TIDY_S)
+        os._exit(1)  # a thread that an attack keeps busy would go on for ever
 
     def _write(self, text: str) -> None:
         with self._lock:

@@ -10,11 +10,13 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
+import psutil
 import pytest
 
 from ossia.errors import DataError, RewardError
@@ -248,3 +250,23 @@ def test_each_trap_tells_once_and_is_set_again(said: str, outside: Outside) -> N
     assert any(said in what for what in outside.touched())
     outside.remember()
     assert outside.touched() == []
+
+
+def test_a_judge_that_an_attack_keeps_busy_ends_with_whoever_asked_it() -> None:
+    code = (
+        "from ossia.rl.attacks import attack; "
+        f"attack({NAIVE!r}, {{}}, only=lambda one: one.name == 'time/endless-loop', timeout_s=60.0)"
+    )
+    asking = psutil.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        until = time.monotonic() + 60
+        while not (judges := [one for one in asking.children() if one.cpu_times().user > 8]):  # past starting
+            assert time.monotonic() < until, "nothing is judged"
+            time.sleep(0.1)
+    finally:
+        asking.kill()
+        asking.wait()
+    _, alive = psutil.wait_procs(judges, timeout=30)
+    for one in alive:
+        one.kill()
+    assert not alive
