@@ -1,0 +1,232 @@
+"""The fullest moment of a training step, and what takes how many bytes then.
+
+A step has few moments that can be the fullest: the last layer's forward, the loss, the last layer's backward, where
+layers are computed again the backward of the one before it, and the update. Each is added up; the largest counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from ossia.model.budget.layer import LayerBytes
+from ossia.model.budget.weights import WeightBytes, trained_numbers
+from ossia.model.budget.work import Work
+from ossia.sizes import GPU_ROW_BLOCK, GPU_VOCAB_BLOCK, ROW_BLOCK, VOCAB_BLOCK
+
+Part = Literal["scratch", "adapter copies", "gradients", "activations", "one layer", "loss", "pack"]
+Moment = Literal["forward", "loss", "backward", "recomputed layer", "update"]
+
+
+@dataclass(frozen=True, slots=True)
+class StepBytes:
+    """What a step needs beside weights, what is trained and its optimizer's state, at its fullest moment.
+
+    scratch         a layer's experts, expanded; weights cast to the activations' type
+    adapter copies  what is trained, in the activations' type
+    gradients       float32
+    activations     every layer's input, or its graph
+    one layer       what a layer needs while it is computed or differentiated
+    loss            a chunk of logits, and what is summed over them
+    pack            token ids, positions, masks
+    """
+
+    moment: Moment
+    parts: Mapping[Part, int]
+
+    @property
+    def total(self) -> int:
+        return sum(self.parts.values())
+
+
+def step_bytes(work: Work) -> StepBytes:
+    """The fullest moment of a step."""
+    moments = [_forward(work), _loss(work), _backward(work), _update(work)]
+    if work.recompute and work.arch.num_layers > 1:
+        moments.append(_recomputed(work))
+    return max(moments, key=lambda moment: moment.total)
+
+
+def graph_bytes_per_token(work: Work) -> int:
+    """What autograd keeps for a token over all layers, their inputs included."""
+    layers = (LayerBytes(work, window, work.pack, work.pack) for window in _windows(work))
+    return sum(layer.kept for layer in layers) // work.pack + work.arch.num_layers * _x(work)
+
+
+def _windows(work: Work) -> list[int | None]:
+    a = work.arch
+    return [a.sliding_window if kind == "sliding_attention" else None for kind in a.layer_types]
+
+
+def _x(work: Work) -> int:
+    """Bytes of a token's activations between layers."""
+    return work.arch.hidden_size * work.size
+
+
+def _layer(work: Work, index: int) -> LayerBytes:
+    last = index == work.arch.num_layers - 1
+    return LayerBytes(work, _windows(work)[index], work.pack, work.rows if last else work.pack)
+
+
+def _behind(work: Work, upto: int) -> int:
+    """Bytes that layers before `upto` leave for backward, over all packs: inputs, or inputs and graphs."""
+    each = upto * work.pack * _x(work)
+    if not work.recompute:
+        each += sum(_layer(work, index).kept for index in range(upto))
+    return each * work.together
+
+
+def _copies(work: Work, *, all_layers: bool) -> int:
+    """Of what is trained, in the activations' type: of a layer, or of all whose graph is there."""
+    if work.ranks is None and work.size == 4:
+        return 0
+    total, last = trained_numbers(work)
+    return work.size * (total if all_layers else last)
+
+
+def _scratch(work: Work, *, before: bool = False) -> int:
+    """A layer's experts expanded, and its other weights where they have to be cast or fetched.
+
+    before  all of a layer's other weights are those of a layer before the last
+    """
+    if work.ranks is None:
+        return 0
+    w = WeightBytes.of(work.arch, work.layout, work.dtype)
+    found = w.layer_expanded if work.expands else 0
+    if _casts(work):
+        found += (w.other - 2 * w.embedding) * work.size // 2 // work.arch.num_layers
+    return found
+
+
+def _casts(work: Work) -> bool:
+    """Whether weights other than the experts' are copied each time they are used."""
+    if work.placement == "bf16":
+        return False
+    return work.dtype != "bfloat16" or (work.device == "cuda" and work.placement == "mmap")
+
+
+def _pack_bytes(work: Work) -> int:
+    """Ids, targets, weights, positions, documents, rows, rotary tables, masks of the blocks."""
+    layers = {LayerBytes(work, window, work.pack, work.pack).block for window in _windows(work)} - {None}
+    masks = sum(2 * block for block in layers if block)
+    return work.pack * (6 * 8 + 4 + work.arch.head_dim * work.size + masks) * work.together
+
+
+def _parts(
+    work: Work, moment: Moment, *, activations: int, one_layer: int = 0, loss: int = 0, gradients: int, scratch: int
+) -> StepBytes:
+    copies = _copies(work, all_layers=not work.recompute)
+    parts: dict[Part, int] = {
+        "scratch": scratch,
+        "adapter copies": copies,
+        "gradients": gradients,
+        "activations": activations,
+        "one layer": one_layer,
+        "loss": loss,
+        "pack": _pack_bytes(work),
+    }
+    return StepBytes(moment, parts)
+
+
+def _earlier_gradients(work: Work) -> int:
+    """Of packs that have gone all the way before this one."""
+    return 4 * trained_numbers(work)[0] if work.together < work.packs else 0
+
+
+def _forward(work: Work) -> StepBytes:
+    """The last layer's forward, which has a graph; the last pack through it finds the others' graphs and results."""
+    last = work.arch.num_layers - 1
+    layer, others = _layer(work, last), work.together - 1
+    done = others * (layer.kept + work.rows * _x(work))
+    activations = _behind(work, last) + work.together * work.pack * _x(work)
+    return _parts(
+        work,
+        "forward",
+        activations=activations + done,
+        one_layer=layer.forward_with_graph,
+        gradients=_earlier_gradients(work),
+        scratch=_scratch(work),
+    )
+
+
+def _after_last_layer(work: Work) -> int:
+    last = work.arch.num_layers - 1
+    each = work.pack * _x(work) + _layer(work, last).kept + work.rows * _x(work)
+    return _behind(work, last) + work.together * each
+
+
+def _loss(work: Work) -> StepBytes:
+    gradients = _earlier_gradients(work)
+    if work.ranks is None:
+        gradients = max(gradients, 4 * work.arch.vocab_size * work.arch.hidden_size)
+    return _parts(
+        work,
+        "loss",
+        activations=_after_last_layer(work),
+        loss=loss_bytes(work) + (work.together - 1) * work.rows * _x(work),
+        gradients=gradients,
+        scratch=_scratch(work),
+    )
+
+
+def loss_bytes(work: Work) -> int:
+    """What the loss of a pack takes: see `ops.loss`."""
+    a, size = work.arch, work.size
+    block_rows, block_vocab = (ROW_BLOCK, VOCAB_BLOCK) if work.device == "cpu" else (GPU_ROW_BLOCK, GPU_VOCAB_BLOCK)
+    block = min(block_rows, work.rows)
+    width = a.hidden_size + (work.ranks or {}).get("lm_head", 0)
+    matrix = a.vocab_size * width
+    walk = block * (min(block_vocab, a.vocab_size) + a.vocab_size % block_vocab) * (4 if work.dtype == "float16" else size)
+    sums = block * width * (4 + 4 + size)
+    found = work.rows * (2 * width * size + 4 * 4) + walk + sums
+    found += work.rows * 4  # 1 / root mean square of the final norm
+    if work.adapts("lm_head"):
+        copied = work.ranks is not None or size != 4
+        found += matrix * size * copied  # with the adapter beside it, or in the activations' type
+        gradient = matrix * 4 * (work.ranks is not None)  # of all weights it is among the gradients
+        products = block * min(block_vocab, a.vocab_size) * (4 + 2 * size)
+        found = max(found, found - walk - sums + gradient + max(products, matrix * size * (size != 4)))
+    elif _casts(work):
+        found += matrix * size
+    return found
+
+
+def _backward(work: Work) -> StepBytes:
+    """The last layer's backward: of the first pack, when the others' graphs are still there."""
+    last = work.arch.num_layers - 1
+    layer = _layer(work, last)
+    _, numbers = trained_numbers(work)
+    others = work.together - 1
+    activations = _behind(work, last) + work.together * work.pack * _x(work)
+    activations += others * (layer.kept + 2 * work.rows * _x(work))
+    return _parts(
+        work,
+        "backward",
+        activations=activations,
+        one_layer=layer.backward,
+        gradients=max(4 * numbers, _earlier_gradients(work)),
+        scratch=_scratch(work),
+    )
+
+
+def _recomputed(work: Work) -> StepBytes:
+    """The layer before the last, computed again for its backward."""
+    index = work.arch.num_layers - 2
+    layer = _layer(work, index)
+    total, numbers = trained_numbers(work)
+    x = work.pack * _x(work)
+    return _parts(
+        work,
+        "recomputed layer",
+        activations=_behind(work, index) + 2 * work.together * x,  # its inputs, and the gradients of its results
+        one_layer=max(layer.forward_with_graph, layer.backward - x),
+        gradients=max(min(2 * 4 * numbers, 4 * total), _earlier_gradients(work)),
+        scratch=_scratch(work, before=True),
+    )
+
+
+def _update(work: Work) -> StepBytes:
+    """All gradients are there, and nothing else."""
+    parts: dict[Part, int] = {"gradients": 4 * trained_numbers(work)[0], "pack": _pack_bytes(work)}
+    return StepBytes("update", parts)
