@@ -1,7 +1,6 @@
 """Bytes of one layer over one pack: what autograd keeps of it, and what stands beside that at its fullest moments.
 
-Bytes a token unless said otherwise. Letters: D hidden, Q query heads together, C key (or value) heads together, I expert
-width, K experts a token.
+Followed are `transformer.layer_forward` and what it calls, name by name; a name lives until its function returns.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ class Sizes:
 
     @classmethod
     def of(cls, arch: Arch) -> Sizes:
+        """Of a shape."""
         return cls(
             arch.hidden_size,
             arch.num_heads * arch.head_dim,

@@ -177,7 +177,9 @@ def loss_bytes(work: Work) -> int:
     block = min(block_rows, work.rows)
     width = a.hidden_size + (work.ranks or {}).get("lm_head", 0)
     matrix = a.vocab_size * width
-    walk = block * (min(block_vocab, a.vocab_size) + a.vocab_size % block_vocab) * (4 if work.dtype == "float16" else size)
+    walk = (
+        block * (min(block_vocab, a.vocab_size) + a.vocab_size % block_vocab) * (4 if work.dtype == "float16" else size)
+    )
     sums = block * width * (4 + 4 + size)
     found = work.rows * (2 * width * size + 4 * 4) + walk + sums
     found += work.rows * 4  # 1 / root mean square of the final norm

@@ -29,6 +29,7 @@ class WeightBytes:
 
     @classmethod
     def of(cls, arch: Arch, layout: Layout, dtype: str) -> WeightBytes:
+        """Of a shape, in a layout, for activations of `dtype`."""
         specs = arch.tensor_specs(layout)
         mine = [spec for name, spec in specs.items() if name.startswith("model.layers.0.") and is_expert_weight(name)]
         layer = sum(spec.num_bytes for spec in mine)
@@ -71,11 +72,9 @@ def trained_numbers(work: Work) -> tuple[int, int]:
     """Numbers that are trained: in all, and in the last layer with what stands after it."""
     a = work.arch
     if work.ranks is None:
-        specs = a.tensor_specs("bf16")
         head = a.vocab_size * a.hidden_size + a.hidden_size
         total = a.num_parameters()
         layers = total - head - a.vocab_size * a.hidden_size
-        assert len(specs)
         return total, head + layers // a.num_layers
     layer = sum(rank * (fan_in + fan_out) * count for rank, fan_in, fan_out, count in _factors(work))
     head = work.ranks.get("lm_head", 0) * (a.hidden_size + a.vocab_size)
