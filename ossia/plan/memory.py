@@ -7,13 +7,15 @@ from dataclasses import dataclass
 
 from ossia.config import Recipe
 from ossia.model.arch import Arch
-from ossia.model.budget.step import step_bytes
+from ossia.model.budget.layer import LayerBytes
+from ossia.model.budget.step import StepBytes, step_bytes
 from ossia.model.budget.weights import WeightBytes, pinned_bytes, trained_numbers
 from ossia.model.budget.work import DTYPE_BYTES, Work
 from ossia.sizes import FULL_BLOCK
 
 MIB = 1 << 20
-PROCESS = 410 * MIB  # Python, torch with what its optimizer loads, and this package, before a weight is read
+PROCESS = 240 * MIB  # Python, torch with what its optimizer loads, and this package, before a weight is read
+LIBRARIES = 170 * MIB  # pages of their files
 TOKENIZER = 90 * MIB  # of the released vocabulary; smaller ones take less
 GPU_PROCESS = 1200 * MIB  # the same in the machine's memory where a CUDA context is there
 GPU_CONTEXT = 520 * MIB  # on the device, outside of what torch counts
@@ -21,7 +23,7 @@ _FAULT = 64 * 1024  # bytes of a file that come with a page of it
 _PRODUCT = 850 * 1024  # bytes that oneDNN keeps for a bfloat16 product in a size that it hasn't met
 _SIZES = 40  # that experts' rows come in: eight in every doubling, over five doublings
 _MOST_PRODUCTS = 1024  # that it keeps
-_HOLES = 0.2  # of what lives and dies within a step: holes in the C library's heap
+_HOLES = 0.35  # of what lives and dies within a step, and a layer's part once more: holes in the C library's heap
 _GPU_HOLES = 0.03  # torch's own, measured with an H100: 2% to 4%
 
 
@@ -30,8 +32,9 @@ class Footprint:
     """Parts by name, in bytes.
 
     device    of a GPU
-    host      of the machine's memory, pages of the checkpoint's files excepted
-    files     pages of the checkpoint's files in the machine's memory; the system takes them back when it needs them
+    host      of the machine's memory, pages of files excepted
+    files     pages of files in the machine's memory, the checkpoint's and libraries'; the system takes them back when
+              it needs them
     moment    when it is fullest
     """
 
@@ -78,12 +81,12 @@ def footprint(work: Work, *, cache_bytes: int = 0, process: int | None = None, t
         if work.placement == "stream":
             host["pinned experts"] = work.arch.num_layers * pinned_bytes(w.layer_tensors)
         files = w.packed if work.placement == "mmap" else w.embedding if work.placement == "stream" else 0
-        return Footprint(device, host, files, step.moment)
+        return Footprint(device, host, files + LIBRARIES, step.moment)
     held, files = _on_cpu(work, w)
     host = {"process": (process or PROCESS) + words, "weights": held, **trained, **living}
     host["products' code"] = _products(work)
-    host["allocator"] = int(_HOLES * _small(work, step.total - step.parts.get("scratch", 0)))
-    return Footprint({}, {name: size for name, size in host.items() if size}, files, step.moment)
+    host["allocator"] = _holes(work, step)
+    return Footprint({}, {name: size for name, size in host.items() if size}, files + LIBRARIES, step.moment)
 
 
 def _on_gpu(work: Work, w: WeightBytes) -> int:
@@ -119,12 +122,16 @@ def _products(work: Work) -> int:
     """Of oneDNN's code and plans: experts have ever new numbers of rows."""
     if work.dtype != "bfloat16":
         return 0
-    kinds = 4 + (12 if work.adapts("gate_up_proj", "down_proj") else 0)
+    kinds = 4
+    if work.adapts("gate_up_proj", "down_proj"):  # both factors forward and twice backward, of both matrices
+        kinds += 12 if work.arch.hidden_size != work.arch.intermediate_size else 9
     return min(_SIZES * kinds + 20, _MOST_PRODUCTS) * _PRODUCT
 
 
-def _small(work: Work, living: int) -> int:
-    return living
+def _holes(work: Work, step: StepBytes) -> int:
+    """What freed blocks of many sizes leave between those that live: measured, see docs/plan.md."""
+    layer = LayerBytes(work, work.arch.sliding_window, work.pack, work.pack)
+    return int(_HOLES * (step.total - step.parts.get("scratch", 0))) + layer.forward_with_graph
 
 
 def cache_bytes(recipe: Recipe, arch: Arch, dtype: str, limit: int) -> int:
