@@ -67,7 +67,7 @@ def footprint(work: Work, *, cache_bytes: int = 0, process: int | None = None, t
     """
     w = WeightBytes.of(work.arch, work.layout, work.dtype)
     step = step_bytes(work)
-    numbers, _ = trained_numbers(work)
+    numbers = trained_numbers(work)
     trained = {"trained, float32": 4 * numbers, "optimizer": 8 * numbers}
     living = {name: size for name, size in step.parts.items() if size}
     if cache_bytes:

@@ -72,7 +72,7 @@ class Plan:
 
     @property
     def num_trained(self) -> int:
-        return trained_numbers(self.work)[0]
+        return trained_numbers(self.work)
 
 
 def read_shape(model: str) -> tuple[Arch, Layout]:

@@ -179,8 +179,8 @@ class LayerBytes:
         choice = self.rows * n.top_k * size
         output = choice * n.hidden
         combining = self.kept + ends + output
-        left = self.kept - output
+        left = self.kept - output - (choice * n.width if w.adapts("down_proj") and not w.dropout else 0)
         activating = left + ends + choice * 3 * n.width
-        left -= choice * 2 * n.width + (choice * n.width if w.adapts("down_proj") else 0)
+        left -= choice * 2 * n.width
         gathering = left + ends + choice * (2 * n.width + n.hidden * (2 if self._rank("gate_up_proj") else 1))
         return max(combining, activating, gathering)

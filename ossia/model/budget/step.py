@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from ossia.model.budget.layer import LayerBytes
-from ossia.model.budget.weights import WeightBytes, trained_numbers
+from ossia.model.budget.layer import ATTENTION, LayerBytes
+from ossia.model.budget.weights import WeightBytes, trained_by_place, trained_numbers
 from ossia.model.budget.work import Work
 from ossia.sizes import GPU_ROW_BLOCK, GPU_VOCAB_BLOCK, ROW_BLOCK, VOCAB_BLOCK
 
@@ -42,9 +42,11 @@ class StepBytes:
 
 def step_bytes(work: Work) -> StepBytes:
     """The fullest moment of a step."""
-    moments = [_forward(work), _loss(work), _backward(work), _update(work)]
-    if work.recompute and work.arch.num_layers > 1:
-        moments.append(_recomputed(work))
+    last = work.arch.num_layers - 1
+    moments = [_forward(work), _loss(work), _update(work)]
+    # what is kept gets less from layer to layer, gradients get more: one end or the other is the fullest
+    moments += [_backward(work, index) for index in ({last} if work.recompute else {0, last})]
+    moments += [_recomputed(work, index) for index in ({0, last - 1} if work.recompute and last else ())]
     return max(moments, key=lambda moment: moment.total)
 
 
@@ -74,6 +76,8 @@ def _behind(work: Work, upto: int) -> int:
     each = upto * work.pack * _x(work)
     if not work.recompute:
         each += sum(_layer(work, index).kept for index in range(upto))
+        if upto and work.ranks is not None and not work.adapts(*ATTENTION):  # nothing before it wants a gradient
+            each -= _layer(work, 0).kept_attention
     return each * work.together
 
 
@@ -81,15 +85,12 @@ def _copies(work: Work, *, all_layers: bool) -> int:
     """Of what is trained, in the activations' type: of a layer, or of all whose graph is there."""
     if work.ranks is None and work.size == 4:
         return 0
-    total, last = trained_numbers(work)
-    return work.size * (total if all_layers else last)
+    layer, head, embedding = trained_by_place(work)
+    return work.size * (layer * (work.arch.num_layers if all_layers else 1) + head + embedding)
 
 
-def _scratch(work: Work, *, before: bool = False) -> int:
-    """A layer's experts expanded, and its other weights where they have to be cast or fetched.
-
-    before  all of a layer's other weights are those of a layer before the last
-    """
+def _scratch(work: Work) -> int:
+    """A layer's experts expanded, and its other weights where they have to be cast or fetched."""
     if work.ranks is None:
         return 0
     w = WeightBytes.of(work.arch, work.layout, work.dtype)
@@ -129,9 +130,18 @@ def _parts(
     return StepBytes(moment, parts)
 
 
+def _gradients(work: Work, index: int) -> int:
+    """Float32, half-way through the backward of layer `index`: of its own matrices a third is there, down_proj's.
+
+    Of packs that have gone all the way before this one there are all.
+    """
+    layer, head, _ = trained_by_place(work)
+    mine = head + layer * (work.arch.num_layers - 1 - index) + layer // 3
+    return max(4 * mine, _earlier_gradients(work))
+
+
 def _earlier_gradients(work: Work) -> int:
-    """Of packs that have gone all the way before this one."""
-    return 4 * trained_numbers(work)[0] if work.together < work.packs else 0
+    return 4 * trained_numbers(work) if work.together < work.packs else 0
 
 
 def _forward(work: Work) -> StepBytes:
@@ -177,9 +187,8 @@ def loss_bytes(work: Work) -> int:
     block = min(block_rows, work.rows)
     width = a.hidden_size + (work.ranks or {}).get("lm_head", 0)
     matrix = a.vocab_size * width
-    walk = (
-        block * (min(block_vocab, a.vocab_size) + a.vocab_size % block_vocab) * (4 if work.dtype == "float16" else size)
-    )
+    blocks = min(block_vocab, a.vocab_size) + (a.vocab_size % block_vocab if a.vocab_size > block_vocab else 0)
+    walk = block * blocks * (4 if work.dtype == "float16" else size)  # the last, smaller block has its own buffer
     sums = block * width * (4 + 4 + size)
     found = work.rows * (2 * width * size + 4 * 4) + walk + sums
     found += work.rows * 4  # 1 / root mean square of the final norm
@@ -187,48 +196,41 @@ def loss_bytes(work: Work) -> int:
         copied = work.ranks is not None or size != 4
         found += matrix * size * copied  # with the adapter beside it, or in the activations' type
         gradient = matrix * 4 * (work.ranks is not None)  # of all weights it is among the gradients
-        products = block * min(block_vocab, a.vocab_size) * (4 + 2 * size)
+        products = block * min(block_vocab, a.vocab_size) * (4 + size * (size != 4))
         found = max(found, found - walk - sums + gradient + max(products, matrix * size * (size != 4)))
     elif _casts(work):
         found += matrix * size
     return found
 
 
-def _backward(work: Work) -> StepBytes:
-    """The last layer's backward: of the first pack, when the others' graphs are still there."""
-    last = work.arch.num_layers - 1
-    layer = _layer(work, last)
-    _, numbers = trained_numbers(work)
-    others = work.together - 1
-    activations = _behind(work, last) + work.together * work.pack * _x(work)
-    activations += others * (layer.kept + 2 * work.rows * _x(work))
+def _backward(work: Work, index: int) -> StepBytes:
+    """A layer's backward from its graph: of the first pack, when the others' graphs are still there."""
+    layer, x = _layer(work, index), work.pack * _x(work)
+    others = (work.together - 1) * (layer.kept + 2 * layer.rows * _x(work))
     return _parts(
         work,
         "backward",
-        activations=activations,
+        activations=_behind(work, index) + work.together * x + others,
         one_layer=layer.backward,
-        gradients=max(4 * numbers, _earlier_gradients(work)),
+        gradients=_gradients(work, index),
         scratch=_scratch(work),
     )
 
 
-def _recomputed(work: Work) -> StepBytes:
-    """The layer before the last, computed again for its backward."""
-    index = work.arch.num_layers - 2
-    layer = _layer(work, index)
-    total, numbers = trained_numbers(work)
-    x = work.pack * _x(work)
+def _recomputed(work: Work, index: int) -> StepBytes:
+    """A layer computed again for its backward."""
+    layer, x = _layer(work, index), work.pack * _x(work)
     return _parts(
         work,
         "recomputed layer",
         activations=_behind(work, index) + 2 * work.together * x,  # its inputs, and the gradients of its results
         one_layer=max(layer.forward_with_graph, layer.backward - x),
-        gradients=max(min(2 * 4 * numbers, 4 * total), _earlier_gradients(work)),
-        scratch=_scratch(work, before=True),
+        gradients=_gradients(work, index),
+        scratch=_scratch(work),
     )
 
 
 def _update(work: Work) -> StepBytes:
     """All gradients are there, and nothing else."""
-    parts: dict[Part, int] = {"gradients": 4 * trained_numbers(work)[0], "pack": _pack_bytes(work)}
+    parts: dict[Part, int] = {"gradients": 4 * trained_numbers(work), "pack": _pack_bytes(work)}
     return StepBytes("update", parts)

@@ -68,17 +68,20 @@ def pinned_bytes(tensors: tuple[TensorSpec, ...]) -> int:
     return sum(1 << (spec.num_bytes - 1).bit_length() for spec in tensors)
 
 
-def trained_numbers(work: Work) -> tuple[int, int]:
-    """Numbers that are trained: in all, and in the last layer with what stands after it."""
+def trained_numbers(work: Work) -> int:
+    """Numbers that are trained."""
+    layer, head, embedding = trained_by_place(work)
+    return layer * work.arch.num_layers + head + embedding
+
+
+def trained_by_place(work: Work) -> tuple[int, int, int]:
+    """Numbers that are trained: in each layer, in the head and its norm, in the embedding."""
     a = work.arch
+    table = a.vocab_size * a.hidden_size
     if work.ranks is None:
-        head = a.vocab_size * a.hidden_size + a.hidden_size
-        total = a.num_parameters()
-        layers = total - head - a.vocab_size * a.hidden_size
-        return total, head + layers // a.num_layers
+        return (a.num_parameters() - 2 * table - a.hidden_size) // a.num_layers, table + a.hidden_size, table
     layer = sum(rank * (fan_in + fan_out) * count for rank, fan_in, fan_out, count in _factors(work))
-    head = work.ranks.get("lm_head", 0) * (a.hidden_size + a.vocab_size)
-    return layer * a.num_layers + head, layer + head
+    return layer, work.ranks.get("lm_head", 0) * (a.hidden_size + a.vocab_size), 0
 
 
 def _factors(work: Work) -> list[tuple[int, int, int, int]]:
