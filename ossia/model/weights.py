@@ -292,4 +292,3 @@ def _host_copy(tensor: Tensor, device: torch.device) -> Tensor:
 
 def _streams(name: str, layer: int) -> bool:
     return name.startswith(f"model.layers.{layer}.") and is_expert_weight(name)
-

@@ -144,7 +144,7 @@ def _plan(recipe: Recipe, machine: Machine, arch: Arch, layout: Layout) -> Plan:
 
 def _work(recipe: Recipe, machine: Machine, arch: Arch, layout: Layout, choice: Choice) -> Work:
     train, adapter = recipe.train, recipe.adapter
-    tokens = tokens_of_step(recipe)
+    tokens = recipe.tokens_of_step
     pack = min(train.tokens_per_pack, tokens)
     work = Work(
         arch,
@@ -162,14 +162,6 @@ def _work(recipe: Recipe, machine: Machine, arch: Arch, layout: Layout, choice: 
     )
     keeps = train.recompute == "auto" and keeps_activations(work, machine.memory)
     return replace(work, recompute=False) if keeps else work
-
-
-def tokens_of_step(recipe: Recipe) -> int:
-    """Tokens of a step if all samples are as long as they may be; a prompt counts once for its group."""
-    if recipe.method == "sft":
-        return recipe.train.tokens_per_step
-    rl = recipe.rl
-    return rl.prompts * (recipe.max_length - rl.max_new + rl.group * rl.max_new)
 
 
 def _longest(plan: Plan, arch: Arch, layout: Layout) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ossia.model.budget.work import Work
+from ossia.plan.memory import Footprint
 from ossia.plan.predict import Plan
 
 _GIB = 1024**3
@@ -24,15 +26,13 @@ def as_text(plan: Plan) -> str:
     return "\n".join(f"{label:<13}{words}" for label, words in rows)
 
 
-def as_line(plan: Plan) -> str:
+def as_line(work: Work, used: Footprint) -> str:
     """The prediction in a line, as a run begins with it."""
-    used = plan.footprint
-    if plan.machine.kind == "cuda":
-        where = f"{_gib(used.device_peak)} of the GPU's {_gib(plan.machine.memory.gpu)}"
+    if used.device:
+        where = f"{_gib(used.device_peak)} of the GPU's memory"
     else:
-        where = f"{_gib(used.host_peak)} of memory"
-        where += f" and {_gib(used.files)} of the checkpoint's pages" if used.files else ""
-    return f"plan: up to {where}, at {plan.work.pack * plan.work.packs:,} tokens a step; `ossia plan` says of what"
+        where = f"{_gib(used.host_peak)} of memory, and {_gib(used.files)} of files' pages"
+    return f"plan: up to {where}, with {work.pack * work.packs:,} tokens a step; `ossia plan` says for what"
 
 
 def _what(plan: Plan) -> Iterator[tuple[str, str]]:

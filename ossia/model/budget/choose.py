@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from ossia.model.arch import Arch, Layout
 from ossia.model.budget.step import graph_bytes_per_token
-from ossia.model.budget.weights import WeightBytes
+from ossia.model.budget.weights import EMBEDDING, HEAD, WeightBytes
 from ossia.model.budget.work import DeviceKind, Placement, Work
 
 WORKING_BYTES = 2 << 30  # a step of a few thousand tokens, and what a CUDA context takes
@@ -35,8 +35,8 @@ def choose_placement(arch: Arch, layout: Layout, dtype: str, device: DeviceKind,
 
     CPU   bf16 where the expanded experts take less than a quarter of the machine's memory, else mmap
     CUDA  bf16 where all weights, experts expanded, fit into half of the device's free memory (activations, gradients
-          and adapters need the rest); resident where the packed ones fit beside an expanded layer and 2 GB; stream
-          where the packed experts take less than nine tenths of the machine's free memory; else mmap
+          and adapters need the rest); resident where the packed ones but the embedding fit beside 2 GB; stream where
+          the packed experts take less than nine tenths of the machine's free memory; else mmap
     """
     w = WeightBytes.of(arch, layout, dtype)
     if device == "cpu":
@@ -48,8 +48,8 @@ def choose_placement(arch: Arch, layout: Layout, dtype: str, device: DeviceKind,
     expanded = w.expanded + w.other
     if expanded < free / 2:
         return Choice("bf16", f"all weights, experts expanded, {gib(expanded)}, fit into half of the free {gib(free)}")
-    if w.packed + w.layer_expanded + WORKING_BYTES < free:
-        return Choice("resident", f"packed weights, {gib(w.packed)}, fit beside a layer expanded and 2 GiB to work in")
+    if w.packed - w.embedding + WORKING_BYTES < free:
+        return Choice("resident", f"packed weights, {gib(w.packed)}, fit beside 2 GiB to work in")
     if w.packed < 0.9 * memory.machine_free or not memory.machine_free:
         free_here = gib(memory.machine_free) if memory.machine_free else "if that is larger"
         why = f"packed weights, {gib(w.packed)}, don't fit on the GPU, but into the machine's free memory"
@@ -57,16 +57,49 @@ def choose_placement(arch: Arch, layout: Layout, dtype: str, device: DeviceKind,
     return Choice("mmap", f"packed weights, {gib(w.packed)}, fit neither on the GPU nor into the free memory")
 
 
+def waits_on_host(
+    arch: Arch, layout: Layout, placement: Placement, device: DeviceKind, memory: Memory
+) -> frozenset[str]:
+    """Which of embedding and head a GPU leaves in the machine's memory, by name; see `on_host_where_full`."""
+    if device != "cuda" or placement not in ("resident", "stream"):
+        return frozenset()
+    w = WeightBytes.of(arch, layout, "bfloat16")
+    placed = w.packed if placement == "resident" else w.other + 2 * w.layer_experts
+    found = on_host_where_full(memory.gpu_free, placed, w.embedding)
+    return found | {EMBEDDING} if placement == "stream" else found
+
+
+def on_host_where_full(free: int, placed: int, table: int) -> frozenset[str]:
+    """Which of embedding and head wait in the machine's memory: first the one whose rows are only looked up, then both.
+
+    free    bytes of the device; placed  bytes of the weights that would be on it; table  of either of the two
+    """
+    names = (EMBEDDING, HEAD)
+    lacking = sum(placed - count * table + WORKING_BYTES >= free for count in range(len(names)))
+    return frozenset(names[:lacking])
+
+
 def keeps_activations(work: Work, memory: Memory) -> bool:
     """Whether a step keeps every layer's graph instead of computing each layer twice, where a recipe says `auto`.
 
     It does where they stay under half of the GPU's free memory; on a CPU under a fifth of the machine's, and only where
     experts are expanded in memory anyway. Either way the numbers are the same.
+    memory  what is there once the weights are where they belong
     """
-    needed = work.together * work.pack * graph_bytes_per_token(replace(work, recompute=False))
+    kept = replace(work, recompute=False, offload=False, chunk=None)
+    needed = work.together * work.pack * graph_bytes_per_token(kept)
     if work.device == "cuda":
         return needed < memory.gpu_free // 2
     return work.placement == "bf16" and needed < memory.machine // 5
+
+
+def offloads(work: Work, memory: Memory) -> bool:
+    """Whether layers' inputs wait in the machine's memory, where a recipe says `auto` and layers are computed again.
+
+    They do where those of a step take more than half of the GPU's free memory, `memory` as of `keeps_activations`.
+    """
+    needed = work.pack * work.packs * work.arch.num_layers * work.arch.hidden_size * work.residual_size
+    return work.device == "cuda" and needed > memory.gpu_free // 2
 
 
 def gib(num_bytes: float) -> str:

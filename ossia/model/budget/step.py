@@ -95,6 +95,8 @@ def _scratch(work: Work) -> int:
         return 0
     w = WeightBytes.of(work.arch, work.layout, work.dtype)
     found = w.layer_expanded if work.expands else 0
+    if found and work.experts_at_once < work.arch.num_experts:  # of gate_up, the larger one
+        found = w.layer_expanded * 2 // 3 * work.experts_at_once // work.arch.num_experts
     if _casts(work):
         found += (w.other - 2 * w.embedding) * work.size // 2 // work.arch.num_layers
     return found
@@ -176,7 +178,7 @@ def _loss(work: Work) -> StepBytes:
         activations=_after_last_layer(work),
         loss=loss_bytes(work) + (work.together - 1) * work.rows * _x(work),
         gradients=gradients,
-        scratch=_scratch(work),
+        scratch=_scratch(work) if work.experts_at_once == work.arch.num_experts else 0,
     )
 
 
