@@ -74,13 +74,18 @@ def footprint(work: Work, *, cache_bytes: int = 0, process: int | None = None, t
         living = {"keys and values": cache_bytes, **living}
     words = min(TOKENIZER, TOKENIZER * work.arch.vocab_size // 201_088) if tokenizer else 0
     if work.device == "cuda":
-        device = {"weights": _on_gpu(work, w), **trained, **living}
+        device = {"weights": weights_on_gpu(work), **trained, **living}
         device["allocator"] = int(_GPU_HOLES * step.total)
         device["CUDA context"] = GPU_CONTEXT
         host = {"process": (process or GPU_PROCESS) + words}
         if work.placement == "stream":
             host["pinned experts"] = work.arch.num_layers * pinned_bytes(w.layer_tensors)
-        files = w.packed if work.placement == "mmap" else w.embedding if work.placement == "stream" else 0
+        if work.on_host:
+            host["pinned embedding, head"] = len(work.on_host) * pinned_bytes((w.table,))
+        if work.offload:
+            x = work.pack * work.arch.hidden_size * work.residual_size
+            host["layers' inputs"] = work.packs * work.arch.num_layers * (1 << (x - 1).bit_length())
+        files = w.packed if work.placement == "mmap" else 0
         return Footprint(device, host, files + LIBRARIES, step.moment)
     held, files = _on_cpu(work, w)
     host = {"process": (process or PROCESS) + words, "weights": held, **trained, **living}
@@ -89,14 +94,17 @@ def footprint(work: Work, *, cache_bytes: int = 0, process: int | None = None, t
     return Footprint({}, {name: size for name, size in host.items() if size}, files + LIBRARIES, step.moment)
 
 
-def _on_gpu(work: Work, w: WeightBytes) -> int:
+def weights_on_gpu(work: Work) -> int:
+    """Bytes of the weights that are on a GPU."""
+    w = WeightBytes.of(work.arch, work.layout, work.dtype)
+    away = len(work.on_host) * w.embedding
     match work.placement:
         case "resident":
-            return w.packed
+            return w.packed - away
         case "bf16":
             return w.expanded + w.other * work.size // 2
         case "stream":
-            return w.other - w.embedding + 2 * w.layer_experts
+            return w.other - away + 2 * w.layer_experts
         case "mmap":
             return 0
 

@@ -15,11 +15,18 @@ from ossia.config import Recipe, is_hub_name
 from ossia.config.load import recipe_with
 from ossia.errors import CheckpointError, RecipeError
 from ossia.model.arch import SHAPES, Arch, Layout
-from ossia.model.budget.choose import Choice, choose_placement, keeps_activations
+from ossia.model.budget.choose import (
+    Choice,
+    Memory,
+    choose_placement,
+    keeps_activations,
+    offloads,
+    waits_on_host,
+)
 from ossia.model.budget.weights import trained_numbers
-from ossia.model.budget.work import Work
+from ossia.model.budget.work import Work, tokens_at_once
 from ossia.plan.machine import Machine
-from ossia.plan.memory import Footprint, cache_bytes, footprint
+from ossia.plan.memory import GPU_CONTEXT, Footprint, cache_bytes, footprint, weights_on_gpu
 from ossia.plan.speed import Speed, speed
 
 _RELEASED = {
@@ -158,10 +165,21 @@ def _work(recipe: Recipe, machine: Machine, arch: Arch, layout: Layout, choice: 
         packs=max(tokens // pack, 1),
         longest=min(recipe.max_length, pack),
         dropout=adapter is not None and adapter.dropout > 0,
-        recompute=train.recompute != "never",
+        recompute=True,
+        on_host=waits_on_host(arch, layout, choice.placement, machine.kind, machine.memory),
     )
-    keeps = train.recompute == "auto" and keeps_activations(work, machine.memory)
-    return replace(work, recompute=False) if keeps else work
+    return _decided(work, recipe, machine.memory)
+
+
+def _decided(work: Work, recipe: Recipe, memory: Memory) -> Work:
+    """With what is left to `train.recompute`, as a run decides it once its weights are where they belong."""
+    taken = weights_on_gpu(work) + GPU_CONTEXT if work.device == "cuda" else 0
+    left, choice = replace(memory, gpu_free=max(memory.gpu_free - taken, 0)), recipe.train.recompute
+    if choice == "never" or (choice == "auto" and keeps_activations(work, left)):
+        return replace(work, recompute=False)
+    away = choice == "offload" or (choice == "auto" and offloads(work, left))
+    chunk = tokens_at_once(work.arch, work.size, left.gpu_free) if work.device == "cuda" else None
+    return replace(work, offload=away, chunk=chunk)
 
 
 def _longest(plan: Plan, arch: Arch, layout: Layout) -> int:
@@ -169,8 +187,8 @@ def _longest(plan: Plan, arch: Arch, layout: Layout) -> int:
     low, high = 0, arch.max_positions
     while low < high:
         middle = (low + high + 1) // 2
-        work = replace(plan.work, pack=middle, packs=1, longest=middle, counted=None, recompute=True)
-        used = footprint(work)
+        work = replace(plan.work, pack=middle, packs=1, longest=middle, counted=None, recompute=True, chunk=None)
+        used = footprint(_decided(work, plan.recipe, plan.machine.memory))
         needed = used.device_peak if work.device == "cuda" else used.host_peak
         low, high = (middle, high) if needed <= plan.room else (low, middle - 1)
     return low
@@ -199,7 +217,7 @@ def _candidates(plan: Plan) -> list[list[str]]:
     found = [[f"weights={placement}"] for placement in ("resident", "stream", "mmap")]
     if plan.machine.kind == "cpu":
         found.remove(["weights=stream"])
-    found.append(["train.recompute=always"])
+    found += [["train.recompute=always"], *([["train.recompute=offload"]] if plan.machine.kind == "cuda" else [])]
     if (pack := max(recipe.max_length, 1024)) < train.tokens_per_pack:
         found.append([f"train.tokens_per_pack={pack}"])
     if (step := max(recipe.max_length, train.tokens_per_step // 4)) < train.tokens_per_step and recipe.method == "sft":
@@ -236,6 +254,7 @@ def as_json(plan: Plan) -> dict[str, Any]:
         "fullest": used.moment,
         "weights": {"placement": plan.choice.placement, "why": plan.choice.why},
         "recompute": work.recompute,
+        "offload": work.offload,
         "trained_parameters": plan.num_trained,
         "tokens_per_step": work.pack * work.packs,
         "tokens_per_pack": work.pack,

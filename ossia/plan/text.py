@@ -45,6 +45,7 @@ def _what(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "trained", f"{what}, {plan.num_trained:,} numbers"
     packs = f"{work.packs} packs of {work.pack:,}" if work.packs > 1 else "one pack"
     kept = "each layer computed again for its backward" if work.recompute else "activations kept"
+    kept += ", its input waiting in the machine's memory" if work.offload else ""
     yield "step", f"{work.pack * work.packs:,} tokens, {packs}; {kept}"
 
 

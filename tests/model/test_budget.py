@@ -16,7 +16,7 @@ from ossia.kernels import pick_kernels
 from ossia.model.arch import SHAPES, Arch, alternating_layers
 from ossia.model.budget.choose import Memory, choose_placement, keeps_activations
 from ossia.model.budget.step import step_bytes
-from ossia.model.budget.weights import WeightBytes, pinned_bytes
+from ossia.model.budget.weights import EMBEDDING, WeightBytes, pinned_bytes
 from ossia.model.budget.work import Placement, Work
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import Lora, LoraSpec
@@ -143,6 +143,7 @@ def test_the_budget_is_within_5_percent_of_every_step_that_was_measured_with_a_g
             SHAPES[config["shape"]], "mxfp4", config["placement"], "cuda", "triton", "bfloat16", ranks,
             pack=config["pack"], packs=config["packs"], longest=config["document"], recompute=config["recompute"],
             at_once=32,  # as it was when these were measured
+            on_host=frozenset({EMBEDDING} if config["placement"] == "stream" else ()),
         )  # fmt: skip
         parts = footprint(work).device
         allocated = sum(size for part, size in parts.items() if part not in ("allocator", "CUDA context"))
@@ -186,5 +187,5 @@ def test_a_choice_says_why() -> None:
         for gpu in (8, 24, 141)
     }
     assert "don't fit on the GPU" in why[8]
-    assert "beside a layer expanded" in why[24]
+    assert "fit beside 2 GiB" in why[24]
     assert "fit into half of the free" in why[141]

@@ -71,12 +71,17 @@ class LayerBytes:
         unit = RANK_BYTES // self.work.size
         return -(-self._rank(target) // unit) * unit
 
+    @property
+    def _chunk(self) -> int:
+        """Tokens that go through the experts together."""
+        return self.rows if self.work.chunk is None else min(self.rows, self.work.chunk)
+
     # --- what autograd keeps, beside the layer's input
 
     @property
     def kept(self) -> int:
-        """Bytes of the layer's graph over the pack."""
-        return self.kept_attention + self.kept_experts
+        """Bytes of the layer's graph over the pack; experts that take it in chunks leave nothing in it."""
+        return self.kept_attention + (self._kept_experts(self.rows) if self._chunk == self.rows else 0)
 
     @property
     def kept_attention(self) -> int:
@@ -89,7 +94,8 @@ class LayerBytes:
         found += self._kept_sink_attention()
         copied = (self._copies_out or self.rows < self.tokens) and not w.dropout
         o_input = n.queries if w.adapts("o_proj") and copied else 0
-        found += self.rows * (o_input + self._rank("o_proj") + n.hidden) * size  # x between attention and experts
+        # and x between attention and experts
+        found += self.rows * ((o_input + self._rank("o_proj")) * size + n.hidden * w.residual_size)
         return found + self._dropped(ATTENTION, (n.hidden, n.hidden, n.hidden, n.queries), self.tokens)
 
     @property
@@ -106,9 +112,8 @@ class LayerBytes:
         padded = -(-tokens // self.block) * self.block
         return padded * ((2 * n.queries + 4 * n.keys + 2 * self.block) * size + 4 * n.heads)
 
-    @property
-    def kept_experts(self) -> int:
-        """Of the second norm, router and experts."""
+    def _kept_experts(self, rows: int) -> int:
+        """Of the second norm, router and experts, over so many tokens."""
         w, n, size = self.work, self._n, self.work.size
         numbers = self._rank("router") + n.top_k  # the shares of the chosen
         if w.adapts("router") and not w.dropout:
@@ -121,9 +126,9 @@ class LayerBytes:
         each += self._expert_rank("gate_up_proj") + self._expert_rank("down_proj")
         if w.kernels == "triton":  # what the adapter adds stands apart
             each += 2 * n.width * bool(self._rank("gate_up_proj")) + n.hidden * bool(self._rank("down_proj"))
-        found = self.rows * ((numbers + n.top_k * each) * size + 4 + 3 * _INDEX * n.top_k)
-        found += self._dropped(("router",), (n.hidden,), self.rows)
-        return found + self._dropped(("gate_up_proj", "down_proj"), (n.hidden, n.width), self.rows * n.top_k)
+        found = rows * ((numbers + n.top_k * each) * size + 4 + 3 * _INDEX * n.top_k)
+        found += self._dropped(("router",), (n.hidden,), rows)
+        return found + self._dropped(("gate_up_proj", "down_proj"), (n.hidden, n.width), rows * n.top_k)
 
     def _dropped(self, targets: tuple[str, ...], inputs: tuple[int, ...], rows: int) -> int:
         """With dropout each adapter has an input and a mask of its own."""
@@ -136,31 +141,41 @@ class LayerBytes:
     @property
     def forward(self) -> int:
         """Most bytes of a forward without a graph, its result included."""
-        return max(self._after_experts(graph=False), self._including_sinks(graph=False))
+        return max(self._named(graph=False) + self._experts_forward(graph=False), self._including_sinks(graph=False))
 
     @property
     def forward_with_graph(self) -> int:
         """Most bytes of a forward with one, what is kept and the result included."""
-        return max(self.kept + self._after_experts(graph=True), self._including_sinks(graph=True))
+        whole = self._chunk == self.rows
+        after = self.kept + self._named(graph=True) + self._experts_forward(graph=whole)
+        return max(after, self._including_sinks(graph=True))
 
-    def _after_experts(self, *, graph: bool) -> int:
-        """At the end of the experts, when whatever the layer's functions still name is alive."""
-        w, n, size = self.work, self._n, self.work.size
-        named = 0 if graph and self.block is None and w.attention != "reference" else n.queries + 2 * n.keys
-        if not graph:
-            named += n.queries * (1 + (self.rows < self.tokens))  # attended
+    def _named(self, *, graph: bool) -> int:
+        """What the layer's function still names when the experts are done, beside what is kept."""
+        w, n = self.work, self._n
+        holds = graph and self.block is None and w.attention != "reference"
+        numbers = 0 if holds else self.tokens * (n.queries + 2 * n.keys)
+        if graph:
+            return numbers * w.size
+        numbers += self.tokens * n.queries * (1 + (self.rows < self.tokens))  # attended
+        return numbers * w.size + self.rows * n.hidden * w.residual_size  # between attention and experts
+
+    def _experts_forward(self, *, graph: bool) -> int:
+        """At the end of the experts' forward, of a chunk of the tokens; the result of all tokens included."""
+        w, n, size, rows = self.work, self._n, self.work.size, self._chunk
         holds = graph and not w.dropout
         per_row = 0 if holds and w.adapts("router") else n.hidden  # normed
         each = 0 if holds and w.adapts("gate_up_proj") else n.hidden  # gathered
         each += 0 if holds and w.adapts("down_proj") else n.width  # hidden
         if not graph:
-            per_row += n.hidden  # between attention and experts
             each += 2 * n.width + n.hidden
         extra = n.top_k * n.hidden if self._rank("down_proj") else 0
         if graph and w.kernels == "triton":
             extra = 0
-        numbers = self.tokens * named + self.rows * (per_row + n.top_k * each + max(n.hidden, extra))
-        return numbers * size + self.rows * n.top_k * _INDEX * (3 if graph else 6)
+        result = n.hidden * w.residual_size
+        found = rows * ((per_row + n.top_k * each) * size + max(result, extra * size))
+        found += rows * n.top_k * _INDEX * (3 if graph else 6)
+        return found if rows == self.rows else found + self.rows * result
 
     def _including_sinks(self, *, graph: bool) -> int:
         """While the sink is taken into attention's output: in float32 where no kernel does it in place."""
@@ -173,14 +188,20 @@ class LayerBytes:
 
     @property
     def backward(self) -> int:
-        """Most bytes of a backward, with what is left of the graph then, the result and both gradients."""
-        w, n, size = self.work, self._n, self.work.size
-        ends = self.rows * n.hidden * size * 2  # the result and its gradient
-        choice = self.rows * n.top_k * size
-        output = choice * n.hidden
-        combining = self.kept + ends + output
-        left = self.kept - output - (choice * n.width if w.adapts("down_proj") and not w.dropout else 0)
-        activating = left + ends + choice * 3 * n.width
+        """Most bytes of a backward, with what is left of the graph then, the result and both gradients.
+
+        Experts that take the pack in chunks have one chunk's graph at a time, and the gradient in all of their input.
+        """
+        x = self._n.hidden * self.work.residual_size
+        found = self.kept_attention + self._experts_backward(self._chunk) + 2 * self.rows * x
+        return found if self._chunk == self.rows else found + (self.rows + self._chunk) * x
+
+    def _experts_backward(self, rows: int) -> int:
+        w, n = self.work, self._n
+        choice = rows * n.top_k * w.size
+        output, kept = choice * n.hidden, self._kept_experts(rows)
+        left = kept - output - (choice * n.width if w.adapts("down_proj") and not w.dropout else 0)
+        activating = left + choice * 3 * n.width
         left -= choice * 2 * n.width
-        gathering = left + ends + choice * (2 * n.width + n.hidden * (2 if self._rank("gate_up_proj") else 1))
-        return max(combining, activating, gathering)
+        gathering = left + choice * (2 * n.width + n.hidden * (2 if self._rank("gate_up_proj") else 1))
+        return max(kept + output, activating, gathering)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ossia.model.budget.layer import ATTENTION, LayerBytes
-from ossia.model.budget.weights import WeightBytes, trained_by_place, trained_numbers
+from ossia.model.budget.weights import HEAD, WeightBytes, trained_by_place, trained_numbers
 from ossia.model.budget.work import Work
 from ossia.sizes import GPU_ROW_BLOCK, GPU_VOCAB_BLOCK, ROW_BLOCK, VOCAB_BLOCK
 
@@ -63,7 +63,7 @@ def _windows(work: Work) -> list[int | None]:
 
 def _x(work: Work) -> int:
     """Bytes of a token's activations between layers."""
-    return work.arch.hidden_size * work.size
+    return work.arch.hidden_size * work.residual_size
 
 
 def _layer(work: Work, index: int) -> LayerBytes:
@@ -72,8 +72,11 @@ def _layer(work: Work, index: int) -> LayerBytes:
 
 
 def _behind(work: Work, upto: int) -> int:
-    """Bytes that layers before `upto` leave for backward, over all packs: inputs, or inputs and graphs."""
-    each = upto * work.pack * _x(work)
+    """Bytes that layers before `upto` leave for backward, over all packs: inputs, or inputs and graphs.
+
+    Of inputs that wait in the machine's memory one is on its way.
+    """
+    each = (min(upto, 1) if work.offload else upto) * work.pack * _x(work)
     if not work.recompute:
         each += sum(_layer(work, index).kept for index in range(upto))
         if upto and work.ranks is not None and not work.adapts(*ATTENTION):  # nothing before it wants a gradient
@@ -97,7 +100,7 @@ def _scratch(work: Work) -> int:
     found = w.layer_expanded if work.expands else 0
     if found and work.experts_at_once < work.arch.num_experts:  # of gate_up, the larger one
         found = w.layer_expanded * 2 // 3 * work.experts_at_once // work.arch.num_experts
-    if _casts(work):
+    if _casts(work):  # but for norms, biases and the router, which are small
         found += (w.other - 2 * w.embedding) * work.size // 2 // work.arch.num_layers
     return found
 
@@ -200,6 +203,8 @@ def loss_bytes(work: Work) -> int:
         gradient = matrix * 4 * (work.ranks is not None)  # of all weights it is among the gradients
         products = block * min(block_vocab, a.vocab_size) * (4 + size * (size != 4))
         found = max(found, found - walk - sums + gradient + max(products, matrix * size * (size != 4)))
+    elif HEAD in work.on_host:  # a block is computed with while the next one arrives
+        found += 2 * min(block_vocab, a.vocab_size) * width * size
     elif _casts(work):
         found += matrix * size
     return found

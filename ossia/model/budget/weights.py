@@ -16,7 +16,7 @@ class WeightBytes:
 
     experts   the experts' matrices as the checkpoint has them; layer_experts of one layer
     expanded  the same in the activations' type; layer_expanded of one layer
-    other     everything else, embedding and head included
+    other     everything else, embedding and head included; table of either of these
     """
 
     experts: int
@@ -24,7 +24,7 @@ class WeightBytes:
     expanded: int
     layer_expanded: int
     other: int
-    embedding: int
+    table: TensorSpec
     layer_tensors: tuple[TensorSpec, ...]
 
     @classmethod
@@ -42,9 +42,14 @@ class WeightBytes:
             expanded,
             expanded // layers,
             total - layer * layers,
-            specs[EMBEDDING].num_bytes,
+            specs[EMBEDDING],
             tuple(mine),
         )
+
+    @property
+    def embedding(self) -> int:
+        """Of the embedding, or of the head."""
+        return self.table.num_bytes
 
     @property
     def packed(self) -> int:
