@@ -14,7 +14,7 @@ from ossia.model.budget.work import DTYPE_BYTES, Work
 from ossia.sizes import FULL_BLOCK
 
 MIB = 1 << 20
-PROCESS = 240 * MIB  # Python, torch with what its optimizer loads, and this package, before a weight is read
+PROCESS = 232 * MIB  # Python, torch with what its optimizer loads, and this package, before a weight is read
 LIBRARIES = 170 * MIB  # pages of their files
 TOKENIZER = 90 * MIB  # of the released vocabulary; smaller ones take less
 GPU_PROCESS = 1200 * MIB  # the same in the machine's memory where a CUDA context is there
@@ -23,7 +23,8 @@ _FAULT = 64 * 1024  # bytes of a file that come with a page of it
 _PRODUCT = 850 * 1024  # bytes that oneDNN keeps for a bfloat16 product in a size that it hasn't met
 _SIZES = 40  # that experts' rows come in: eight in every doubling, over five doublings
 _MOST_PRODUCTS = 1024  # that it keeps
-_HOLES = 0.35  # of what lives and dies within a step, and a layer's part once more: holes in the C library's heap
+# Holes in the C library's heap, measured (docs/plan.md): a share of what lives in a step, and a layer's part so often
+_HOLES, _HOLES_LAYER, _HOLES_LAYER_AGAIN = 0.1, 1.4, 2.4  # the last where layers are computed again
 _GPU_HOLES = 0.03  # torch's own, measured with an H100: 2% to 4%
 
 
@@ -139,7 +140,8 @@ def _products(work: Work) -> int:
 def _holes(work: Work, step: StepBytes) -> int:
     """What freed blocks of many sizes leave between those that live: measured, see docs/plan.md."""
     layer = LayerBytes(work, work.arch.sliding_window, work.pack, work.pack)
-    return int(_HOLES * (step.total - step.parts.get("scratch", 0))) + layer.forward_with_graph
+    often = _HOLES_LAYER_AGAIN if work.recompute else _HOLES_LAYER
+    return int(_HOLES * (step.total - step.parts.get("scratch", 0)) + often * layer.forward_with_graph)
 
 
 def cache_bytes(recipe: Recipe, arch: Arch, dtype: str, limit: int) -> int:
