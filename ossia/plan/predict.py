@@ -166,6 +166,7 @@ def _work(recipe: Recipe, machine: Machine, arch: Arch, layout: Layout, choice: 
         longest=min(recipe.max_length, pack),
         dropout=adapter is not None and adapter.dropout > 0,
         recompute=True,
+        qat=recipe.qat is not None,
         on_host=waits_on_host(arch, layout, choice.placement, machine.kind, machine.memory),
     )
     return _decided(work, recipe, machine.memory)

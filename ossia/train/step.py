@@ -180,4 +180,5 @@ def work_of(model: Transformer, *, pack: int, packs: int, recompute: bool) -> Wo
         dropout=model.lora is not None and model.lora.spec.dropout > 0,
         recompute=recompute,
         on_host=model.weights.on_host,
+        qat=model.qat,
     )

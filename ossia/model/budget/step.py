@@ -94,11 +94,11 @@ def _copies(work: Work, *, all_layers: bool) -> int:
 
 def _scratch(work: Work) -> int:
     """A layer's experts expanded, and its other weights where they have to be cast or fetched."""
-    if work.ranks is None:
+    if work.ranks is None and not work.qat:
         return 0
     w = WeightBytes.of(work.arch, work.layout, work.dtype)
     found = w.layer_expanded if work.expands else 0
-    if found and work.experts_at_once < work.arch.num_experts:  # of gate_up, the larger one
+    if found and work.experts_at_once < work.arch.num_experts and not work.qat:  # of gate_up, the larger one
         found = w.layer_expanded * 2 // 3 * work.experts_at_once // work.arch.num_experts
     if _casts(work):  # but for norms, biases and the router, which are small
         found += (w.other - 2 * w.embedding) * work.size // 2 // work.arch.num_layers

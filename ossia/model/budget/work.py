@@ -52,6 +52,7 @@ class Work:
     chunk     tokens that go through a layer's experts together, where activations are computed again; None: all
     offload   layers' inputs wait in the machine's memory
     on_host   of embedding and head, those that wait there too, by name
+    qat       experts are computed as an MXFP4 export rounds them
     """
 
     arch: Arch
@@ -71,6 +72,7 @@ class Work:
     chunk: int | None = None
     offload: bool = False
     on_host: frozenset[str] = frozenset()
+    qat: bool = False
 
     @property
     def size(self) -> int:
@@ -89,7 +91,7 @@ class Work:
     @property
     def expands(self) -> bool:
         """Whether experts are expanded when it is their layer's turn, and let go after it."""
-        return self.ranks is not None and self.placement != "bf16"
+        return self.qat or (self.ranks is not None and self.placement != "bf16")
 
     @property
     def experts_at_once(self) -> int:
@@ -101,6 +103,8 @@ class Work:
     @property
     def prepares_layers(self) -> bool:
         """Whether a layer's weights take work to be ready; see `train.schedule.prepares_layers`."""
+        if self.qat:
+            return True
         return self.dtype != "float32" if self.ranks is None else self.placement != "bf16"
 
     @property
