@@ -66,7 +66,6 @@ def worker(case: Case, folder: Path) -> None:
     from ossia.model.lora import Lora, LoraSpec
     from ossia.model.transformer import Transformer
     from ossia.model.weights import Weights
-    from ossia.plan.memory import footprint
     from ossia.train.optim import AdamW
     from ossia.train.step import keeps_activations, train_step, work_of
 
@@ -83,13 +82,29 @@ def worker(case: Case, folder: Path) -> None:
     weights[0] = 0
     pack = Pack.from_samples([Sample(ids, weights, None, "random:1", ())])
     recompute = not keeps_activations(model, "auto", case.tokens, case.tokens)
-    peaks = []
+    peaks: list[int] = []
     for _ in range(case.steps):
         train_step(model, optimizer, [pack], lr=1e-4, clip=1.0, recompute=recompute)
         peaks.append(peak_resident_bytes())
-    used = footprint(work_of(model, pack=case.tokens, packs=1, recompute=recompute), tokenizer=False)
-    found = {"peaks_by_step": peaks, "measured_bytes": peaks[-1], "planned_bytes": used.resident_peak}
-    print(json.dumps({**found, "recompute": recompute, "parts": dict(used.host), "file_pages": used.files}))
+    work = work_of(model, pack=case.tokens, packs=1, recompute=recompute)
+    print(json.dumps({"vocab": work.arch.vocab_size, "recompute": recompute, "peaks_by_step": peaks}))
+
+
+def planned(case: Case, found: dict[str, Any]) -> dict[str, Any]:
+    """What the plan says of a case that was measured, and how near it is."""
+    from ossia.model.arch import SHAPES
+    from ossia.model.budget.work import Work
+    from ossia.plan.memory import footprint
+
+    arch = replace(SHAPES[case.shape], vocab_size=found["vocab"])
+    ranks = dict.fromkeys(ATTENTION, 16) | (dict.fromkeys(EXPERTS, 8) if case.experts else {})
+    work = Work(
+        arch, "mxfp4", case.placement, "cpu", "c", case.dtype, None if case.all_weights else ranks,  # type: ignore[arg-type]
+        pack=case.tokens, recompute=found["recompute"],
+    )  # fmt: skip
+    used, measured = footprint(work, tokenizer=False), found["peaks_by_step"][-1]
+    sizes = {"measured_bytes": measured, "planned_bytes": used.resident_peak, "ratio": used.resident_peak / measured}
+    return {"config": vars(case), **found, **sizes, "parts": dict(used.host), "file_pages": used.files}
 
 
 def measure(name: str, models: Path, threads: int) -> dict[str, Any]:
@@ -101,8 +116,7 @@ def measure(name: str, models: Path, threads: int) -> dict[str, Any]:
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
     words = [sys.executable, "-m", MODULE, "--worker", name, "--models", str(models)]
     done = subprocess.run(words, cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True, check=True)
-    found = json.loads(done.stdout.splitlines()[-1])
-    return {"config": vars(case), **found, "ratio": found["planned_bytes"] / found["measured_bytes"]}
+    return planned(case, json.loads(done.stdout.splitlines()[-1]))
 
 
 def make(shape: str, folder: Path) -> None:
@@ -152,6 +166,7 @@ def main() -> None:
     parser.add_argument("--case", action="append", choices=CASES)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--models", type=Path, help="where the models are, or are made; instead of a scratch folder")
+    parser.add_argument("--plan-anew", action="store_true", help="measure nothing; compare what was measured before")
     parser.add_argument("--worker", choices=CASES)
     options = parser.parse_args()
     if options.worker:
@@ -160,8 +175,12 @@ def main() -> None:
     file = RESULTS / "plan.json"
     cases = json.loads(file.read_text())["cpu"] if file.is_file() else {}
     with tempfile.TemporaryDirectory() as scratch:
-        for name in options.case or CASES:
-            found = cases[name] = measure(name, options.models or Path(scratch), options.threads)
+        for name in (cases if options.plan_anew else options.case) or CASES:
+            if options.plan_anew:
+                before = {key: cases[name][key] for key in ("vocab", "recompute", "peaks_by_step")}
+                found = cases[name] = planned(CASES[name], before)
+            else:
+                found = cases[name] = measure(name, options.models or Path(scratch), options.threads)
             print(f"{name}: planned {found['planned_bytes'] / 1e9:.3f} GB, {found['ratio']:.3f} of what was measured")
             result = {"question": (__doc__ or "").splitlines()[0], "threads": options.threads, "cpu": cases}
             write_result("plan", {**result, "gpu": recorded(), **where(("torch", "numpy"))})
