@@ -215,6 +215,57 @@ def export_lines() -> Iterator[str]:
     yield ""
 
 
+def plan_lines() -> Iterator[str]:
+    """How near the plan is to what was measured."""
+    if (found := load("plan")) is None:
+        return
+    yield "## What `ossia plan` says, and what it takes (`benchmarks/plan.py`)"
+    yield ""
+    yield "| | planned | measured | planned / measured |"
+    yield "|---|---|---|---|"
+    for place, cases in (("CPU", found["cpu"]), ("GPU", found["gpu"])):
+        for name, case in cases.items():
+            sizes = (f"{case[key] / 1e9:.3f} GB" for key in ("planned_bytes", "measured_bytes"))
+            yield f"| {place}: {name} | {' | '.join(sizes)} | {case['ratio']:.3f} |"
+    yield ""
+    yield "On a CPU the process's largest resident set, files' pages included; of a GPU what torch reserved at most."
+    yield ""
+
+
+def step_20b_lines() -> Iterator[str]:
+    """The full 20b shape on a CPU."""
+    if (found := load("step_20b")) is None:
+        return
+    config = found["config"]
+    yield f"## A step of the 20b shape on a CPU (`benchmarks/step_20b.py`): {found['device']}"
+    yield ""
+    yield (
+        f"QLoRA, rank 16 on attention and 8 on the experts, {config['tokens']:,} tokens, {config['threads']} "
+        f"thread{'s' if config['threads'] > 1 else ''}; random weights."
+    )
+    yield ""
+    yield "| weights | largest resident set | of it anonymous | planned | a step, processor's time | wall |"
+    yield "|---|---|---|---|---|---|"
+    sides = [side for side in ("resident", "mmap") if side in found]
+    for side in sides:
+        case = found[side]
+        keys = ("peak_resident_bytes", "peak_anonymous_bytes", "planned_anonymous_bytes")
+        sizes = " | ".join(f"{case[key] / 2**30:.2f} GiB" for key in keys)
+        yield f"| {side} | {sizes} | {case['step_cpu_s']:.0f} s | {case['step_s']:.0f} s |"
+    yield ""
+    for side in sides:
+        shares = ", ".join(f"{part} {share:.0%}" for part, share in found[side]["share"].items() if share >= 0.005)
+        yield f"Of a step with `{side}`: {shares}."
+        yield ""
+    if (peer := found.get("peer")) is not None:
+        limit, words = peer["limit_bytes"] / 2**30, peer["last_words"][-1]
+        yield (
+            f"transformers + peft, held to {limit:.0f} GiB of memory, end after {peer['seconds']:.0f} s with exit code "
+            f"{peer['exit_code']}: `{words}`"
+        )
+        yield ""
+
+
 def jail_lines() -> Iterator[str]:
     """What the benchmark of the jail found."""
     if (found := load("jail")) is None:
@@ -298,7 +349,7 @@ def page() -> str:
         "tok/s are trained tokens; memory is each process's own peak resident set. Both sides' first losses agree.",
         "",
     ]
-    lines += [*grpo_lines(), *gpu_lines()]
+    lines += [*grpo_lines(), *gpu_lines(), *plan_lines(), *step_20b_lines()]
     lines += ["## Generation, side by side in one run (`benchmarks/decode_cpu.py`)", "", *decode_rows(), ""]
     lines += ["## Generation beside llama.cpp (`benchmarks/decode_llamacpp.py`)", "", *llamacpp_rows(), ""]
     lines += [*serving_lines(), *export_lines(), *qat_lines(), *round_lines(), *jail_lines()]

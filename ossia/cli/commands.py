@@ -16,6 +16,7 @@ import typer
 from ossia.cli.app import command, importing
 from ossia.cli.attack import attack
 from ossia.cli.llama import LlamaGiven, is_gguf, is_gguf_alone, with_llama_options
+from ossia.cli.plan import plan
 from ossia.cli.push import PrivateOption, PushOption, hub_for, push, push_result
 from ossia.errors import UserError
 
@@ -148,6 +149,9 @@ def train(
 
     result = run_recipe(checked, resume=resume)
     print(result.folder)
+
+
+command("plan")(plan)
 
 
 @command("data")

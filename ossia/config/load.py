@@ -62,6 +62,13 @@ def recipe_from_dict(given: Mapping[str, Any], name: str = "recipe") -> Recipe:
     return _settled(draft_from_dict(given, name))
 
 
+def recipe_with(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A recipe with some of its keys set, `key=value` as on the command line. Raises RecipeError."""
+    given, places = recipe.model_dump(mode="json", by_alias=True), Places("recipe")
+    problems = [found for text in overrides if (found := _override(given, text, places)) is not None]
+    return _settled(draft_of(given, places, problems, []))
+
+
 def draft_from_dict(given: Mapping[str, Any], name: str = "recipe") -> Draft:
     """As `draft_recipe`, from plain values."""
     return draft_of(dict(given), Places(name), [], [])

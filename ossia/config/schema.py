@@ -464,6 +464,13 @@ class Recipe(Section):
         )
 
     @property
+    def tokens_of_step(self) -> int:
+        """Tokens of a step if every sample is as long as it may be; a sampled group's prompt counts once."""
+        if self.method == "sft":
+            return self.train.tokens_per_step
+        return self.rl.prompts * (self.max_length - self.rl.max_new + self.rl.group * self.rl.max_new)
+
+    @property
     def has_eval(self) -> bool:
         """Whether the recipe holds rows out."""
         return bool(self.eval.split or self.eval.data)

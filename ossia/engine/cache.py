@@ -20,8 +20,8 @@ from torch import Tensor
 from ossia.kernels.cpu.pages import large_zeros
 from ossia.model.arch import Arch
 from ossia.ops.attention import Backend, dense_attention
+from ossia.sizes import FULL_BLOCK
 
-FULL_BLOCK = 64
 _FIRST_BLOCKS = 8
 
 

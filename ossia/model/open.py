@@ -5,7 +5,6 @@ Training, evaluation, chat, generation and export all open models here, so `auto
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -14,11 +13,13 @@ import torch
 from ossia.config import is_hub_name, load_recipe
 from ossia.errors import CheckpointError, MissingExtraError, UserError
 from ossia.harmony.vocab import Vocabulary
-from ossia.model.arch import Arch
+from ossia.model.budget import choose as budget
+from ossia.model.budget.weights import WeightBytes
+from ossia.model.budget.work import DeviceKind
 from ossia.model.checkpoint import CONFIG, Checkpoint
 from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
-from ossia.model.weights import EMBEDDING, HEAD, Placement, Weights
+from ossia.model.weights import Placement, Weights
 from ossia.ops.attention import Backend, Place, check_backend
 from ossia.ops.memory import machine_memory
 
@@ -26,6 +27,7 @@ WeightsChoice = Literal["auto", "resident", "stream", "mmap", "bf16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 RECIPE_IN_RUN = "recipe.yaml"
 MODEL_IN_RUN = "model"  # where a run that trained all weights leaves them
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
@@ -74,7 +76,9 @@ def open_model(
     backend = None
     if attention != "auto":
         backend = check_backend(attention, Place.of(place, activations, checkpoint.arch.head_dim))
-    placed = Weights(checkpoint, placement, activations, place, _on_host(checkpoint, placement, place))
+    kind: DeviceKind = "cuda" if place.type == "cuda" else "cpu"
+    on_host = budget.waits_on_host(checkpoint.arch, checkpoint.layout, placement, kind, memory_of(place))
+    placed = Weights(checkpoint, placement, activations, place, on_host)
     return Transformer(placed, lora=lora, backend=backend, qat=qat), vocabulary
 
 
@@ -123,78 +127,24 @@ def _of_run(run: Path) -> tuple[str, Path | None]:
 
 
 def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Placement:
-    """What `weights: auto` stands for.
-
-    CPU   bf16 where the expanded experts take less than a quarter of the machine's memory, else mmap
-    CUDA  bf16 where all weights, experts expanded, fit into half of the device's free memory (activations, gradients
-          and adapters need the rest); resident where the packed ones but the embedding fit beside 2 GB; stream where
-          the packed experts take less than nine tenths of the machine's free memory; else mmap
-    """
-    arch = checkpoint.arch
-    experts_bytes = expanded_expert_bytes(arch, dtype)
-    if device.type == "cpu":
-        return "bf16" if experts_bytes < machine_memory()[0] / 4 else "mmap"
-    free, _ = torch.cuda.mem_get_info(device)
-    return _gpu_placement(
-        free,
-        machine_memory()[1],
-        packed=checkpoint.num_bytes,
-        expanded=experts_bytes + _other_bytes(checkpoint),
-        embedding=checkpoint.specs[EMBEDDING].num_bytes,
-    )
+    """What `weights: auto` stands for here and now; the rule is `budget.choose.choose_placement`."""
+    kind: DeviceKind = "cuda" if device.type == "cuda" else "cpu"
+    memory = memory_of(device)
+    return budget.choose_placement(checkpoint.arch, checkpoint.layout, DTYPE_NAMES[dtype], kind, memory).placement
 
 
-def _gpu_placement(free: int, machine: int, *, packed: int, expanded: int, embedding: int) -> Placement:
-    """Of bytes free on the device and on the machine; of all weights, packed and expanded, and of the embedding."""
-    if expanded < free / 2:
-        return "bf16"
-    if packed - embedding + _WORKING_BYTES < free:
-        return "resident"
-    return "stream" if packed < 0.9 * machine else "mmap"
-
-
-def _on_host(checkpoint: Checkpoint, placement: Placement, device: torch.device) -> frozenset[str]:
-    if device.type != "cuda" or placement not in ("resident", "stream"):
-        return frozenset()
-    packed = checkpoint.num_bytes
-    if placement == "stream":
-        experts = packed - _other_bytes(checkpoint)
-        packed -= experts - 2 * experts // checkpoint.arch.num_layers
-    sizes = {name: checkpoint.specs[name].num_bytes for name in (EMBEDDING, HEAD)}
-    return on_host_where_full(torch.cuda.mem_get_info(device)[0], packed, sizes)
-
-
-def on_host_where_full(free: int, placed: int, sizes: Mapping[str, int]) -> frozenset[str]:
-    """Which of embedding and head wait in the machine's memory: first the one whose rows are only looked up, then both.
-
-    free    bytes of the device; placed  bytes of the weights that would be on it; sizes  of which these
-    """
-    found: frozenset[str] = frozenset()
-    for name in (EMBEDDING, HEAD):
-        if placed - sum(sizes[one] for one in found) + _WORKING_BYTES < free:
-            break
-        found |= {name}
-    return found
-
-
-_WORKING_BYTES = 2 << 30  # a step of a few thousand tokens, and what a CUDA context takes
+def memory_of(device: torch.device) -> budget.Memory:
+    """Memory of the machine, and of the device where it is a GPU."""
+    gpu_free, gpu = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    return budget.Memory(*machine_memory(), gpu=gpu, gpu_free=gpu_free)
 
 
 def weights_bytes(weights: Weights) -> int:
     """Bytes of a model's weights where they are: in memory, or with placement mmap in the file, read as needed."""
     if weights.placement != "bf16":  # of `stream` most are in the machine's memory
         return weights.checkpoint.num_bytes
-    return _other_bytes(weights.checkpoint) + expanded_expert_bytes(weights.arch, weights.dtype)
-
-
-def _other_bytes(checkpoint: Checkpoint) -> int:
-    return sum(spec.num_bytes for name, spec in checkpoint.specs.items() if ".mlp.experts." not in name)
-
-
-def expanded_expert_bytes(arch: Arch, dtype: torch.dtype) -> int:
-    """Bytes of all expert matrices in `dtype`."""
-    per_expert = 3 * arch.hidden_size * arch.intermediate_size
-    return arch.num_layers * arch.num_experts * per_expert * dtype.itemsize
+    w = WeightBytes.of(weights.arch, weights.checkpoint.layout, DTYPE_NAMES[weights.dtype])
+    return w.other + w.expanded
 
 
 def _device(choice: str) -> torch.device:

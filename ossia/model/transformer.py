@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ossia.kernels import Kernels, pick_kernels
 from ossia.model.arch import Arch
+from ossia.model.budget.work import experts_at_once
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed, packed_experts
 from ossia.model.weights import (
@@ -101,31 +102,6 @@ class Context:
     segments: Segments
     cos_TF: Tensor
     sin_TF: Tensor
-
-
-def experts_at_once(arch: Arch, device_type: str, tokens: int) -> int | None:
-    """How many packed experts a step of `tokens` tokens expands together, by default; None: all.
-
-    On a GPU, where memory is scarce, as many as take no more bytes than the rows that are multiplied with them: so the
-    scratch never more than doubles what a layer needs beside its weights, and it is all experts, one product and
-    nothing to wait for, from the number of tokens on where that no longer counts. On a CPU all: there expanding is what
-    takes the time, and a part is expanded once more for its layer's backward.
-    """
-    if device_type == "cpu":
-        return None
-    row = 2 * arch.hidden_size + 3 * arch.intermediate_size  # gathered, gate and up, hidden, the output
-    fitting = tokens * arch.experts_per_token * row // (2 * arch.intermediate_size * arch.hidden_size)
-    return max(1, min(fitting, arch.num_experts))
-
-
-def tokens_at_once(arch: Arch, itemsize: int, free: int) -> int:
-    """How many tokens go through a layer's experts together, where a GPU has `free` bytes beside what lies on it.
-
-    What lies between, forward and backward, may take a quarter of them. A multiple of 1,024: at least 1,024 rows keep a
-    GPU busy, and each expert's matrix is read once for all of them.
-    """
-    rows = arch.experts_per_token * (2 * arch.hidden_size + 3 * arch.intermediate_size)
-    return max(1, free // 4 // (2 * rows * itemsize) // 1024) * 1024
 
 
 class Transformer:

@@ -12,20 +12,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ossia.kernels import pick_kernels
 from ossia.model.arch import Arch
+from ossia.model.budget.weights import EMBEDDING, HEAD, is_expert_weight
+from ossia.model.budget.work import Placement
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.packed import Base, Packed
+from ossia.ops.memory import leave_to_the_file
 from ossia.ops.mxfp4 import dequantize_mxfp4
 
-Placement = Literal["mmap", "resident", "stream", "bf16"]
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def expert_module(layer: int, projection: str) -> str:
@@ -128,23 +128,28 @@ class Weights:
             host = [{name: _host_copy(checkpoint.tensor(name), device) for name in names} for names in layers]
             self._stream = Stream(host, device)
         for name in checkpoint.specs:
-            if placement == "stream" and _is_expert_weight(name):
+            if placement == "stream" and is_expert_weight(name):
                 continue
             if name in self.on_host:
                 self._held[name] = _host_copy(checkpoint.tensor(name), device)
-            elif placement in ("resident", "stream") or not _is_expert_weight(name):
+            elif placement in ("resident", "stream") or not is_expert_weight(name):
                 self._held[name] = self._placed(name)
         if placement == "bf16":
             for layer in range(self.arch.num_layers):
                 for projection in EXPERT_WEIGHTS:
                     self._expanded[layer, projection] = self._expand(layer, projection, slice(None))
+                for name in checkpoint.specs:
+                    if _streams(name, layer):
+                        leave_to_the_file(checkpoint.tensor(name))
 
     def _placed(self, name: str) -> Tensor:
         """A tensor where the placement wants it: `bf16` casts it once, the others copy it as it is."""
         tensor = self.checkpoint.tensor(name)
         if self.placement == "bf16":  # on the CPU and in bf16 these are the file's own pages, not a second copy
             return tensor.to(device=self.device, dtype=self.dtype)
-        return tensor.to(self.device) if self.device.type != "cpu" else tensor.clone()
+        placed = tensor.to(self.device) if self.device.type != "cpu" else tensor.clone()
+        leave_to_the_file(tensor)
+        return placed
 
     @property
     def arch(self) -> Arch:
@@ -278,12 +283,12 @@ class Stream:
 
 def _host_copy(tensor: Tensor, device: torch.device) -> Tensor:
     """Where a GPU can fetch it by itself while it computes; elsewhere the checkpoint's own pages."""
-    return tensor.cpu().pin_memory() if device.type == "cuda" else tensor
+    if device.type != "cuda":
+        return tensor
+    pinned = tensor.cpu().pin_memory()
+    leave_to_the_file(tensor)
+    return pinned
 
 
 def _streams(name: str, layer: int) -> bool:
-    return name.startswith(f"model.layers.{layer}.") and _is_expert_weight(name)
-
-
-def _is_expert_weight(name: str) -> bool:
-    return ".mlp.experts." in name and not name.endswith("_bias")
+    return name.startswith(f"model.layers.{layer}.") and is_expert_weight(name)

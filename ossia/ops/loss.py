@@ -18,15 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.kernels import passes_for, pick_kernels
-
-VOCAB_BLOCK = 4096
-ROW_BLOCK = 1024
-_GPU_BLOCKS = (4096, 8192)  # rows and tokens: enough for a GPU to be busy, and 64 MB of logits
+from ossia.sizes import GPU_ROW_BLOCK, GPU_VOCAB_BLOCK, ROW_BLOCK, VOCAB_BLOCK
 
 
 def _blocks(device: torch.device) -> tuple[int, int]:
     """Rows and tokens of the vocabulary that are walked at once."""
-    return (ROW_BLOCK, VOCAB_BLOCK) if device.type == "cpu" else _GPU_BLOCKS
+    return (ROW_BLOCK, VOCAB_BLOCK) if device.type == "cpu" else (GPU_ROW_BLOCK, GPU_VOCAB_BLOCK)
 
 
 def linear_logprob(h_ND: Tensor, head_VD: Tensor, targets_N: Tensor) -> Tensor:

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import ctypes
 import os
+import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_MADV_DONTNEED = 4
 
 # Where Linux has a control group's limit and use: version 2 (its line names no controller), and version 1.
 _GROUP_FILES = {
@@ -50,6 +57,37 @@ def _control_groups(root: Path) -> Iterator[tuple[int, int]]:
                 limit, used = group / limit_file, group / used_file
                 if limit.is_file() and used.is_file() and (text := limit.read_text().strip()) != "max":
                     yield int(text), int(used.read_text())
+
+
+def peak_resident_bytes() -> int:
+    """The most bytes that this process had in memory so far, files' pages that it read included."""
+    status = Path("/proc/self/status")
+    if status.is_file():  # getrusage counts what started the process as well
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return int(lines["VmHWM"].split()[0]) * 1024
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes() -> int:
+    """Bytes that this process has in memory now; where the system doesn't tell, the most so far."""
+    statm = Path("/proc/self/statm")
+    if not statm.is_file():
+        return peak_resident_bytes()
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def leave_to_the_file(tensor: Tensor) -> None:
+    """Give back the pages of a tensor that was read from a file and won't be for now: it stays readable.
+
+    tensor  maps a file and was never written to; whole pages inside of it go, where the system is Linux
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu":
+        return
+    page = os.sysconf("SC_PAGE_SIZE")
+    start, end = -(-tensor.data_ptr() // page) * page, (tensor.data_ptr() + tensor.nbytes) // page * page
+    if end > start:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)
 
 
 def return_freed_memory(device: torch.device) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ossia.kernels.cpu.grouped import Product, grouped_mm, plain_grouped_mm
 from ossia.ops.linear import NARROW
+from ossia.sizes import RANK_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +196,7 @@ def adapter_part(
 
 def _align_rank(a_ErD: Tensor, b_EOr: Tensor) -> tuple[Tensor, Tensor]:
     """The factors with zeros appended to their rank, up to the rows of whole 16 bytes that the grouped matmul takes."""
-    lacking = -a_ErD.shape[1] % (16 // a_ErD.itemsize)
+    lacking = -a_ErD.shape[1] % (RANK_BYTES // a_ErD.itemsize)
     return (F.pad(a_ErD, (0, 0, 0, lacking)), F.pad(b_EOr, (0, lacking))) if lacking else (a_ErD, b_EOr)
 
 

@@ -93,7 +93,7 @@ class Policy:
         self.alarm, self.number = Alarm(), 0  # steps taken
         self._next: Next | None = None
         self.tokens_per_pack = train.tokens_per_pack
-        tokens = rl.prompts * rl.group * recipe.max_length
+        tokens = recipe.tokens_of_step
         self.recompute = not keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
         self.offload = self.recompute and offloads(model, train.recompute, tokens)
         self.tokens_at_once = chunk_of_tokens(model) if self.recompute else None

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,13 @@ from typing import Any
 import torch
 
 from ossia.config import Recipe
+from ossia.engine.engine import default_cache_bytes
 from ossia.errors import RunError
 from ossia.harmony.vocab import Vocabulary
-from ossia.model.open import open_model
+from ossia.model.open import DTYPE_NAMES, open_model
 from ossia.model.transformer import Transformer
+from ossia.plan.memory import cache_bytes, footprint
+from ossia.plan.text import as_line
 from ossia.run.attention import settle_attention
 from ossia.run.trained import ADAPTER, MODEL, make_trainable, show_trainable
 from ossia.train.events import ENV, EVENTS, EventLog, Sink, environment, peak_bytes, write_env
@@ -26,6 +29,7 @@ from ossia.train.optim import AdamW, lr_at
 from ossia.train.report.page import RECIPE, REPORT, SAMPLES
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import SavedState, checkpoint_paths, seed_generators, write_file
+from ossia.train.step import chunk_of_tokens, keeps_activations, offloads, work_of
 
 # What a run writes into its folder, besides its events.
 _WRITTEN = (ADAPTER, MODEL, ENV, RECIPE, REPORT, SAMPLES)
@@ -107,6 +111,18 @@ def adamw_of(recipe: Recipe, model: Transformer) -> AdamW:
     return AdamW(model.trainable.tensors, betas=betas, eps=train.eps, weight_decay=train.weight_decay)
 
 
+def predicted(recipe: Recipe, model: Transformer) -> str:
+    """The memory that a run's steps should take at most, in a line."""
+    tokens, train = recipe.tokens_of_step, recipe.train
+    keeps = keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
+    pack = min(tokens, train.tokens_per_pack)
+    work = work_of(model, pack=pack, packs=tokens // pack, recompute=not keeps)
+    if not keeps:
+        work = replace(work, offload=offloads(model, train.recompute, tokens), chunk=chunk_of_tokens(model))
+    cached = cache_bytes(recipe, model.arch, DTYPE_NAMES[model.dtype], default_cache_bytes(model))
+    return as_line(work, footprint(work, cache_bytes=cached))
+
+
 def job_of(
     recipe: Recipe,
     model: Transformer,
@@ -118,8 +134,10 @@ def job_of(
     evaluate: Callable[[], Mapping[str, float]] | None,
     counts: Callable[[], Mapping[str, int]],
 ) -> Job:
-    """The loop's job around a method's `step` and `evaluate`; see `train.loop.Job`."""
+    """The loop's job around a method's `step` and `evaluate`, announced with the memory that it should take; see
+    `train.loop.Job`."""
     train = recipe.train
+    say(predicted(recipe, model))
     return Job(
         run=recipe.output,
         steps=steps,

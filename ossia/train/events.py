@@ -21,7 +21,6 @@ import fcntl
 import json
 import os
 import platform
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -33,7 +32,7 @@ from typing import Any, Protocol, Self
 import torch
 
 from ossia.errors import RunError
-from ossia.ops.memory import machine_memory
+from ossia.ops.memory import machine_memory, peak_resident_bytes
 from ossia.train.state import checkpoint_paths, storage_error, write_file
 
 EVENTS, ENV = "events.jsonl", "env.json"
@@ -158,8 +157,7 @@ def peak_bytes(device: torch.device) -> int:
     """The most memory used so far, in bytes: reserved by torch on a GPU, resident in this process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_reserved(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_resident_bytes()
 
 
 def environment(device: torch.device) -> dict[str, Any]:

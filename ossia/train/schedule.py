@@ -190,6 +190,7 @@ def _layer_major(
             if y.requires_grad:
                 torch.autograd.backward(y, grads[m])
             grads[m], x.grad = x.grad, None
+            del y  # it holds on to the layer's input
     embedded.backward(grads)
     return loss
 

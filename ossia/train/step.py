@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from ossia.data.pack import Pack
-from ossia.model.arch import Arch
-from ossia.model.transformer import Transformer, tokens_at_once
+from ossia.model.budget import choose as budget
+from ossia.model.budget.work import Work, tokens_at_once
+from ossia.model.open import DTYPE_NAMES, memory_of
+from ossia.model.transformer import Transformer
 from ossia.ops.loss import weighted_nll
-from ossia.ops.memory import machine_memory, return_freed_memory
+from ossia.ops.memory import return_freed_memory
 from ossia.train.optim import AdamW
 from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs, prepares_layers
 
@@ -134,30 +136,23 @@ def evaluate_loss(model: Transformer, packs: Sequence[Pack]) -> EvalLoss:
 def keeps_activations(model: Transformer, recompute: Recompute, tokens: int, tokens_per_pack: int) -> bool:
     """Whether a step of `tokens` tokens keeps every layer's graph instead of computing each layer twice.
 
-    `auto` keeps them where the estimate below stays under half of the GPU's free memory; on a CPU under a fifth of the
-    machine's, and only where experts are expanded in memory anyway. Either way the numbers are the same.
+    `auto` decides by what the graphs take, see `budget.choose.keeps_activations`.
     """
     if recompute != "auto":
         return recompute == "never"
-    kept_at_once = tokens if prepares_layers(model) else min(tokens, tokens_per_pack)
-    needed = kept_at_once * graph_bytes_per_token(model)
-    if model.device.type == "cuda":
-        return needed < torch.cuda.mem_get_info(model.device)[0] // 2
-    return model.weights.placement == "bf16" and needed < machine_memory()[0] // 5
+    packs = max(tokens // tokens_per_pack, 1)
+    work = work_of(model, pack=min(tokens, tokens_per_pack), packs=packs, recompute=False)
+    return budget.keeps_activations(work, memory_of(model.device))
 
 
 def offloads(model: Transformer, recompute: Recompute, tokens: int) -> bool:
     """Whether layers' inputs wait in the machine's memory; asked where `keeps_activations` says no.
 
-    `auto` sends them there where those of a step of `tokens` tokens take more than half of a GPU's free memory. The
-    numbers are the same.
+    `auto` decides by what they take, see `budget.choose.offloads`. The numbers are the same.
     """
     if recompute != "auto":
         return recompute == "offload"
-    if model.device.type != "cuda":
-        return False
-    needed = tokens * input_bytes_per_token(model.arch, model.dtype.itemsize)
-    return needed > torch.cuda.mem_get_info(model.device)[0] // 2
+    return budget.offloads(work_of(model, pack=tokens, packs=1, recompute=True), memory_of(model.device))
 
 
 def chunk_of_tokens(model: Transformer) -> int | None:
@@ -167,17 +162,23 @@ def chunk_of_tokens(model: Transformer) -> int | None:
     """
     if model.device.type != "cuda":
         return None
-    return tokens_at_once(model.arch, model.dtype.itemsize, torch.cuda.mem_get_info(model.device)[0])
+    return tokens_at_once(model.arch, model.dtype.itemsize, memory_of(model.device).gpu_free)
 
 
-def input_bytes_per_token(arch: Arch, itemsize: int) -> int:
-    """Of all layers' inputs."""
-    return arch.num_layers * arch.hidden_size * itemsize
-
-
-def graph_bytes_per_token(model: Transformer) -> int:
-    """Estimate of what autograd keeps for a token over all layers."""
-    a, size = model.arch, model.dtype.itemsize
-    attention = 6 * a.hidden_size + 3 * (a.num_heads + 2 * a.num_kv_heads) * a.head_dim
-    experts = a.experts_per_token * (3 * a.hidden_size + 4 * a.intermediate_size)
-    return a.num_layers * (attention + experts) * size
+def work_of(model: Transformer, *, pack: int, packs: int, recompute: bool) -> Work:
+    """A step with a model, as the budget knows it: so many packs of so many tokens, all of them counted."""
+    return Work(
+        model.arch,
+        model.weights.checkpoint.layout,
+        model.weights.placement,
+        "cuda" if model.device.type == "cuda" else "cpu",
+        model.kernels,
+        DTYPE_NAMES[model.dtype],
+        None if model.lora is None else {target: rank for target, (rank, _) in model.lora.spec.targets.items()},
+        pack=pack,
+        packs=packs,
+        dropout=model.lora is not None and model.lora.spec.dropout > 0,
+        recompute=recompute,
+        on_host=model.weights.on_host,
+        qat=model.qat,
+    )

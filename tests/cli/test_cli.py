@@ -20,6 +20,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = (
     "demo",
     "train",
+    "plan",
     "data",
     "eval",
     "chat",

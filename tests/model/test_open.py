@@ -15,15 +15,16 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from ossia.config import Recipe
 from ossia.errors import AdapterError, CheckpointError, UserError
 from ossia.model import open as opening
+from ossia.model.arch import SHAPES
+from ossia.model.budget import choose as budget
+from ossia.model.budget.choose import Memory
+from ossia.model.budget.weights import expanded_expert_bytes
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import Lora, LoraSpec
 from ossia.model.open import (
     WeightsChoice,
-    _gpu_placement,
     choose_placement,
-    expanded_expert_bytes,
     model_folder,
-    on_host_where_full,
     open_model,
 )
 from ossia.model.peft import save_adapter
@@ -132,7 +133,7 @@ def test_a_hub_name_is_downloaded_without_its_other_formats(
 
 def test_auto_expands_experts_only_where_memory_is_plenty(tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(tiny(SMALL))
-    needed = expanded_expert_bytes(checkpoint.arch, torch.bfloat16)
+    needed = expanded_expert_bytes(checkpoint.arch, "bfloat16")
     expanded = sum(
         spec.num_bytes
         for name, spec in dataclasses.replace(SMALL, vocab_size=300).tensor_specs("bf16").items()
@@ -157,8 +158,8 @@ def test_auto_expands_experts_only_where_memory_is_plenty(tiny: MakeTiny, monkey
     ],
 )
 def test_on_a_gpu_the_20b_goes_where_it_fits(gpu_gb: int, machine_gb: int, placement: str) -> None:
-    sizes = {"packed": 13_760_000_000, "expanded": 41_800_000_000, "embedding": 1_158_000_000}
-    assert _gpu_placement(gpu_gb * 10**9, machine_gb * 10**9, **sizes) == placement
+    memory = Memory(machine_gb * 10**9, machine_gb * 10**9, gpu_gb * 10**9, gpu_gb * 10**9)
+    assert budget.choose_placement(SHAPES["20b"], "mxfp4", "bfloat16", "cuda", memory).placement == placement
 
 
 @pytest.mark.parametrize(
@@ -174,5 +175,5 @@ def test_on_a_gpu_the_20b_goes_where_it_fits(gpu_gb: int, machine_gb: int, place
 def test_embedding_and_head_wait_in_the_machines_memory_where_a_gpu_is_full(
     free_gb: int, placed_gb: float, names: set[str]
 ) -> None:
-    sizes = {EMBEDDING: 1_158_000_000, HEAD: 1_158_000_000}
-    assert on_host_where_full(free_gb * 10**9, int(placed_gb * 1e9), sizes) == names
+    table = 1_158_000_000
+    assert budget.on_host_where_full(free_gb * 10**9, int(placed_gb * 1e9), table) == names

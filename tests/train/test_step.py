@@ -15,9 +15,10 @@ from ossia.data.pack import Pack, pack_samples
 from ossia.data.sample import Sample
 from ossia.errors import RunError
 from ossia.model.arch import SHAPES
+from ossia.model.budget.work import experts_at_once, tokens_at_once
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec
-from ossia.model.transformer import Context, Layer, Transformer, experts_at_once, tokens_at_once
+from ossia.model.transformer import Context, Layer, Transformer
 from ossia.model.weights import EMBEDDING, HEAD, Placement, Stream, Weights
 from ossia.ops.linear import Dropout
 from ossia.ops.loss import weighted_nll
@@ -224,7 +225,7 @@ def test_chunks_of_tokens_bound_what_lies_between_experts(tiny: MakeTiny) -> Non
     whole, chunked = (peak_bytes(lambda n=n: gradients(model, packs, tokens_at_once=n)) for n in (None, 50))
     a = model.arch
     row = a.experts_per_token * (2 * a.hidden_size + 3 * a.intermediate_size) * 4
-    assert whole - chunked >= 700 * row
+    assert whole - chunked >= 600 * row
 
 
 def test_dropout_masks_of_chunks_differ_and_are_drawn_again_for_backward(tiny: MakeTiny) -> None:

@@ -14,8 +14,7 @@ from torch import Tensor
 from ossia.ops.attention import reference
 from ossia.ops.attention.segments import Families, Segments
 from ossia.ops.attention.sinks import include_sink, sink_gradient
-
-DENSE_BLOCK = 128
+from ossia.sizes import DENSE_BLOCK
 
 
 def attend(

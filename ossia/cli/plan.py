@@ -1,0 +1,83 @@
+"""`ossia plan`: what a recipe will take, on this machine or on a GPU that isn't here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from ossia.cli.app import importing
+from ossia.errors import UserError
+
+if TYPE_CHECKING:
+    from ossia.plan.machine import Machine
+
+DOES_NOT_FIT = 3  # the exit code
+
+
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="The recipe, a YAML file.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="KEY=VALUE", help="Keys of the recipe to set; `model` may be 20b, 120b, B1, B2 too."),
+    ] = None,
+    gpu: Annotated[str | None, typer.Option("--gpu", metavar="NAME", help="A GPU that isn't here: 3090, H100.")] = None,
+    gpu_memory: Annotated[
+        float | None, typer.Option("--gpu-memory", metavar="GB", min=1, help="Or one by its memory.")
+    ] = None,
+    gpu_tflops: Annotated[
+        float, typer.Option("--gpu-tflops", min=0, help="Its data sheet's bfloat16 TFLOP/s; 0: speed isn't told.")
+    ] = 0.0,
+    gpu_bandwidth: Annotated[
+        float, typer.Option("--gpu-bandwidth", metavar="GB/S", min=0.1, help="Its way to the machine's memory.")
+    ] = 24.0,
+    machine_memory: Annotated[
+        float | None,
+        typer.Option("--machine-memory", metavar="GB", min=1, help="Free memory of the machine that it is in."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """What a recipe will take: memory by part, fits or not. No weight is read; exits with 3 where it doesn't fit."""
+    with importing():
+        from ossia.config import load_recipe
+        from ossia.plan.predict import as_json as plain
+        from ossia.plan.predict import make_plan
+        from ossia.plan.text import as_text
+
+    checked = load_recipe(recipe, overrides or ())
+    with importing():
+        machine = _machine(
+            gpu,
+            gpu_memory,
+            gpu_tflops,
+            gpu_bandwidth,
+            machine_memory,
+            (checked.device, checked.dtype, checked.train.threads),
+        )
+    found = make_plan(checked, machine)
+    print(json.dumps(plain(found)) if as_json else as_text(found))
+    if not found.fits:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _machine(
+    gpu: str | None,
+    memory: float | None,
+    tflops: float,
+    bandwidth: float,
+    machine_memory: float | None,
+    recipe: tuple[str, str, int | None],
+) -> Machine:
+    from ossia.plan.machine import described_gpu, here, named_gpu
+
+    if gpu is not None and memory is not None:
+        raise UserError("--gpu and --gpu-memory are both given; keep one")
+    if gpu is not None:
+        return named_gpu(gpu, machine_memory)
+    if memory is not None:
+        return described_gpu(memory, tflops, bandwidth, machine_memory)
+    if machine_memory is not None:
+        raise UserError("--machine-memory is of the machine that a --gpu is in; this machine's is known")
+    return here(*recipe)
