@@ -17,6 +17,7 @@ from torch import Tensor
 from ossia.ops.mxfp4 import BLOCK, dequantize_mxfp4, quantize_mxfp4
 
 _PIECE = 1 << 24  # weights merged at a time; a float64 copy of them is 128 MiB
+_CPU_PIECE = 1 << 19  # whose copies stay in the second-level cache or near it
 
 
 class Packed(NamedTuple):
@@ -52,11 +53,18 @@ Base = Packed | Tensor
 
 def merged_experts(base: Base, delta: Factors | None) -> Tensor:
     """The base plus the delta, rounded once. Returns (E, O, D) float32."""
-    weight_EOD = base.expand(torch.float32) if isinstance(base, Packed) else base.float()
+    weight_EOD = (
+        base.expand(torch.float32) if isinstance(base, Packed) else base.to(torch.float32, copy=delta is not None)
+    )
     if delta is None:
         return weight_EOD
-    wide_EOD = torch.baddbmm(weight_EOD.double(), delta.b.double(), delta.a.double(), alpha=delta.scale)
-    return torch.where(_changed(delta)[:, None, None], wide_EOD.float(), weight_EOD)
+    rows = max(1, (_CPU_PIECE if weight_EOD.device.type == "cpu" else _PIECE) // weight_EOD.shape[2])
+    for expert, changed in enumerate(_changed(delta).tolist()):
+        a_rD = delta.a[expert].double()
+        parts = zip(weight_EOD[expert].split(rows), delta.b[expert].split(rows), strict=True) if changed else ()
+        for weight, b in parts:
+            weight.copy_(torch.addmm(weight.double(), b.double(), a_rD, alpha=delta.scale))
+    return weight_EOD
 
 
 def rounded_experts(base: Base, delta: Factors | None, merged_EOD: Tensor) -> Packed:
