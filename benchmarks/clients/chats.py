@@ -1,0 +1,87 @@
+"""Chats and tool calls over OpenAI's interface, beside what Ossia makes of the same messages.
+
+Compared is what a program gets: the text, the thinking, the calls with their arguments, why it ended.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from openai import OpenAI
+
+from ossia.api import Model
+from ossia.harmony import Vocabulary
+from ossia.model.transformer import Transformer
+
+Row = dict[str, Any]
+
+
+class Said(NamedTuple):
+    """One answer taken apart; calls as (name, arguments)."""
+
+    content: str
+    thinking: str
+    calls: tuple[tuple[str, Any], ...]
+    finish: str
+
+
+def openings(rows: Sequence[Row], *, each: int) -> list[Row]:
+    """The first user turns of conversations, some without tools and as many with them."""
+    found = [row | {"messages": row["messages"][:1]} for row in rows if row["messages"][0]["role"] == "user"]
+    return [row for having in (False, True) for row in [one for one in found if ("tools" in one) == having][:each]]
+
+
+def clients_chats(url: str, rows: Sequence[Row], *, max_tokens: int, thinking: str) -> list[Said]:
+    """What a server at `url` answers greedily; `thinking` is what it calls the text of the analysis."""
+    said = []
+    with OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=120) as client:
+        model = client.models.list().data[0].id
+        for row in rows:
+            asked = {"tools": row["tools"]} if "tools" in row else {}
+            answer = client.chat.completions.create(
+                model=model,
+                messages=row["messages"],
+                temperature=0,
+                max_tokens=max_tokens,
+                extra_body={"reasoning_effort": row.get("reasoning_effort", "medium")},
+                **asked,
+            ).choices[0]
+            told, calls = answer.message, answer.message.tool_calls or ()
+            made = tuple((call.function.name, json.loads(call.function.arguments)) for call in calls)
+            extra = told.model_extra or {}
+            said.append(Said(told.content or "", extra.get(thinking) or "", made, answer.finish_reason))
+    return said
+
+
+def ossias_chats(transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row], *, max_tokens: int) -> list[Said]:
+    """What Ossia answers greedily. Raises json.JSONDecodeError for a call whose arguments are no JSON."""
+    said = []
+    for row in rows:
+        reply = Model(transformer, vocab).chat(
+            row["messages"],
+            tools=row.get("tools"),
+            reasoning_effort=row.get("reasoning_effort"),
+            temperature=0,
+            max_tokens=max_tokens,
+        )
+        made = tuple((call["function"]["name"], json.loads(call["function"]["arguments"])) for call in reply.tool_calls)
+        finish = "tool_calls" if made else reply.finish
+        said.append(Said("" if made else reply.content, reply.thinking, made, finish))
+    return said
+
+
+def well_formed(
+    transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row], *, max_tokens: int
+) -> list[tuple[Row, Said]]:
+    """The rows that the model answers in Harmony and JSON, with those answers: servers refuse whatever is neither."""
+    found = []
+    for row in rows:
+        try:
+            (said,) = ossias_chats(transformer, vocab, [row], max_tokens=max_tokens)
+        except json.JSONDecodeError:
+            continue
+        if said.finish != "length" and (said.content or said.calls):
+            found.append((row, said))
+    return found
