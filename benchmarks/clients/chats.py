@@ -75,13 +75,22 @@ def ossias_chats(transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row
 def well_formed(
     transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row], *, max_tokens: int
 ) -> list[tuple[Row, Said]]:
-    """The rows that the model answers in Harmony and JSON, with those answers: servers refuse whatever is neither."""
+    """The rows that the model answers in Harmony, with calls that fit the row's tools; and those answers.
+
+    Servers make sure of both by a grammar, so that beside them nothing else can be compared.
+    """
     found = []
     for row in rows:
         try:
             (said,) = ossias_chats(transformer, vocab, [row], max_tokens=max_tokens)
         except json.JSONDecodeError:
             continue
-        if said.finish != "length" and (said.content or said.calls):
+        offered = {one["function"]["name"]: one["function"]["parameters"] for one in row.get("tools", ())}
+        fit = all(name in offered and _fits(arguments, offered[name]) for name, arguments in said.calls)
+        if said.finish != "length" and (said.content or said.calls) and fit:
             found.append((row, said))
     return found
+
+
+def _fits(arguments: Any, schema: Row) -> bool:
+    return isinstance(arguments, dict) and set(arguments) == set(schema["required"])

@@ -113,7 +113,7 @@ def make_exports(trained: Path, folder: Path, *, steps: int = 40, full: Path | N
 
 
 def write_base(trained: Path, path: Path, *, full: Path | None = None) -> None:
-    """Write a bf16 model's MXFP4 twin: experts rounded, the rest as it is; with the tokenizer `full` if there is one."""
+    """Write a bf16 model's MXFP4 twin: experts rounded, the rest as it is, with the tokenizer `full` where given."""
     source = Checkpoint.open(trained)
     arch = source.arch if full is None else replace(source.arch, vocab_size=MODEL_ROWS)
     rows = None if full is None else _rows_in(trained, full)
