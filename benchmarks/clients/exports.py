@@ -73,8 +73,8 @@ class Exports:
         return self.folder / "merged.gguf"
 
 
-def make_exports(trained: Path, folder: Path, *, steps: int = 40, full: Path | None = None) -> Exports:
-    """Round a trained model to MXFP4, train an adapter on it, export both in every way.
+def make_exports(trained: Path, folder: Path, *, steps: int = 25, full: Path | None = None) -> Exports:
+    """Round a trained model to MXFP4, train an adapter on it to call tools, export both in every way.
 
     trained  a demo's model, its data in `../data`
     folder   a new one
@@ -85,12 +85,14 @@ def make_exports(trained: Path, folder: Path, *, steps: int = 40, full: Path | N
     exports, data = Exports(folder), trained.parent / DATA
     folder.mkdir(parents=True)
     write_base(trained, exports.base, full=full)
+    calling = [json.dumps(row) for row in read_rows(data / "train.jsonl") if "tools" in row]
+    (folder / "calls.jsonl").write_text("\n".join(calling) + "\n", encoding="utf-8")
     ossia.train(
         {
             "model": str(exports.base),
             "dtype": "float32",
             "adapter": ADAPTER,
-            "data": str(data / "train.jsonl"),
+            "data": str(folder / "calls.jsonl"),
             "max_length": 512,
             "train": {
                 "steps": steps,
