@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from openai import OpenAI
 
-from ossia.api import Model
+from ossia.api import Model, Reply
 from ossia.harmony import Vocabulary
 from ossia.model.transformer import Transformer
 
@@ -66,10 +66,14 @@ def ossias_chats(transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row
             temperature=0,
             max_tokens=max_tokens,
         )
-        made = tuple((call["function"]["name"], json.loads(call["function"]["arguments"])) for call in reply.tool_calls)
-        finish = "tool_calls" if made else reply.finish
-        said.append(Said("" if made else reply.content, reply.thinking, made, finish))
+        said.append(taken_apart(reply))
     return said
+
+
+def taken_apart(reply: Reply) -> Said:
+    """As servers tell it. Raises json.JSONDecodeError for a call whose arguments are no JSON."""
+    made = tuple((call["function"]["name"], json.loads(call["function"]["arguments"])) for call in reply.tool_calls)
+    return Said("" if made else reply.content, reply.thinking, made, "tool_calls" if made else reply.finish)
 
 
 def well_formed(

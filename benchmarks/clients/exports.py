@@ -28,7 +28,6 @@ from ossia.harmony.tokenizer_json import TokenizerFile, read_tokenizer_text, tok
 from ossia.model.checkpoint import Checkpoint, write_checkpoint
 from ossia.ops.mxfp4 import quantize_mxfp4
 
-ADAPTER = {"rank": 8, "targets": ["attention", "experts"]}
 TEXT_TOKENS, MAX_NEW = 300, 60
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
@@ -39,7 +38,8 @@ class Exports:
 
     base     the model in MXFP4; base_bf16, base_gguf: exported without an adapter, the latter with the same MXFP4 codes
     run      the run folder of the adapter; adapter: what it exports for PEFT
-    merged   base and adapter as a bf16 folder; merged_gguf: the same, in float32
+    merged   base and adapter as a bf16 folder; merged_gguf: the same in float32, merged_bf16_gguf and merged_q8_gguf
+    attention  an adapter on attention alone, for PEFT
     """
 
     folder: Path
@@ -65,12 +65,24 @@ class Exports:
         return self.folder / "adapter"
 
     @property
+    def attention(self) -> Path:
+        return self.folder / "attention"
+
+    @property
     def merged(self) -> Path:
         return self.folder / "merged"
 
     @property
     def merged_gguf(self) -> Path:
         return self.folder / "merged.gguf"
+
+    @property
+    def merged_bf16_gguf(self) -> Path:
+        return self.folder / "merged-bf16.gguf"
+
+    @property
+    def merged_q8_gguf(self) -> Path:
+        return self.folder / "merged-q8_0.gguf"
 
 
 def make_exports(trained: Path, folder: Path, *, steps: int = 25, full: Path | None = None) -> Exports:
@@ -87,24 +99,7 @@ def make_exports(trained: Path, folder: Path, *, steps: int = 25, full: Path | N
     write_base(trained, exports.base, full=full)
     calling = [json.dumps(row) for row in read_rows(data / "train.jsonl") if "tools" in row]
     (folder / "calls.jsonl").write_text("\n".join(calling) + "\n", encoding="utf-8")
-    ossia.train(
-        {
-            "model": str(exports.base),
-            "dtype": "float32",
-            "adapter": ADAPTER,
-            "data": str(folder / "calls.jsonl"),
-            "max_length": 512,
-            "train": {
-                "steps": steps,
-                "tokens_per_step": 1024,
-                "learning_rate": 3e-3,
-                "warmup": 3,
-                "save_every": 0,
-                "seed": 1,
-            },
-            "output": str(exports.run),
-        }
-    )
+    _train(exports.base, folder / "calls.jsonl", exports.run, targets=["attention", "experts"], steps=steps)
     base, run = str(exports.base), str(exports.run)
     export_model(base, to="hf-bf16", output=exports.base_bf16)
     export_model(base, to="gguf", output=exports.base_gguf, gguf_type="f32")
@@ -112,6 +107,22 @@ def make_exports(trained: Path, folder: Path, *, steps: int = 25, full: Path | N
     export_model(run, to="hf-bf16", output=exports.merged)
     export_model(run, to="gguf", output=exports.merged_gguf, gguf_type="f32")
     return exports
+
+
+def add_exports(exports: Exports, *, steps: int = 10) -> None:
+    """What takes longer, or what only the slower clients are asked for."""
+    run = str(exports.run)
+    export_model(run, to="gguf", output=exports.merged_bf16_gguf)
+    export_model(run, to="gguf", output=exports.merged_q8_gguf, gguf_type="q8_0")
+    attention = exports.folder / "attention-run"
+    _train(exports.base, exports.folder / "calls.jsonl", attention, targets=["attention"], steps=steps)
+    export_model(str(attention), to="peft", output=exports.attention)
+
+
+def _train(model: Path, data: Path, output: Path, *, targets: list[str], steps: int) -> None:
+    train = {"steps": steps, "tokens_per_step": 1024, "learning_rate": 3e-3, "warmup": 3, "save_every": 0, "seed": 1}
+    recipe = {"model": str(model), "dtype": "float32", "adapter": {"rank": 8, "targets": targets}, "data": str(data)}
+    ossia.train(recipe | {"max_length": 512, "train": train, "output": str(output)})
 
 
 def write_base(trained: Path, path: Path, *, full: Path | None = None) -> None:

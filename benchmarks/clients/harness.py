@@ -35,10 +35,11 @@ metric_list: [{metric: exact_match}]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt as text, special tokens and all, and what may follow; the first of them is right."""
+    """A prompt and what may follow as text, special tokens and all: the first is right. `plain` is that without them."""
 
     prompt: str
     choices: tuple[str, ...]
+    plain: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +60,7 @@ class Found:
 def run_harness(python: Path, model: Path, questions: Sequence[Question], scratch: Path) -> Found:
     """Both kinds of task over the same questions. Raises CalledProcessError where it fails."""
     choices = [{"prompt": one.prompt, "choices": list(one.choices), "answer": 0} for one in questions]
-    texts = [{"prompt": one.prompt, "answer": one.choices[0]} for one in questions]
+    texts = [{"prompt": one.prompt, "answer": one.plain} for one in questions]
     for name, rows, rest in (("choices", choices, _CHOICES), ("text", texts, _TEXT)):
         file = scratch / f"{name}.jsonl"
         file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

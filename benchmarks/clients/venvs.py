@@ -5,6 +5,7 @@ Versions are pinned here; those that fit stand in pyproject.toml (extra `clients
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -53,6 +54,14 @@ def vllm(cache: Path, plugin: Path) -> Path:
     """A Python with vLLM's CPU build and a plugin of ours: 3.4 GB."""
     python = _venv(cache / "vllm", VLLM, after=(("uninstall", "-y", *NOT_BESIDE_VLLM), ("install", str(plugin))))
     return python
+
+
+def versions(python: Path, packages: Sequence[str]) -> dict[str, str]:
+    """Those of packages in an environment."""
+    code = "import json, sys; from importlib.metadata import version; "
+    code += "print(json.dumps({name: version(name) for name in sys.argv[1:]}))"
+    done = subprocess.run([str(python), "-c", code, *packages], check=True, capture_output=True, text=True)
+    return json.loads(done.stdout)
 
 
 def _venv(

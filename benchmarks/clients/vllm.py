@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -9,9 +10,11 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from benchmarks.clients.chats import Said
 from benchmarks.clients.compare import Answers, Questions
 from benchmarks.clients.http import post, wait_for
 
@@ -67,6 +70,27 @@ def vllms_answers(url: str, questions: Questions, *, model: str = NAME) -> tuple
         body |= {"return_token_ids": True, "stop_token_ids": list(questions.stops)}
         answers.append(post(f"{url}/v1/completions", body)["choices"][0]["token_ids"])
     return logprobs, answers
+
+
+def vllms_chats(
+    url: str, rows: Sequence[dict[str, Any]], *, max_tokens: int
+) -> list[tuple[list[int], list[int], Said]]:
+    """Chats: the prompt that it rendered itself, the ids of its answer, and what it made of them."""
+    found = []
+    for row in rows:
+        body = {"model": NAME, "messages": row["messages"], "temperature": 0, "max_tokens": max_tokens}
+        body |= {"return_token_ids": True, "reasoning_effort": row.get("reasoning_effort", "medium")}
+        body |= {"tools": row["tools"]} if "tools" in row else {}
+        answer = post(f"{url}/v1/chat/completions", body)
+        (choice,) = answer["choices"]
+        told = choice["message"]
+        calls = tuple(
+            (call["function"]["name"], json.loads(call["function"]["arguments"]))
+            for call in told.get("tool_calls") or ()
+        )
+        said = Said(told["content"] or "", told.get("reasoning") or "", calls, choice["finish_reason"])
+        found.append((answer["prompt_token_ids"], choice["token_ids"], said))
+    return found
 
 
 def logprobs_of(expected: Answers, texts: Sequence[list[int]]) -> list[list[float]]:
