@@ -35,7 +35,7 @@ metric_list: [{metric: exact_match}]
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt and what may follow as text, special tokens and all: the first is right. `plain` is that without them."""
+    """A prompt and what may follow as text, special tokens and all: the first is right, `plain` without them."""
 
     prompt: str
     choices: tuple[str, ...]
