@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from benchmarks.clients.checks import CHECKS, case_of
-from benchmarks.clients.exports import MAX_NEW, TEXT_TOKENS, add_exports, make_exports, questions
+from benchmarks.clients.exports import MAX_NEW, TEXT_TOKENS, Exports, add_exports, make_exports, questions
 from benchmarks.common import RESULTS, ROOT, where, write_result
 from ossia.demo.fixture import FIXTURE_PLAN, trained_fixture
 from ossia.demo.prepare import DATA
@@ -36,6 +36,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=CHECKS, default=list(CHECKS))
     parser.add_argument("--cache", type=Path, default=ROOT / "runs" / "clients")
+    parser.add_argument("--reuse", action="store_true", help="the exports of the run before, kept by --keep")
+    parser.add_argument("--keep", action="store_true", help="keep the exports, 2 GB")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -45,9 +47,11 @@ def main() -> None:
     if not tokenizer.is_file():
         write_o200k_harmony(cache)
     made = cache / "exports"
-    shutil.rmtree(made, ignore_errors=True)
-    exports = make_exports(trained, made, full=tokenizer)
-    add_exports(exports)
+    exports = Exports(made)
+    if not options.reuse:
+        shutil.rmtree(made, ignore_errors=True)
+        make_exports(trained, made, full=tokenizer)
+        add_exports(exports)
     asked = questions(exports.base, trained.parent / DATA, num_texts=3)
     case = case_of(exports, asked, trained.parent / DATA, cache / "venvs")
     entries = earlier(leaving_out=options.only)
@@ -73,7 +77,8 @@ def main() -> None:
         **where(PACKAGES),
     }
     print(write_result("clients", result))
-    shutil.rmtree(made)
+    if not options.keep:
+        shutil.rmtree(made)
     raise SystemExit(0 if all(one["passed"] for one in entries) else 1)
 
 

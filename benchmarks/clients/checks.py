@@ -13,7 +13,15 @@ from typing import Any
 
 from benchmarks.clients import venvs
 from benchmarks.clients.chats import clients_chats, openings, taken_apart, well_formed
-from benchmarks.clients.compare import Answers, Difference, Questions, clients_answers, ossias_answers, ossias_model
+from benchmarks.clients.compare import (
+    Answers,
+    Difference,
+    Questions,
+    clients_answers,
+    decided,
+    ossias_answers,
+    ossias_model,
+)
 from benchmarks.clients.exports import Exports, read_rows
 from benchmarks.clients.harness import Question, run_harness
 from benchmarks.clients.llama import EXACT, llamas_answers
@@ -24,6 +32,7 @@ from ossia.harmony import Vocabulary
 from ossia.web.gguf import start_llama
 
 EXACTLY = 1e-3  # of a logit or a logprob
+UNDECIDED = 0.01  # nats: llama.cpp's server attends in float16 by itself, which moves a logit by some thousandths
 CHATS, CHAT_TOKENS = 10, 100
 
 
@@ -107,12 +116,12 @@ def mlx(case: Case) -> Iterator[Entry]:
 
 def llama_server(case: Case) -> Iterator[Entry]:
     """llama.cpp's own server: greedy answers, chats and calls."""
-    exports, asked = case.exports, replace(case.asked, texts=[])
+    exports = case.exports
     model, vocab = ossias_model(exports.merged, truncate=True), Vocabulary.from_file(exports.merged)
+    asked, expected = decided(case.asked, ossias_answers(model, replace(case.asked, texts=[])), by=UNDECIDED)
     answers = llamas_answers(exports.merged_gguf, asked)
-    expected = ossias_answers(model, asked)
-    found = {"prompts": len(expected.answers)}
-    found["same"] = sum(a == b for a, b in zip(answers.answers, expected.answers, strict=True))
+    found: dict[str, Any] = {"prompts": len(expected), "undecided": len(case.asked.prompts) - len(expected)}
+    found["same"] = sum(a == b for a, b in zip(answers.answers, expected, strict=True))
     yield entry("llama.cpp (xllamacpp)", "gguf, f32", answers.versions, found, tier="fast")
     pairs = well_formed(model, vocab, openings(case.rows, each=CHATS), max_tokens=CHAT_TOKENS)
     server = start_llama(exports.merged_gguf, EXACT)
@@ -129,9 +138,9 @@ def llama_cpp(case: Case) -> Iterator[Entry]:
     merged, base = (case.expected(path, truncate=True) for path in (exports.merged, exports.base))
     for file, words, expected, bounds, may_differ in (
         (exports.merged_gguf, "gguf, f32", merged, {"max_abs": EXACTLY, "top1": 1.0}, 0),
-        (exports.merged_bf16_gguf, "gguf, bf16", merged, {"kl": 1e-3}, 2),
-        (exports.merged_q8_gguf, "gguf, q8_0", merged, {"kl": 5e-3}, 8),
-        (exports.base_gguf, "gguf, MXFP4 experts", base, {"kl": 1e-3}, 5),
+        (exports.merged_bf16_gguf, "gguf, bf16", merged, {"kl": 5e-3}, 2),
+        (exports.merged_q8_gguf, "gguf, q8_0", merged, {"kl": 1e-2}, 8),
+        (exports.base_gguf, "gguf, MXFP4 experts", base, {"kl": 5e-3}, 5),
     ):
         answers = clients_answers("llama_cpp_.py", file, case.asked, python=python)
         found = asdict(Difference.between(answers, expected)) | {"may_differ": may_differ}
