@@ -11,8 +11,11 @@ from typing import Any, NamedTuple
 
 from openai import OpenAI
 
-from ossia.api import Model, Reply
-from ossia.harmony import Vocabulary
+from benchmarks.clients.compare import lead
+from ossia.api import Reply
+from ossia.demo.vocabulary import conversation_of
+from ossia.engine import Engine, Request, Sampling, harmony_stops
+from ossia.harmony import Renderer, Vocabulary
 from ossia.model.transformer import Transformer
 
 Row = dict[str, Any]
@@ -55,45 +58,34 @@ def clients_chats(url: str, rows: Sequence[Row], *, max_tokens: int, thinking: s
     return said
 
 
-def ossias_chats(transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row], *, max_tokens: int) -> list[Said]:
-    """What Ossia answers greedily. Raises json.JSONDecodeError for a call whose arguments are no JSON."""
-    said = []
-    for row in rows:
-        reply = Model(transformer, vocab).chat(
-            row["messages"],
-            tools=row.get("tools"),
-            reasoning_effort=row.get("reasoning_effort"),
-            temperature=0,
-            max_tokens=max_tokens,
-        )
-        said.append(taken_apart(reply))
-    return said
+def clear_chats(
+    transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row], *, max_tokens: int, by: float
+) -> list[tuple[Row, Said]]:
+    """Rows with Ossia's greedy answers: those in Harmony, with calls that fit the row's tools, never near another.
+
+    Servers make sure of the former by a grammar, so that beside them nothing else can be compared.
+    by  as in `decided`
+    """
+    renderer, stops = Renderer(vocab), harmony_stops(vocab)
+    asked = [renderer.completion(conversation_of(row)) for row in rows]
+    requests = [Request(ids, Sampling(0), max_tokens, stops, top_logprobs=2) for ids in asked]
+    found = []
+    for row, completion in zip(rows, Engine(transformer).generate(requests), strict=True):
+        try:
+            said = taken_apart(Reply.of(vocab, completion))
+        except json.JSONDecodeError:
+            continue
+        offered = {one["function"]["name"]: one["function"]["parameters"] for one in row.get("tools", ())}
+        fit = all(name in offered and _fits(arguments, offered[name]) for name, arguments in said.calls)
+        if said.finish != "length" and (said.content or said.calls) and fit and lead(completion) >= by:
+            found.append((row, said))
+    return found
 
 
 def taken_apart(reply: Reply) -> Said:
     """As servers tell it. Raises json.JSONDecodeError for a call whose arguments are no JSON."""
     made = tuple((call["function"]["name"], json.loads(call["function"]["arguments"])) for call in reply.tool_calls)
     return Said("" if made else reply.content, reply.thinking, made, "tool_calls" if made else reply.finish)
-
-
-def well_formed(
-    transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row], *, max_tokens: int
-) -> list[tuple[Row, Said]]:
-    """The rows that the model answers in Harmony, with calls that fit the row's tools; and those answers.
-
-    Servers make sure of both by a grammar, so that beside them nothing else can be compared.
-    """
-    found = []
-    for row in rows:
-        try:
-            (said,) = ossias_chats(transformer, vocab, [row], max_tokens=max_tokens)
-        except json.JSONDecodeError:
-            continue
-        offered = {one["function"]["name"]: one["function"]["parameters"] for one in row.get("tools", ())}
-        fit = all(name in offered and _fits(arguments, offered[name]) for name, arguments in said.calls)
-        if said.finish != "length" and (said.content or said.calls) and fit:
-            found.append((row, said))
-    return found
 
 
 def _fits(arguments: Any, schema: Row) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clients import venvs
-from benchmarks.clients.chats import clients_chats, openings, taken_apart, well_formed
+from benchmarks.clients.chats import clear_chats, clients_chats, openings, taken_apart
 from benchmarks.clients.compare import (
     Answers,
     Difference,
@@ -123,7 +123,7 @@ def llama_server(case: Case) -> Iterator[Entry]:
     found: dict[str, Any] = {"prompts": len(expected), "undecided": len(case.asked.prompts) - len(expected)}
     found["same"] = sum(a == b for a, b in zip(answers.answers, expected, strict=True))
     yield entry("llama.cpp (xllamacpp)", "gguf, f32", answers.versions, found, tier="fast")
-    pairs = well_formed(model, vocab, openings(case.rows, each=CHATS), max_tokens=CHAT_TOKENS)
+    pairs = clear_chats(model, vocab, openings(case.rows, each=CHATS), max_tokens=CHAT_TOKENS, by=UNDECIDED)
     server = start_llama(exports.merged_gguf, EXACT)
     rows, wanted = [row for row, _ in pairs], [said for _, said in pairs]
     told = clients_chats(server.listening_address, rows, max_tokens=CHAT_TOKENS, thinking="reasoning_content")

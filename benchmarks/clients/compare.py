@@ -20,7 +20,7 @@ import torch
 
 from ossia.data.pack import Pack
 from ossia.data.sample import Sample
-from ossia.engine import Engine, Request, Sampling
+from ossia.engine import Completion, Engine, Request, Sampling
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.peft import load_adapter
 from ossia.model.transformer import Transformer
@@ -110,8 +110,12 @@ def ossias_answers(transformer: Transformer, questions: Questions) -> Answers:
     stops = frozenset(questions.stops)
     asked = [Request(ids, Sampling(0), questions.max_new, stops, top_logprobs=2) for ids in questions.prompts]
     made = Engine(transformer).generate(asked)
-    leads = [min(first - second for (_, first), (_, second) in one.top) for one in made]
-    return Answers(logits, [one.ids for one in made], {}, leads)
+    return Answers(logits, [one.ids for one in made], {}, [lead(one) for one in made])
+
+
+def lead(completion: Completion) -> float:
+    """The least by which one of its tokens was likelier than the next likeliest, nats; it was asked for two of them."""
+    return min(first - second for (_, first), (_, second) in completion.top)
 
 
 def decided(questions: Questions, expected: Answers, *, by: float) -> tuple[Questions, list[list[int]]]:
