@@ -22,11 +22,12 @@ from benchmarks.clients.compare import (
     ossias_answers,
     ossias_model,
 )
-from benchmarks.clients.exports import Exports, read_rows
+from benchmarks.clients.exports import Exports
 from benchmarks.clients.harness import Question, run_harness
 from benchmarks.clients.llama import EXACT, llamas_answers
 from benchmarks.clients.vllm import ADAPTED, NAME, logprobs_of, vllm_server, vllms_answers, vllms_chats
 from ossia.api import Model, Reply
+from ossia.demo.conversations import read_rows
 from ossia.engine import Sampling
 from ossia.harmony import Vocabulary
 from ossia.web.gguf import start_llama

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import ossia
 from benchmarks.clients.compare import Questions
+from ossia.demo.conversations import read_rows
 from ossia.demo.prepare import DATA
 from ossia.demo.vocabulary import conversation_of
 from ossia.engine import harmony_stops
@@ -181,8 +182,3 @@ def questions(model: Path, data: Path, *, num_texts: int = 6, num_prompts: int =
     prompts = [ids(row) for row in (*asked[: num_prompts - len(tools)], *tools)]
     texts = [ids(row)[:TEXT_TOKENS] for row in held_out[:num_texts]]
     return Questions(texts, prompts, MAX_NEW, sorted(harmony_stops(vocab)))
-
-
-def read_rows(file: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL file."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]

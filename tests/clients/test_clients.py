@@ -13,9 +13,10 @@ from pathlib import Path
 from benchmarks.clients.chats import clear_chats, clients_chats, openings
 from benchmarks.clients.checks import UNDECIDED
 from benchmarks.clients.compare import Difference, Questions, clients_answers, decided, ossias_answers, ossias_model
-from benchmarks.clients.exports import Exports, read_rows
+from benchmarks.clients.exports import Exports
 from benchmarks.clients.llama import EXACT, llamas_answers
 from benchmarks.clients.venvs import transformers_457
+from ossia.demo.conversations import read_rows
 from ossia.demo.prepare import DATA
 from ossia.harmony import Vocabulary
 from ossia.web.gguf import start_llama
