@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.clients.checks import CHECKS, case_of
+from benchmarks.clients.checks import CHECKS, Case
 from benchmarks.clients.exports import MAX_NEW, TEXT_TOKENS, Exports, add_exports, make_exports, questions
 from benchmarks.common import RESULTS, ROOT, where, write_result
 from ossia.demo.fixture import FIXTURE_PLAN, trained_fixture
@@ -50,10 +50,10 @@ def main() -> None:
     exports = Exports(made)
     if not options.reuse:
         shutil.rmtree(made, ignore_errors=True)
-        make_exports(trained, made, full=tokenizer)
-        add_exports(exports)
-    asked = questions(exports.base, trained.parent / DATA, num_texts=3)
-    case = case_of(exports, asked, trained.parent / DATA, cache / "venvs")
+        make_exports(trained, made)
+        add_exports(exports, tokenizer)
+    asked = questions(exports.base, trained.parent / DATA)
+    case = Case(exports, asked, trained.parent / DATA, cache / "venvs")
     entries = earlier(leaving_out=options.only)
     for name in options.only:
         begun = time.perf_counter()

@@ -8,7 +8,6 @@ Letters: V vocabulary, D hidden.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +26,9 @@ from ossia.harmony import Renderer, Vocabulary
 from ossia.harmony.o200k import MODEL_ROWS
 from ossia.harmony.tokenizer_json import TokenizerFile, read_tokenizer_text, tokenizer_file
 from ossia.model.checkpoint import Checkpoint, write_checkpoint
-from ossia.ops.mxfp4 import quantize_mxfp4
 
 TEXT_TOKENS, MAX_NEW = 300, 60
+FAR = 1.0  # nats: what four bits cost so small a model is not the question here
 _TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 
 
@@ -39,8 +38,10 @@ class Exports:
 
     base     the model in MXFP4; base_bf16, base_gguf: exported without an adapter, the latter with the same MXFP4 codes
     run      the run folder of the adapter; adapter: what it exports for PEFT
-    merged   base and adapter as a bf16 folder; merged_gguf: the same in float32, merged_bf16_gguf and merged_q8_gguf
+    merged   base and adapter as a bf16 folder; merged_mxfp4: as an MXFP4 one, its experts rounded once more;
+             merged_gguf: in float32, merged_bf16_gguf and merged_q8_gguf
     attention  an adapter on attention alone, for PEFT
+    full     base_bf16 with the released vocabulary of 201,088 tokens; full_merged: the adapter merged into it
     """
 
     folder: Path
@@ -74,6 +75,18 @@ class Exports:
         return self.folder / "merged"
 
     @property
+    def merged_mxfp4(self) -> Path:
+        return self.folder / "merged-mxfp4"
+
+    @property
+    def full(self) -> Path:
+        return self.folder / "full"
+
+    @property
+    def full_merged(self) -> Path:
+        return self.folder / "full-merged"
+
+    @property
     def merged_gguf(self) -> Path:
         return self.folder / "merged.gguf"
 
@@ -86,19 +99,17 @@ class Exports:
         return self.folder / "merged-q8_0.gguf"
 
 
-def make_exports(trained: Path, folder: Path, *, steps: int = 25, full: Path | None = None) -> Exports:
+def make_exports(trained: Path, folder: Path, *, steps: int = 25) -> Exports:
     """Round a trained model to MXFP4, train an adapter on it to call tools, export both in every way.
 
     trained  a demo's model, its data in `../data`
     folder   a new one
     steps    of the adapter's training
-    full     a tokenizer.json of the whole o200k_harmony: the model gets its 201,088 rows, as clients want that render
-             Harmony themselves
     """
-    exports, data = Exports(folder), trained.parent / DATA
+    exports = Exports(folder)
     folder.mkdir(parents=True)
-    write_base(trained, exports.base, full=full)
-    calling = [json.dumps(row) for row in read_rows(data / "train.jsonl") if "tools" in row]
+    export_model(str(trained), to="hf-mxfp4", output=exports.base, max_kl=FAR)
+    calling = [json.dumps(row) for row in read_rows(trained.parent / DATA / "train.jsonl") if "tools" in row]
     (folder / "calls.jsonl").write_text("\n".join(calling) + "\n", encoding="utf-8")
     _train(exports.base, folder / "calls.jsonl", exports.run, targets=["attention", "experts"], steps=steps)
     base, run = str(exports.base), str(exports.run)
@@ -106,18 +117,25 @@ def make_exports(trained: Path, folder: Path, *, steps: int = 25, full: Path | N
     export_model(base, to="gguf", output=exports.base_gguf, gguf_type="f32")
     export_model(run, to="peft", output=exports.adapter)
     export_model(run, to="hf-bf16", output=exports.merged)
+    export_model(run, to="hf-mxfp4", output=exports.merged_mxfp4, max_kl=FAR)
     export_model(run, to="gguf", output=exports.merged_gguf, gguf_type="f32")
     return exports
 
 
-def add_exports(exports: Exports, *, steps: int = 10) -> None:
-    """What takes longer, or what only the slower clients are asked for."""
+def add_exports(exports: Exports, tokenizer: Path, *, steps: int = 10) -> None:
+    """What only the slower clients are asked for.
+
+    tokenizer  a tokenizer.json of the whole o200k_harmony, for clients that render Harmony themselves
+    steps      of the training of the adapter on attention alone
+    """
     run = str(exports.run)
     export_model(run, to="gguf", output=exports.merged_bf16_gguf)
     export_model(run, to="gguf", output=exports.merged_q8_gguf, gguf_type="q8_0")
     attention = exports.folder / "attention-run"
     _train(exports.base, exports.folder / "calls.jsonl", attention, targets=["attention"], steps=steps)
     export_model(str(attention), to="peft", output=exports.attention)
+    _with_all_rows(exports.base_bf16, exports.full, tokenizer)
+    export_model(str(exports.full), adapter=str(exports.adapter), to="hf-bf16", output=exports.full_merged)
 
 
 def _train(model: Path, data: Path, output: Path, *, targets: list[str], steps: int) -> None:
@@ -126,24 +144,14 @@ def _train(model: Path, data: Path, output: Path, *, targets: list[str], steps: 
     ossia.train(recipe | {"max_length": 512, "train": train, "output": str(output)})
 
 
-def write_base(trained: Path, path: Path, *, full: Path | None = None) -> None:
-    """Write a bf16 model's MXFP4 twin: experts rounded, the rest as it is, with the tokenizer `full` where given."""
-    source = Checkpoint.open(trained)
-    arch = source.arch if full is None else replace(source.arch, vocab_size=MODEL_ROWS)
-    rows = None if full is None else _rows_in(trained, full)
-    tensors = _rounded(source, rows)
-    write_checkpoint(path, arch, tensors, "mxfp4", tokenizer_from=full or trained)
-
-
-def _rounded(source: Checkpoint, rows_V: Tensor | None) -> Iterator[tuple[str, Tensor]]:
-    for name in source.arch.tensor_specs("mxfp4"):
-        stem, _, part = name.rpartition("_")
-        if part == "blocks":
-            blocks, scales = quantize_mxfp4(source.tensor(stem).float().transpose(1, 2).contiguous())
-            yield from ((name, blocks), (f"{stem}_scales", scales))
-        elif part != "scales":
-            tensor = source.tensor(name)
-            yield name, _spread(tensor, rows_V, name) if rows_V is not None and name in _TABLES else tensor
+def _with_all_rows(trained: Path, path: Path, full: Path) -> None:
+    """The same model with the released vocabulary."""
+    source, rows_V = Checkpoint.open(trained), _rows_in(trained, full)
+    arch = replace(source.arch, vocab_size=MODEL_ROWS)
+    names = arch.tensor_specs("bf16")
+    tensors = ((name, source.tensor(name)) for name in names)
+    spread = ((name, _spread(one, rows_V, name) if name in _TABLES else one) for name, one in tensors)
+    write_checkpoint(path, arch, spread, "bf16", tokenizer_from=full)
 
 
 def _rows_in(small: Path, large: Path) -> Tensor:

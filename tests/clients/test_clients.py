@@ -67,8 +67,8 @@ def test_onnx_runtime_genai_builds_from_the_merged_folder_and_answers_as_it_does
     assert_same("onnx_genai.py", exports.merged, asked, version=("onnxruntime-genai", "0.18.0"))
 
 
-def test_mlx_answers_as_the_mxfp4_folder_does(exports: Exports, asked: Questions) -> None:
-    assert_same("mlx_lm_.py", exports.base, asked, truncate=True, version=("mlx-lm", "0.32.2"))
+def test_mlx_answers_as_the_merged_mxfp4_folder_does(exports: Exports, asked: Questions) -> None:
+    assert_same("mlx_lm_.py", exports.merged_mxfp4, asked, truncate=True, version=("mlx-lm", "0.32.2"))
 
 
 def test_llama_cpp_answers_as_the_merged_model_does(exports: Exports, asked: Questions) -> None:

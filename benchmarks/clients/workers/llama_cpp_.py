@@ -12,7 +12,19 @@ ROOM = 1024
 
 
 def load(job: dict[str, Any]) -> Client:
-    """One sequence at a time, from nothing each time."""
+    """One sequence at a time, from nothing each time.
+
+    Without buffers in the machine's own layout: with Q8_0 weights its kernels for AMX ended in a segmentation fault,
+    and so with a file that `llama_model_quantize` wrote, and `Llama` has no argument for it.
+    """
+    defaults = llama_cpp.llama_cpp.llama_model_default_params
+
+    def plain() -> Any:
+        params = defaults()
+        params.use_extra_bufts = False
+        return params
+
+    llama_cpp.llama_cpp.llama_model_default_params = plain
     llama = llama_cpp.Llama(
         job["model"],
         n_ctx=ROOM,
