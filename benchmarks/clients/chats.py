@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 from openai import OpenAI
 
-from benchmarks.clients.compare import lead
 from ossia.api import Reply
 from ossia.demo.vocabulary import conversation_of
 from ossia.engine import Engine, Request, Sampling, harmony_stops
@@ -58,17 +57,16 @@ def clients_chats(url: str, rows: Sequence[Row], *, max_tokens: int, thinking: s
     return said
 
 
-def clear_chats(
-    transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row], *, max_tokens: int, by: float
+def well_formed(
+    transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row], *, max_tokens: int
 ) -> list[tuple[Row, Said]]:
-    """Rows with Ossia's greedy answers: those in Harmony, with calls that fit the row's tools, never near another.
+    """Rows with Ossia's greedy answers: those in Harmony, with calls that fit the row's tools.
 
-    Servers make sure of the former by a grammar, so that beside them nothing else can be compared.
-    by  as in `decided`
+    llama.cpp makes sure of both by a grammar, so that beside it nothing else can be compared.
     """
     renderer, stops = Renderer(vocab), harmony_stops(vocab)
     asked = [renderer.completion(conversation_of(row)) for row in rows]
-    requests = [Request(ids, Sampling(0), max_tokens, stops, top_logprobs=2) for ids in asked]
+    requests = [Request(ids, Sampling(0), max_tokens, stops) for ids in asked]
     found = []
     for row, completion in zip(rows, Engine(transformer).generate(requests), strict=True):
         try:
@@ -77,7 +75,7 @@ def clear_chats(
             continue
         offered = {one["function"]["name"]: one["function"]["parameters"] for one in row.get("tools", ())}
         fit = all(name in offered and _fits(arguments, offered[name]) for name, arguments in said.calls)
-        if said.finish != "length" and (said.content or said.calls) and fit and lead(completion) >= by:
+        if said.finish != "length" and (said.content or said.calls) and fit:
             found.append((row, said))
     return found
 

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.clients import venvs
-from benchmarks.clients.chats import Row, clear_chats, clients_chats, openings, taken_apart
+from benchmarks.clients.chats import Row, clients_chats, openings, taken_apart, well_formed
 from benchmarks.clients.compare import (
     Answers,
     Difference,
     Questions,
     clients_answers,
-    decided,
     ossias_answers,
     ossias_model,
 )
@@ -33,7 +32,6 @@ from ossia.harmony import Vocabulary
 from ossia.web.gguf import start_llama
 
 EXACTLY = 1e-3  # of a logit or a logprob
-UNDECIDED = 0.01  # nats: llama.cpp's server attends in float16 by itself, which moves a logit by some thousandths
 CHATS, CHAT_TOKENS = 10, 100
 
 
@@ -124,12 +122,12 @@ def llama_server(case: Case) -> Iterator[Entry]:
     """llama.cpp's own server: greedy answers, chats and calls."""
     exports = case.exports
     model, vocab = ossias_model(exports.merged, truncate=True), Vocabulary.from_file(exports.merged)
-    asked, expected = decided(case.asked, ossias_answers(model, replace(case.asked, texts=[])), by=UNDECIDED)
-    answers = llamas_answers(exports.merged_gguf, asked)
-    found: dict[str, Any] = {"prompts": len(expected), "undecided": len(case.asked.prompts) - len(expected)}
-    found["same"] = sum(a == b for a, b in zip(answers.answers, expected, strict=True))
+    asked = replace(case.asked, texts=[])
+    answers, expected = llamas_answers(exports.merged_gguf, asked), ossias_answers(model, asked)
+    found = {"prompts": len(asked.prompts)}
+    found["same"] = sum(a == b for a, b in zip(answers.answers, expected.answers, strict=True))
     yield entry("llama.cpp (xllamacpp)", "gguf, f32", answers.versions, found, tier="fast")
-    pairs = clear_chats(model, vocab, openings(case.rows, each=CHATS), max_tokens=CHAT_TOKENS, by=UNDECIDED)
+    pairs = well_formed(model, vocab, openings(case.rows, each=CHATS), max_tokens=CHAT_TOKENS)
     server = start_llama(exports.merged_gguf, EXACT)
     rows, wanted = [row for row, _ in pairs], [said for _, said in pairs]
     told = clients_chats(server.listening_address, rows, max_tokens=CHAT_TOKENS, thinking="reasoning_content")

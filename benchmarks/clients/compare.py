@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ import torch
 
 from ossia.data.pack import Pack
 from ossia.data.sample import Sample
-from ossia.engine import Completion, Engine, Request, Sampling
+from ossia.engine import Engine, Request, Sampling
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.peft import load_adapter
 from ossia.model.transformer import Transformer
@@ -47,15 +47,11 @@ class Questions:
 
 @dataclass(frozen=True, slots=True)
 class Answers:
-    """What was made of them: float32 logits (T, V) of each text, the ids that follow each prompt; by whom.
-
-    leads  of Ossia's answers: the least by which a token of the answer was likelier than the next likeliest, nats
-    """
+    """What was made of them: float32 logits (T, V) of each text, the ids that follow each prompt; by whom."""
 
     logits: list[np.ndarray]
     answers: list[list[int]]
     versions: dict[str, str]
-    leads: list[float] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,24 +104,8 @@ def ossias_answers(transformer: Transformer, questions: Questions) -> Answers:
     with torch.no_grad():
         logits = [transformer.logits(_pack(ids)).numpy() for ids in questions.texts]
     stops = frozenset(questions.stops)
-    asked = [Request(ids, Sampling(0), questions.max_new, stops, top_logprobs=2) for ids in questions.prompts]
-    made = Engine(transformer).generate(asked)
-    return Answers(logits, [one.ids for one in made], {}, [lead(one) for one in made])
-
-
-def lead(completion: Completion) -> float:
-    """The least by which one of its tokens was likelier than the next likeliest, nats; it was asked for two of them."""
-    return min(first - second for (_, first), (_, second) in completion.top)
-
-
-def decided(questions: Questions, expected: Answers, *, by: float) -> tuple[Questions, list[list[int]]]:
-    """The prompts whose answers were never nearer to another than `by` nats, no texts; and those answers.
-
-    For clients that sum in less than float32 in places: between two tokens as near as that they may choose.
-    """
-    clear = [number for number, lead in enumerate(expected.leads) if lead >= by]
-    kept = [questions.prompts[number] for number in clear]
-    return replace(questions, texts=[], prompts=kept), [expected.answers[number] for number in clear]
+    asked = [Request(ids, Sampling(0), questions.max_new, stops) for ids in questions.prompts]
+    return Answers(logits, [one.ids for one in Engine(transformer).generate(asked)], {})
 
 
 def _pack(ids: list[int]) -> Pack:

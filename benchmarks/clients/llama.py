@@ -9,7 +9,9 @@ from benchmarks.clients.compare import Answers, Questions
 from benchmarks.clients.http import post
 from ossia.web.gguf import LlamaOptions, start_llama
 
-EXACT = LlamaOptions(threads=1, ctx_size=1024, parallel=1, cache_type_k="f32", cache_type_v="f32")
+EXACT = LlamaOptions(
+    threads=1, ctx_size=1024, parallel=1, cache_type_k="f32", cache_type_v="f32", flash_attention=False
+)
 
 
 def llamas_answers(file: Path, questions: Questions) -> Answers:
