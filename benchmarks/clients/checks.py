@@ -140,13 +140,15 @@ def llama_cpp(case: Case) -> Iterator[Entry]:
     """Every logit of llama.cpp's: exact from float32; from MXFP4 and Q8_0 it rounds activations to eight bits."""
     exports, python = case.exports, venvs.llama_cpp(case.cache)
     merged, base = (case.expected(path, truncate=True) for path in (exports.merged, exports.base))
-    for file, words, expected, bounds in (
-        (exports.merged_gguf, "gguf, f32", merged, {"max_abs": EXACTLY, "top1": 1.0}),
-        (exports.merged_bf16_gguf, "gguf, bf16", merged, {"kl": 5e-3}),
-        (exports.merged_q8_gguf, "gguf, q8_0", merged, {"kl": 1e-2}),
-        (exports.base_gguf, "gguf, MXFP4 experts", base, {"kl": 5e-3}),
+    adapted = case.expected(exports.base, adapter=exports.adapter, truncate=True)
+    for file, adapter, words, expected, bounds in (
+        (exports.merged_gguf, None, "gguf, f32", merged, {"max_abs": EXACTLY, "top1": 1.0}),
+        (exports.exact_gguf, exports.adapter_gguf, "gguf-lora", adapted, {"max_abs": EXACTLY, "top1": 1.0}),
+        (exports.merged_bf16_gguf, None, "gguf, bf16", merged, {"kl": 5e-3}),
+        (exports.merged_q8_gguf, None, "gguf, q8_0", merged, {"kl": 1e-2}),
+        (exports.base_gguf, None, "gguf, MXFP4 experts", base, {"kl": 5e-3}),
     ):
-        answers = clients_answers("llama_cpp_.py", file, case.asked, python=python)
+        answers = clients_answers("llama_cpp_.py", file, case.asked, adapter=adapter, python=python)
         found = Difference.between(answers, expected)
         yield entry("llama.cpp (llama-cpp-python)", words, answers.versions, found, tier="slow", **bounds)
 

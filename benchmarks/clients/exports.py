@@ -40,6 +40,7 @@ class Exports:
     run      the run folder of the adapter; adapter: what it exports for PEFT
     merged   base and adapter as a bf16 folder; merged_mxfp4: as an MXFP4 one, its experts rounded once more;
              merged_gguf: in float32, merged_bf16_gguf and merged_q8_gguf
+    exact_gguf  base_bf16 in float32, experts too; adapter_gguf: the adapter alone, for that
     attention  an adapter on attention alone, for PEFT
     full     base_bf16 with the released vocabulary of 201,088 tokens; full_merged: the adapter merged into it
     """
@@ -77,6 +78,14 @@ class Exports:
     @property
     def merged_mxfp4(self) -> Path:
         return self.folder / "merged-mxfp4"
+
+    @property
+    def exact_gguf(self) -> Path:
+        return self.folder / "base-f32.gguf"
+
+    @property
+    def adapter_gguf(self) -> Path:
+        return self.folder / "adapter.gguf"
 
     @property
     def full(self) -> Path:
@@ -131,6 +140,8 @@ def add_exports(exports: Exports, tokenizer: Path, *, steps: int = 10) -> None:
     run = str(exports.run)
     export_model(run, to="gguf", output=exports.merged_bf16_gguf)
     export_model(run, to="gguf", output=exports.merged_q8_gguf, gguf_type="q8_0")
+    export_model(str(exports.base_bf16), to="gguf", output=exports.exact_gguf, gguf_type="f32")
+    export_model(run, to="gguf-lora", output=exports.adapter_gguf)
     attention = exports.folder / "attention-run"
     _train(exports.base, exports.folder / "calls.jsonl", attention, targets=["attention"], steps=steps)
     export_model(str(attention), to="peft", output=exports.attention)
