@@ -14,7 +14,7 @@ from openai import OpenAI
 from ossia.api import Reply
 from ossia.demo.vocabulary import conversation_of
 from ossia.engine import Engine, Request, Sampling, harmony_stops
-from ossia.harmony import Renderer, Vocabulary
+from ossia.harmony import Renderer, Vocabulary, parse_completion
 from ossia.model.transformer import Transformer
 
 Row = dict[str, Any]
@@ -60,7 +60,7 @@ def clients_chats(url: str, rows: Sequence[Row], *, max_tokens: int, thinking: s
 def well_formed(
     transformer: Transformer, vocab: Vocabulary, rows: Sequence[Row], *, max_tokens: int
 ) -> list[tuple[Row, Said]]:
-    """Rows with Ossia's greedy answers: those in Harmony, with calls that fit the row's tools.
+    """Rows with Ossia's greedy answers: those in Harmony, one final message or calls that fit the row's tools.
 
     llama.cpp makes sure of both by a grammar, so that beside it nothing else can be compared.
     """
@@ -75,7 +75,8 @@ def well_formed(
             continue
         offered = {one["function"]["name"]: one["function"]["parameters"] for one in row.get("tools", ())}
         fit = all(name in offered and _fits(arguments, offered[name]) for name, arguments in said.calls)
-        if said.finish != "length" and (said.content or said.calls) and fit:
+        finals = sum(one.channel == "final" for one in parse_completion(vocab, completion.ids))
+        if said.finish != "length" and finals + bool(said.calls) == 1 and fit:
             found.append((row, said))
     return found
 
