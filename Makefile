@@ -9,12 +9,13 @@ export OMP_NUM_THREADS
 export OMP_WAIT_POLICY ?= PASSIVE
 export TOKENIZERS_PARALLELISM = false
 
-.PHONY: demo test lint docs clean help
+.PHONY: demo test lint docs clients clean help
 
 help:
 	@echo "make demo   install what the demo needs and run it (no GPU, no network after installation)"
 	@echo "make test   install what the tests need and run all of them; one folder: make test T=tests/config"
 	@echo "make lint   ruff check and format check"
+	@echo "make clients  load exports in every program, vLLM and llama-cpp-python included: installs 5 GB, takes up to an hour"
 	@echo "make docs   write the generated pages again (docs/recipe.md)"
 	@echo "make clean  remove $(VENV) and what tools left behind"
 
@@ -28,6 +29,9 @@ test: $(VENV)/.dev-installed
 lint: $(VENV)/.dev-installed
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
+
+clients: $(VENV)/.dev-installed
+	$(VENV)/bin/python -m benchmarks.clients
 
 docs: $(VENV)/.dev-installed
 	$(VENV)/bin/ossia explain --markdown > docs/recipe.md

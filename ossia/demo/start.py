@@ -22,15 +22,23 @@ from ossia.ops.mxfp4 import quantize_mxfp4
 WEIGHT_STD = 0.08  # near 1 / sqrt(hidden)
 
 
-def write_untrained(path: Path, tokenizer: Path, *, seed: int, width: int | None = None) -> Arch:
+def write_untrained(
+    path: Path, tokenizer: Path, *, seed: int, width: int | None = None, head_dim: int | None = None
+) -> Arch:
     """Write the checkpoint into the new folder `path`, its vocabulary that of the file `tokenizer`.
 
-    width   of an expert, a multiple of 32; None: the demo's
+    width     of an expert, a multiple of 32; None: the demo's
+    head_dim  of attention; None: the demo's
 
     Raises CheckpointError as `write_checkpoint`.
     """
     shape = SHAPES["demo"]
-    arch = replace(shape, vocab_size=vocabulary_size(tokenizer), intermediate_size=width or shape.intermediate_size)
+    arch = replace(
+        shape,
+        vocab_size=vocabulary_size(tokenizer),
+        intermediate_size=width or shape.intermediate_size,
+        head_dim=head_dim or shape.head_dim,
+    )
     write_checkpoint(path, arch, _tensors(arch, seed), "mxfp4", tokenizer_from=tokenizer)
     return arch
 

@@ -36,6 +36,7 @@ class LlamaOptions:
     """Options of llama.cpp under its names; None leaves one to llama.cpp.
 
     override_tensor  PATTERN=BUFFER each: where tensors go whose names match, like "ffn_.*_exps=CPU"
+    flash_attention  False: every logit in float32 sums, where the cache is float32 too; otherwise it attends in float16
     cache_type_k, _v f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0 or iq4_nl
     ctx_size         tokens of context of all answers together; 0: the model's
     parallel         answers generated at once
@@ -46,6 +47,7 @@ class LlamaOptions:
     n_gpu_layers: int | None = None
     cache_type_k: str | None = None
     cache_type_v: str | None = None
+    flash_attention: bool | None = None
     threads: int | None = None
     ctx_size: int | None = None
     parallel: int | None = None
@@ -140,6 +142,11 @@ def start_llama(
         params.cache_type_k = _ggml_type(options.cache_type_k)
     if options.cache_type_v is not None:
         params.cache_type_v = _ggml_type(options.cache_type_v)
+    if options.flash_attention is not None:
+        kinds = xllamacpp.llama_flash_attn_type
+        params.flash_attn_type = (
+            kinds.LLAMA_FLASH_ATTN_TYPE_ENABLED if options.flash_attention else kinds.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        )
     try:
         server = xllamacpp.Server(params)
     except RuntimeError as error:

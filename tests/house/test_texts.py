@@ -206,3 +206,5 @@ def test_the_benchmark_tables_are_the_ones_the_results_make() -> None:
 
     assert table.PAGE.read_text(encoding="utf-8") == table.page()
     assert table.readme(README) == README
+    exports = table.exports.PAGE.read_text(encoding="utf-8")
+    assert table.exports.page(exports) == exports
