@@ -170,7 +170,7 @@ def _export_gguf_lora(path: Path, source: Source, name: str, given: str, max_kl:
         _say(f"llama.cpp knows one alpha for a file, so the scaling of these is multiplied into their B: {each}")
     write_gguf_lora(path, source.base, lora, name=name)
     read = Changes(read_gguf_lora(path, source.base.arch), qat=source.changes.qat)
-    _judge(source, changed_model(source.base, read), _say, MIN_KL, max_kl)
+    _judge(source, changed_model(PassingWeights(source.base), read), _say, MIN_KL, max_kl)
     _tell_of_yarn(source)
 
 
