@@ -23,7 +23,7 @@ from ossia.errors import AdapterError, CheckpointError, UserError
 from ossia.export import export_model
 from ossia.export.gguf_lora import read_gguf_lora
 from ossia.export.merge import Changes
-from ossia.export.verify import changed_model
+from ossia.export.verify import PassingWeights, changed_model
 from ossia.model.checkpoint import CONFIG, Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec
 from ossia.model.open import open_model
@@ -224,8 +224,8 @@ def test_llama_cpps_logits_are_ours_to_a_few_hundred_thousandths(trained: Path, 
     (sample,) = held_out(trained, 1)
     pack = pack_of([sample])
     with torch.no_grad():
-        ours = changed_model(base, Changes(lora)).logits(pack)
-        plain = changed_model(base).logits(pack)
+        ours = changed_model(PassingWeights(base), Changes(lora)).logits(pack)
+        plain = changed_model(PassingWeights(base)).logits(pack)
     options = {"n_ctx": 256, "logits_all": True, "type_k": 0, "type_v": 0, "n_threads": 1, "verbose": False}
     llama = llama_cpp.Llama(str(tmp_path / "base.gguf"), lora_path=str(tmp_path / "lora.gguf"), **options)
     llama.eval(pack.ids.tolist())
