@@ -149,6 +149,7 @@ def main() -> None:
                 "layers": base.arch.num_layers,
                 "adapter": {name: rank for name, (rank, _) in targets.items()},
                 "threads": options.threads,
+                "vocab_size": base.arch.vocab_size,
                 "base_bytes": base.num_bytes,
                 "bf16_layer_bytes": layer_bytes,
             },
