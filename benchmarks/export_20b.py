@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument(
         "--adapter", choices=("all", "attention"), default="all", help="gguf keeps MXFP4 without experts"
     )
-    parser.add_argument("--layers", type=int, default=24, help="fewer to try it out; only 24 is written down")
+    parser.add_argument("--layers", type=int, default=24, help="fewer where there is no room for all")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--model", type=Path, help="the random model, made there if nothing is")
     parser.add_argument("--scratch", type=Path, help="where the export is written, and removed")
@@ -149,6 +149,7 @@ def main() -> None:
                 "layers": base.arch.num_layers,
                 "adapter": {name: rank for name, (rank, _) in targets.items()},
                 "threads": options.threads,
+                "vocab_size": base.arch.vocab_size,
                 "base_bytes": base.num_bytes,
                 "bf16_layer_bytes": layer_bytes,
             },
@@ -156,8 +157,9 @@ def main() -> None:
         }
         shutil.rmtree(output) if output.is_dir() else output.unlink()
     print({key: value for key, value in result.items() if key != "where"})
-    if base.arch.num_layers == SHAPES["20b"].num_layers:
-        write_result(f"export_20b-{options.to}-{options.adapter}", result)
+    depth = base.arch.num_layers
+    name = f"export_20b-{options.to}-{options.adapter}"
+    write_result(name if depth == SHAPES["20b"].num_layers else f"{name}-{depth}", result)
 
 
 if __name__ == "__main__":
