@@ -1,6 +1,6 @@
 """Question: how long does it take to merge an adapter into a layer of gpt-oss-20b and to round its experts to MXFP4?
 
-Run: python -m benchmarks.round_mxfp4      Needs: 2 cores, 2 GB      Answer quoted in: docs/export.md
+Run: python -m benchmarks.round_mxfp4      Needs: 2 cores, 2 GB      Answer quoted in: docs/benchmarks.md
 
 One layer's experts in the released shape (32 of 5760 x 2880 and of 2880 x 2880), random bytes in MXFP4, and an adapter
 of rank 16 on all of them, expert by expert as an export goes. Rounding alone beside it, in C and in torch.
