@@ -4,8 +4,8 @@ Run: python -m benchmarks.yarn_truncate      Needs: 2 cores, minutes      Answer
 
 gpt-oss's config says `truncate: false`; those two read it as true, and no file can tell them otherwise. The model is
 the demo's shape with the released models' rotary embedding (64 dimensions a head, theta, factor, range), trained on
-documents of 4,096 tokens, and computed by Ossia both ways on held-out ones. What the rotations themselves differ by
-depends on the config alone, so that table holds for the released models as it stands.
+documents of `--length` tokens, and computed by Ossia both ways on held-out ones of 4,096. What the rotations
+themselves differ by depends on the config alone, so that table holds for the released models as it stands.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from ossia.model.weights import Weights
 from ossia.ops.rope import Yarn, yarn_frequencies
 
 PACKAGES = ("torch", "tokenizers", "numpy", "safetensors")
-LENGTH, HELD_OUT = 4096, 6
+LENGTH, HELD_OUT = 4096, 2
 HEAD_DIM = SHAPES["20b"].head_dim
 EDGES = (0, 128, 256, 512, 1024, 2048, 4096)
 FAR = (128, 1024, 4096, 32_768, 131_072)
@@ -61,19 +61,19 @@ def documents(folder: Path, count: int, seed: int) -> tuple[Path, list[list[int]
     return tokenizer, made
 
 
-def train(folder: Path, steps: int, seed: int) -> tuple[Path, list[list[int]]]:
+def train(folder: Path, steps: int, length: int, seed: int) -> tuple[Path, list[list[int]]]:
     """The trained model, and documents that it hasn't seen."""
     tokenizer, made = documents(folder, steps + HELD_OUT, seed)
     write_untrained(folder / "start", tokenizer, seed=seed, head_dim=HEAD_DIM)
-    rows = [{"ids": ids, "weights": [0, *[1] * (len(ids) - 1)]} for ids in made[HELD_OUT:]]
+    rows = [{"ids": ids[:length], "weights": [0, *[1] * (length - 1)]} for ids in made[HELD_OUT:]]
     (folder / "documents.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     recipe = {
         "model": str(folder / "start"),
         "dtype": "float32",
         "weights": "bf16",
         "data": str(folder / "documents.jsonl"),
-        "max_length": LENGTH,
-        "train": {"steps": steps, "tokens_per_step": LENGTH, "learning_rate": 3e-3, "warmup": 0.05, "save_every": 0},
+        "max_length": length,
+        "train": {"steps": steps, "tokens_per_step": length, "learning_rate": 3e-3, "warmup": 0.05, "save_every": 0},
         "output": str(folder / "run"),
     }
     return ossia.train(recipe).trained, made[:HELD_OUT]
@@ -150,16 +150,17 @@ def main() -> None:
     """Train, measure, write benchmarks/results/yarn_truncate.json, print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--length", type=int, default=LENGTH, help="tokens of a document that is trained on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     with tempfile.TemporaryDirectory() as scratch:
-        model, texts = train(Path(scratch), options.steps, options.seed)
+        model, texts = train(Path(scratch), options.steps, options.length, options.seed)
         bins, loss = differences(model, texts)
     result = {
         "question": (__doc__ or "").splitlines()[0],
-        "config": {**vars(options), "length": LENGTH, "documents": HELD_OUT, "head_dim": HEAD_DIM},
+        "config": {**vars(options), "asked_length": LENGTH, "documents": HELD_OUT, "head_dim": HEAD_DIM},
         "held_out_loss": loss,
         "by_position": bins,
         "rotations": rotations(SHAPES["20b"]),

@@ -42,7 +42,9 @@ def client_lines() -> Iterator[str]:
 
 
 def yarn_lines() -> Iterator[str]:
-    """By position, and the angles that are behind it."""
+    """By position, and the angles that are behind it; nothing where it wasn't measured."""
+    if not (RESULTS / "yarn_truncate.json").is_file():
+        return
     found = _load("yarn_truncate")
     yield "| positions | largest difference of two logits | mean KL, nats | same likeliest token | loss, and rounded |"
     yield "|---|---|---|---|---|"
