@@ -6,6 +6,7 @@ import json
 import re
 import struct
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,11 @@ def test_wandb_gets_the_scalars_under_the_run_folders_name_and_the_recipe(
         sink.write(eval_event(last, 0.5))
         sink.close()
         newest = max((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
-        records = [pb.Record.FromString(data) for data in logged(newest.read_bytes())]
+        until = time.monotonic() + 60
+        # another process writes it, and may still be at it on a busy machine
+        while not any(record.HasField("exit") for record in (records := recorded(pb, newest))):
+            assert time.monotonic() < until, "wandb never wrote that the run has ended"
+            time.sleep(0.1)
         (about,) = [record.run for record in records if record.HasField("run")]
         assert (about.project, about.display_name) == ("ossia", "my-run")
         assert {item.key: item.value_json for item in about.config.update}["model"] == '"m"'
@@ -95,11 +100,17 @@ def test_wandb_gets_the_scalars_under_the_run_folders_name_and_the_recipe(
     assert ids[0] == ids[1]
 
 
+def recorded(pb: Any, file: Path) -> list[Any]:
+    return [pb.Record.FromString(data) for data in logged(file.read_bytes())]
+
+
 def logged(data: bytes) -> Iterator[bytes]:
     """The records of a short wandb file: after 7 bytes each has a checksum, a length and a kind."""
     at = 7
-    while at < len(data):
+    while at + 7 <= len(data):
         _, length, _ = struct.unpack_from("<IHB", data, at)
+        if at + 7 + length > len(data):
+            return
         yield data[at + 7 : at + 7 + length]
         at += 7 + length
 
