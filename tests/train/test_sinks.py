@@ -80,11 +80,7 @@ def test_wandb_gets_the_scalars_under_the_run_folders_name_and_the_recipe(
         sink.write(eval_event(last, 0.5))
         sink.close()
         newest = max((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
-        until = time.monotonic() + 60
-        # another process writes it, and may still be at it on a busy machine
-        while not any(record.HasField("exit") for record in (records := recorded(pb, newest))):
-            assert time.monotonic() < until, "wandb never wrote that the run has ended"
-            time.sleep(0.1)
+        records = ended(pb, newest)
         (about,) = [record.run for record in records if record.HasField("run")]
         assert (about.project, about.display_name) == ("ossia", "my-run")
         assert {item.key: item.value_json for item in about.config.update}["model"] == '"m"'
@@ -100,8 +96,15 @@ def test_wandb_gets_the_scalars_under_the_run_folders_name_and_the_recipe(
     assert ids[0] == ids[1]
 
 
-def recorded(pb: Any, file: Path) -> list[Any]:
-    return [pb.Record.FromString(data) for data in logged(file.read_bytes())]
+def ended(pb: Any, file: Path) -> list[Any]:
+    """The file's records once the run's end is among them: another process writes it, which may still be at it."""
+    until = time.monotonic() + 60
+    while True:
+        records = [pb.Record.FromString(data) for data in logged(file.read_bytes())]
+        if any(record.HasField("exit") for record in records):
+            return records
+        assert time.monotonic() < until, "wandb never wrote that the run has ended"
+        time.sleep(0.1)
 
 
 def logged(data: bytes) -> Iterator[bytes]:
