@@ -70,6 +70,9 @@ def _sources(draft: Draft, key: str, place: KeyPath) -> list[dict[str, Any]]:
         draft.lines |= {
             (key, 0, *path[1:]): line for path, line in draft.lines.items() if len(path) > 1 and path[0] == key
         }
+    if not isinstance(given, list):
+        draft.refuse((key,), "expected a list of sections, each with a `path`; write `data`")
+        return []
     found: list[dict[str, Any]] = []
     for number in range(len(given)):
         if isinstance(given[number], dict):
@@ -293,7 +296,7 @@ class _Source:
         elif roles == []:
             self.refuse(
                 "roles_to_train",
-                "assistant messages are trained unless their `train` is false: write that beside those that aren't meant",
+                "assistant messages are trained unless their `train` is false: write that beside the others",
             )
         if flag == "train":
             self.skip("message_field_training", "a message's `train` says so in Ossia too")

@@ -66,7 +66,8 @@ _NOT_NEEDED = {
     "`ossia train RECIPE --resume` goes on after any stop; Ctrl-C saves": """auto_resume_from_checkpoints
         dynamic_checkpoint""",
     "it only says how Axolotl itself runs": """strict axolotl_config_path capabilities env_capabilities
-        hf_use_auth_token local_rank world_size ddp ddp_timeout ddp_bucket_cap_mb ddp_broadcast_buffers ddp_find_unused_parameters""",
+        hf_use_auth_token local_rank world_size ddp ddp_timeout ddp_bucket_cap_mb
+        ddp_broadcast_buffers ddp_find_unused_parameters""",
 }
 
 _NOT_SUPPORTED = {

@@ -65,6 +65,7 @@ def import_axolotl(text: str, name: str, gpus: int | None = None) -> Imported:
     _check(given, places)
     draft = Draft(name, given, places.lines, 1)
     draft.gpus = gpus or max((draft.whole("dp_shard_size") or 1) * (draft.whole("dp_replicate_size") or 1), 1)
+    _name_the_unknown(draft)
     map_data(draft)
     map_training(draft)
     map_model(draft)
@@ -104,8 +105,21 @@ def _check(given: dict[str, object], places: Places) -> None:
     ]
     if not any(given.get(key) for key in ("datasets", "pretraining_dataset")):
         findings.append(Finding((), "`datasets` is missing or empty: the rows to train on"))
+    elif given.get("datasets") and not isinstance(given["datasets"], list | dict):
+        findings.append(Finding(("datasets",), "`datasets` is a list of sections, each with a `path`"))
     if findings:
         raise recipe_error(findings, places)
+
+
+def _name_the_unknown(draft: Draft) -> None:
+    """A verdict for every key that Axolotl doesn't know, before a mapper takes it for part of a section that it does."""
+    for path in leaves(draft.given):
+        top = str(path[0])
+        inner = next((str(piece) for piece in path[1:] if isinstance(piece, str)), None)
+        if top not in KNOWN:
+            _unknown(draft, path, top, KNOWN)
+        elif inner is not None and top in INSIDE and inner not in INSIDE[top]:
+            _unknown(draft, path, inner, INSIDE[top])
 
 
 def _settle_the_rest(draft: Draft) -> None:
@@ -114,13 +128,7 @@ def _settle_the_rest(draft: Draft) -> None:
         if not draft.is_open(path):
             continue
         top = str(path[0])
-        if top not in KNOWN:
-            _unknown(draft, path, top, KNOWN)
-            continue
-        inner = next((str(piece) for piece in path[1:] if isinstance(piece, str)), None)
-        if inner is not None and top in INSIDE and inner not in INSIDE[top]:
-            _unknown(draft, path, inner, INSIDE[top])
-        elif draft.get(*path) in (None, "", [], {}):
+        if draft.get(*path) in (None, "", [], {}):
             draft.verdicts[path] = Verdict(path, "", Fate.not_needed, EMPTY, draft.lines.get(path))
         elif top in REASONS:
             draft.say(path, *REASONS[top])

@@ -57,7 +57,7 @@ def _rewards(draft: Draft) -> None:
         draft.refuse(("trl", "reward_funcs"), "write reward functions as module:function or file.py:function")
     weights = draft.get("trl", "reward_weights")
     if weights is not None:
-        if isinstance(weights, list) and set(weights) <= {1}:
+        if isinstance(weights, list) and all(weight == 1 for weight in weights):
             draft.skip(("trl", "reward_weights"), "rewards add up, each once")
         else:
             draft.refuse(("trl", "reward_weights"), "rewards add up, each once: multiply in the function itself")

@@ -42,7 +42,7 @@ def _length(draft: Draft) -> None:
     else:
         draft.default(f"sequence_len: {_DEFAULT_LENGTH}", ("max_length",), _DEFAULT_LENGTH)
     ours = {"drop": "drop", "truncate": "truncate", "raise": "error"}
-    given = draft.get("excess_length_strategy")
+    given = draft.text("excess_length_strategy")
     if given in ours:
         draft.map(("excess_length_strategy",), ("on_long",), ours[given])
     elif given is not None:
@@ -139,7 +139,7 @@ def _optimizer(draft: Draft) -> None:
 
 
 def _schedule(draft: Draft) -> None:
-    name = draft.get("lr_scheduler")
+    name = draft.text("lr_scheduler")
     if name in _SCHEDULES:
         draft.map(("lr_scheduler",), ("train", "schedule"), _SCHEDULES[name])
     elif name == "cosine_with_min_lr":
