@@ -65,11 +65,6 @@ def _sources(draft: Draft, key: str, place: KeyPath) -> list[dict[str, Any]]:
             return []
         draft.tell((key,), (*place, 0, "path"), given)
         return [{"path": given, "format": "text"}]
-    if isinstance(given, dict):
-        given = draft.given[key] = [given]
-        draft.lines |= {
-            (key, 0, *path[1:]): line for path, line in draft.lines.items() if len(path) > 1 and path[0] == key
-        }
     if not isinstance(given, list):
         draft.refuse((key,), "expected a list of sections, each with a `path`; write `data`")
         return []

@@ -154,7 +154,8 @@ REASONS = MappingProxyType(
         for name in names.split()
     }
 )
-KNOWN = frozenset(REASONS) | frozenset(_MAPPED.split())
+MAPPED = frozenset(_MAPPED.split())
+KNOWN = MAPPED | frozenset(REASONS)
 
 
 def _names(text: str) -> frozenset[str]:

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from copy import deepcopy
 from dataclasses import dataclass
+from difflib import get_close_matches
 
 from ossia.axolotl.data import map_data
 from ossia.axolotl.draft import EMPTY, Draft, Fate, Verdict, leaves
-from ossia.axolotl.keys import INSIDE, KNOWN, REASONS
+from ossia.axolotl.keys import INSIDE, KNOWN, MAPPED, REASONS
 from ossia.axolotl.model import map_model
 from ossia.axolotl.rl import map_rl
 from ossia.axolotl.text import recipe_text
@@ -105,14 +106,14 @@ def _check(given: dict[str, object], places: Places) -> None:
     ]
     if not any(given.get(key) for key in ("datasets", "pretraining_dataset")):
         findings.append(Finding((), "`datasets` is missing or empty: the rows to train on"))
-    elif given.get("datasets") and not isinstance(given["datasets"], list | dict):
+    elif given.get("datasets") and not isinstance(given["datasets"], list):
         findings.append(Finding(("datasets",), "`datasets` is a list of sections, each with a `path`"))
     if findings:
         raise recipe_error(findings, places)
 
 
 def _name_the_unknown(draft: Draft) -> None:
-    """A verdict for every key that Axolotl doesn't know, before a mapper takes it for part of a section that it does."""
+    """A verdict for every key that Axolotl doesn't know, before a mapper takes it for part of a known section."""
     for path in leaves(draft.given):
         top = str(path[0])
         inner = next((str(piece) for piece in path[1:] if isinstance(piece, str)), None)
@@ -137,7 +138,8 @@ def _settle_the_rest(draft: Draft) -> None:
 
 
 def _unknown(draft: Draft, path: KeyPath, word: str, names: frozenset[str]) -> None:
-    meant = nearest(word, names)
+    near = get_close_matches(word, names, n=1, cutoff=0.85)  # by one letter or two; else one that decides something
+    meant = near[0] if near else nearest(word, names & MAPPED) or nearest(word, names)
     guess = f"; did you mean `{meant}`? Put it right there and import again" if meant else "; leave it out"
     words = f"Axolotl ignores this silently{guess}"
     draft.verdicts[path] = Verdict(path, value_in_words(draft.get(*path)), Fate.unknown, words, draft.lines.get(path))
