@@ -94,18 +94,18 @@ _NOT_SUPPORTED = {
     " lisa_layers_attribute spectrum_top_fraction spectrum_model_name freeze_mm_modules",
     "the tokenizer stays the checkpoint's own, with every token that it has": """tokens added_tokens_overrides
         resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens""",
-    "the model stays as released": """overrides_of_model_config overrides_of_model_kwargs model_config model_kwargs
-        rope_scaling reinit_weights scaling_softmax scaling_softmax_factor scaling_softmax_bias use_pose
-        pose_split_on_token_ids pose_max_context_len pose_num_chunks""",
+    "the model stays as released; leave it out": """overrides_of_model_config overrides_of_model_kwargs
+        model_config model_kwargs rope_scaling reinit_weights scaling_softmax scaling_softmax_factor scaling_softmax_bias
+        use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks""",
     "the newest revision is read; download another one and name its folder in `model`": "revision_of_model"
     " model_revision",
-    "noise on embeddings isn't there": "neftune_noise_alpha noisy_embedding_alpha",
+    "noise on embeddings isn't there; leave it out": "neftune_noise_alpha noisy_embedding_alpha",
     "prepare the rows: take out duplicates and short ones before training": """dataset_exact_deduplication
         min_sample_len max_prompt_len""",
     "prepare the rows: leave out those that aren't meant to be read": "dataset_shard_num dataset_shard_idx",
     "rows are always shuffled, by `train.seed`": "curriculum_sampling shuffle_merged_datasets",
     "a batch is tokens: `train.tokens_per_step`; `ossia plan` says what fits": "auto_find_batch_size",
-    "the last step's samples may be fewer": "dataloader_drop_last",
+    "the last step's samples may be fewer; leave it out": "dataloader_drop_last",
     "a run ends at its last step; pick one of its checkpoints by its held-out loss": """early_stopping_patience
         load_best_model_at_end metric_for_best_model greater_is_better""",
     "a checkpoint always holds what a run goes on from; `train.save_every` says how often": "save_only_model"
@@ -124,14 +124,15 @@ _NOT_SUPPORTED = {
     "push after training: `ossia push RUN OWNER/NAME`, or `ossia export ... --push OWNER/NAME`": """hub_model_id
         hub_strategy hub_revision push_dataset_to_hub""",
     "name the run with --resume, or start from its adapter: `adapter.init_from`": "resume_from_checkpoint",
-    "the loss of supervised training is plain cross entropy": """use_eaft eaft_alpha eaft_k trainer_cls
+    "the loss of supervised training is plain cross entropy; leave it out": """use_eaft eaft_alpha eaft_k trainer_cls
         center_rewards_coefficient num_labels kd_trainer kd_ce_alpha kd_alpha kd_temperature kd_beta""",
-    "preference losses aren't there yet": """dpo_use_weighting dpo_label_smoothing precompute_ref_log_probs
+    "preference losses aren't there yet; leave it out": """dpo_use_weighting dpo_label_smoothing
+        precompute_ref_log_probs
         dpo_use_liger_kernel dpo_padding_free dpo_loss_type dpo_loss_weights dpo_beta dpo_use_logits_to_keep
         dpo_generate_during_eval dpo_norm_loss rpo_alpha orpo_alpha simpo_gamma cpo_alpha kto_desirable_weight
         kto_undesirable_weight rl_beta ebft""",
-    "gpt-oss reads text alone": "image_size image_resize_algorithm role_boundaries",
-    "renamed or removed by Axolotl itself": "max_packed_sequence_len s2_attention",
+    "gpt-oss reads text alone; leave it out": "image_size image_resize_algorithm role_boundaries",
+    "Axolotl has renamed or removed it itself; leave it out": "max_packed_sequence_len s2_attention",
 }
 
 # Keys that the mappers read.

@@ -11,7 +11,7 @@ from ossia.axolotl.training import is_grpo, rows_of_step
 
 _LOSSES = ("grpo", "bnpo", "dr_grpo", "dapo", "cispo")
 _DEFAULT_GROUP = 8  # TRL's num_generations
-_DEFAULT_NEW = 256  # TRL's max_completion_length
+_OUR_NEW = 1024
 _SERVER = (
     "use_vllm",
     "vllm_mode",
@@ -74,7 +74,9 @@ def _sizes(draft: Draft) -> None:
     if new is not None:
         draft.map(("trl", "max_completion_length"), ("rl", "max_new"), new)
     else:
-        draft.default(f"trl.max_completion_length: {_DEFAULT_NEW}", ("rl", "max_new"), _DEFAULT_NEW)
+        new = max(min(_OUR_NEW, draft.recipe["max_length"] // 2), 1)
+        draft.put(("rl", "max_new"), new, "SET THIS: there was no trl.max_completion_length")
+        draft.remarks.append(f"no `trl.max_completion_length`, so `rl.max_new` is {new}")
     batch = draft.whole("trl", "generation_batch_size")
     answers = batch or rows_of_step(draft)
     prompts = max(answers // max(group, 1), 1)
@@ -132,6 +134,8 @@ def _loss(draft: Draft) -> None:
         draft.map(("trl", "epsilon_high"), ("rl", "clip_high"), float(high))
     if (scale := draft.flag("trl", "scale_rewards")) is not None:
         draft.map(("trl", "scale_rewards"), ("rl", "spread"), scale)
+    else:
+        draft.default("trl.scale_rewards: true", ("rl", "spread"), True)
     if (masked := draft.flag("trl", "mask_truncated_completions")) is not None:
         draft.map(("trl", "mask_truncated_completions"), ("rl", "mask_truncated"), masked)
     else:

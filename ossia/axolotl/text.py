@@ -33,7 +33,7 @@ def recipe_text(draft: Draft) -> str:
     head += [f"Look at: {remark}" for remark in draft.remarks]
     for words in dict.fromkeys(one.words for one in left):
         keys = ", ".join(f"{one.key}: {one.value}" for one in left if one.words == words)
-        head.append(f"Not carried over: {keys}. {words[0].upper()}{words[1:]}")
+        head.append(f"Not carried over: {keys}; {words}")
     lines = [line for text in head for line in textwrap.wrap(_one_line(text), _WIDTH - 2, subsequent_indent="  ")]
     body = "\n".join(_section(draft, draft.recipe, (), ""))
     text = "\n".join(f"# {line}" for line in lines) + f"\n\n{body}\n"
