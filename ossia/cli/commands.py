@@ -15,6 +15,7 @@ import typer
 
 from ossia.cli.app import command, importing
 from ossia.cli.attack import attack
+from ossia.cli.imports import import_recipe
 from ossia.cli.llama import LlamaGiven, is_gguf, is_gguf_alone, with_llama_options
 from ossia.cli.plan import plan
 from ossia.cli.push import PrivateOption, PushOption, hub_for, push, push_result
@@ -505,6 +506,7 @@ def _arch(shape: str, sizes: dict[str, int]) -> Arch:
 
 
 command("attack")(attack)
+command("import-recipe")(import_recipe)
 
 
 @command("explain")

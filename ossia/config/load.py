@@ -35,7 +35,7 @@ def read_recipe(path: Path, overrides: Sequence[str] = ()) -> tuple[Recipe, Plac
 
 def draft_recipe(path: Path, overrides: Sequence[str] = ()) -> Draft:
     """What can be read of a recipe's file, with all that is wrong. Raises RecipeError if that is nothing."""
-    parsed = parse_yaml(_read(path))
+    parsed = parse_yaml(recipe_file_text(path))
     places = Places(str(path), dict(parsed.lines))
     problems = [Finding((), problem.message, line=problem.line) for problem in parsed.problems]
     if problems and not isinstance(parsed.value, dict):
@@ -85,7 +85,8 @@ def _key_path(name: str) -> KeyPath:
     return tuple(int(piece) if piece.isdigit() else piece for piece in name.split(".") if piece)
 
 
-def _read(path: Path) -> str:
+def recipe_file_text(path: Path) -> str:
+    """The text of a YAML file that the user named. Raises RecipeError if there is none."""
     try:
         return path.read_text(encoding="utf-8")
     except FileNotFoundError:

@@ -33,6 +33,7 @@ COMMANDS = (
     "explain",
     "doctor",
     "attack",
+    "import-recipe",
 )
 
 

@@ -18,7 +18,7 @@ LAYERS = (
     {"ops"},
     {"model", "data"},
     {"engine", "train"},
-    {"rl", "export", "plan"},
+    {"rl", "export", "plan", "axolotl"},
     {"run"},
     {"sft", "grpo", "evaluate", "batch", "chat", "preview"},
     {"api"},
@@ -26,7 +26,16 @@ LAYERS = (
     {"cli"},
 )
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-NO_TORCH = ("ossia", "ossia.errors", "ossia.config", "ossia.harmony", "ossia.cli", "ossia.model.budget", "ossia.plan")
+NO_TORCH = (
+    "ossia",
+    "ossia.errors",
+    "ossia.config",
+    "ossia.harmony",
+    "ossia.cli",
+    "ossia.model.budget",
+    "ossia.plan",
+    "ossia.axolotl",
+)
 
 
 def imported(tree: ast.Module, package: str) -> Iterator[tuple[int, str]]:
