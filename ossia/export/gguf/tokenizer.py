@@ -14,7 +14,7 @@ from gguf import TokenType
 from ossia.errors import TokenizerError
 from ossia.export.gguf.file import GgufFile
 from ossia.harmony.o200k import tokenizer_json_text
-from ossia.harmony.tokenizer_json import TOKENIZER, TokenizerFile
+from ossia.harmony.tokenizer_json import TOKENIZER, TokenizerFile, is_released
 
 _NEXT = "next: name gpt-oss's own with --tokenizer FOLDER, a checkpoint's folder or a tokenizer.json"
 _FIXED = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": "gpt-4o"}
@@ -35,7 +35,7 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
     for number, (token, kind) in enumerate(zip(tokens, kinds, strict=True)):
         if kind == TokenType.UNUSED:
             continue
-        if kind == TokenType.USER_DEFINED:  # gpt-oss's converter calls an added token so that isn't special
+        if kind == TokenType.USER_DEFINED:  # what llama.cpp's converter calls an added token that isn't special
             kind = TokenType.CONTROL
         if kind not in numbers or token in numbers[kind]:
             raise TokenizerError(
@@ -48,7 +48,8 @@ def write_tokenizer(file: GgufFile, folder: Path) -> None:
         left, _, right = merge.partition(" ")
         pairs.append((left, right))
     text = tokenizer_json_text(numbers[TokenType.NORMAL], pairs, numbers[TokenType.CONTROL])
-    TokenizerFile.parse(text, f"the tokenizer of {file.path}")
+    if not is_released(text):
+        TokenizerFile.parse(text, f"the tokenizer of {file.path}")
     (folder / TOKENIZER).write_text(text, encoding="utf-8")
     template = file.value("tokenizer.chat_template")
     if template is not None:
