@@ -393,7 +393,9 @@ def serve(
 
 @command("export")
 def export(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, or a model (with --adapter).")],
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_MODEL", help="A run folder, a model (with --adapter), or a GGUF file.")
+    ],
     to: Annotated[ExportFormat, typer.Option("--to", help="What to write.")],
     output: Annotated[Path, typer.Option("--output", metavar="PATH", help="A folder (GGUF: a file) not there yet.")],
     adapter: AdapterOption = None,
@@ -403,6 +405,9 @@ def export(
     ] = None,
     gguf_type: Annotated[
         GgufType | None, typer.Option("--gguf-type", help="Of gguf: how matrices other than MXFP4 are stored (bf16).")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option("--tokenizer", help="Of a GGUF file: a folder whose tokenizer is taken instead.")
     ] = None,
     max_kl: Annotated[
         float | None,
@@ -419,7 +424,14 @@ def export(
     layout = None if adapter_layout is None else adapter_layout.value
     hub = hub_for(push_to, private)
     written = export_model(
-        source, to=to.value, output=output, adapter=adapter, adapter_layout=layout, gguf_type=kind, max_kl=max_kl
+        source,
+        to=to.value,
+        output=output,
+        adapter=adapter,
+        adapter_layout=layout,
+        gguf_type=kind,
+        tokenizer=tokenizer,
+        max_kl=max_kl,
     )
     print(written)
     push_result(written, hub, source)

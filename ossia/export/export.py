@@ -18,7 +18,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ossia.errors import CheckpointError, Interrupted, MissingExtraError, StoppedError, UserError
 from ossia.export.merge import Changes, write_merged
-from ossia.export.source import Source, open_source
+from ossia.export.source import Source, identity_of, open_source
 from ossia.export.verify import Agreement, PassingWeights, changed_model, compare, fixed_texts, held_out_texts
 from ossia.harmony import Vocabulary
 from ossia.model.arch import Layout
@@ -50,11 +50,13 @@ def export_model(
     adapter: str | None = None,
     adapter_layout: LayoutName | None = None,
     gguf_type: str | None = None,
+    tokenizer: Path | None = None,
     max_kl: float | None = None,
 ) -> Path:
     """Write a model as other programs load it, verified by reading it back.
 
-    source     a run folder, or a model (a checkpoint's folder, or owner/name on the hub)
+    source     a run folder, or a model (a checkpoint's folder, or owner/name on the hub); for hf-bf16 and hf-mxfp4 a
+               GGUF file of a gpt-oss too
     to         hf-bf16: a Hugging Face folder with everything merged, in bfloat16; hf-mxfp4: the same with experts in
                MXFP4, their own bytes where they weren't trained, else rounded; gguf: a file for llama.cpp, MXFP4
                experts that weren't trained as they are, the rest merged; peft: the adapter alone, as `peft` and vLLM
@@ -63,6 +65,7 @@ def export_model(
     adapter    of a model: a run folder or an adapter's folder
     adapter_layout  how that one's experts are stored, where its file can be read in two ways: see `load_adapter`
     gguf_type  of gguf: what matrices are written as, "bf16" (None), "f16", "q8_0" or "f32"
+    tokenizer  of a GGUF file: a checkpoint's folder or a tokenizer.json to take instead of the file's own
     max_kl     how far from what was trained it may be, nats, instead of the bound of `verify_export`
     Returns    the folder or file
     Raises     UserError for what can't be exported; CheckpointError if what was written isn't the model that
@@ -80,10 +83,17 @@ def export_model(
     if output.exists() and (to in _FILES or not output.is_dir() or any(output.iterdir())):
         what = "name a new file" if to in _FILES else "name a new folder"
         raise CheckpointError(f"{output} exists already; {what} or remove it first")
-    opened = open_source(source, adapter, _say, adapter_layout)
     unverified = output.absolute().with_name(f".{output.name}.unverified")
     if to in _FILES and not unverified.parent.is_dir():
         raise CheckpointError(f"{unverified.parent} is no folder; make it first, or name another --output")
+    if Path(source).suffix == ".gguf":
+        if adapter is not None or adapter_layout is not None:
+            raise UserError(f"{source} takes no --adapter; make a folder of it first, and put the adapter on that")
+        _export_from_gguf(unverified, Path(source).expanduser(), output, to, tokenizer, max_kl)
+        return output
+    if tokenizer is not None:
+        raise UserError("--tokenizer is for a GGUF file; any other model brings its own: leave it out")
+    opened = open_source(source, adapter, _say, adapter_layout)
     with _kept_if_stopped(unverified, opened.identity(to=to, gguf_type=gguf_type)) as journal:
         if to == "peft":
             _export_adapter(unverified, opened, source)
@@ -128,6 +138,49 @@ def _export_folder(journal: Journal, source: Source, layout: Layout, max_kl: flo
     verify_export(source, journal.target, _say, rounded=rounded, max_kl=max_kl)
 
 
+def _export_from_gguf(
+    target: Path, path: Path, output: Path, to: str, tokenizer: Path | None, max_kl: float | None
+) -> None:
+    """A GGUF file as a folder, compared with the file itself."""
+    if to not in _FORMATS:
+        raise UserError(f"--to {to}: of a GGUF file Ossia writes a folder alone; allowed: {', '.join(_FORMATS)}")
+    if find_spec("gguf") is None:
+        raise MissingExtraError("reading GGUF needs the package gguf: pip install 'ossia[gguf]'")
+    from ossia.export.gguf.back import arch_of, require_readable, write_folder
+    from ossia.export.gguf.file import GgufFile
+    from ossia.export.gguf.read import gguf_model
+
+    file, layout = GgufFile.open(path), _FORMATS[to]
+    arch, unread = arch_of(file)
+    require_readable(file, layout)
+    _say(
+        "a GGUF file can't say these, so they are gpt-oss's own: sliding and full layers in turn, "
+        f"swiglu_limit {arch.swiglu_limit:g}, swiglu_alpha {arch.swiglu_alpha:g}, rope_scaling.truncate false"
+    )
+    if unread:
+        _say(f"mind: not read, because gpt-oss has no such thing: {', '.join(unread)}")
+    with _kept_if_stopped(target, identity_of(path, [path], to=to, tokenizer=str(tokenizer))) as journal:
+        with _bar() as report:
+            write_folder(journal, file, arch, layout, tokenizer=tokenizer, note=journal.remark, progress=report)
+        if journal.remarks:
+            worst = max(journal.remarks, key=journal.remarks.__getitem__)
+            share = journal.remarks[worst]
+            _say(f"rounded to bfloat16: {len(journal.remarks)} tensors, `{worst}` the most, by {share:.2%} of its norm")
+        _say(_WRITTEN)
+        folder = Checkpoint.open(target)
+        packs = fixed_texts(Vocabulary.from_file(target))
+        (found,) = compare(gguf_model(path, folder), [changed_model(PassingWeights(folder))], packs)
+        _say(f"read back and compared with the GGUF file, on fixed texts: {found}")
+        allowed = MIN_KL if max_kl is None else max_kl
+        if not found.kl <= allowed:
+            raise CheckpointError(
+                f"the folder isn't the model in the GGUF file: {found}\n"
+                f"  allowed: a KL divergence of {allowed:.2e} nats\n"
+                "  next: look whether the file is whole, or allow it with --max-kl"
+            )
+        target.rename(output.absolute())
+
+
 def _tell_rounding(source: Source, errors: Mapping[str, float]) -> None:
     """What it cost to round experts to MXFP4, a line a layer."""
     arch = source.base.arch
@@ -146,8 +199,8 @@ def _tell_rounding(source: Source, errors: Mapping[str, float]) -> None:
 
 
 def _export_gguf(journal: Journal, source: Source, name: str, kind: str, max_kl: float | None) -> None:
-    from ossia.export.gguf import write_gguf
-    from ossia.export.gguf_read import gguf_model
+    from ossia.export.gguf.read import gguf_model
+    from ossia.export.gguf.write import write_gguf
 
     path = journal.target
     with _bar() as report:
@@ -167,7 +220,7 @@ def _tell_of_yarn(source: Source) -> None:
 
 
 def _export_gguf_lora(path: Path, source: Source, name: str, given: str, max_kl: float | None) -> None:
-    from ossia.export.gguf_lora import folded, read_gguf_lora, write_gguf_lora
+    from ossia.export.gguf.lora import folded, read_gguf_lora, write_gguf_lora
 
     lora = _adapter_of(source, given)
     if factors := folded(lora.spec):

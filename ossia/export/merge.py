@@ -156,7 +156,7 @@ def rounded_projection(
         if tensor is not None and module.endswith("gate_up_proj"):
             one = interleave_gate_up(one)
         merged = merged_experts(one, own)
-        if not _is_finite(merged):
+        if not is_finite(merged):
             raise CheckpointError(_not_finite(module))
         packed = rounded_experts(one, own, merged)
         if note is not None:
@@ -202,12 +202,12 @@ def merged_tensor(base: Checkpoint, changes: Changes, name: str) -> Iterator[Ten
     else:
         found, changed = iter((mapped_tensor(base, name),)), False
     for piece in found:
-        if changed and not _is_finite(piece.transpose(1, 2) if piece.dim() == 3 else piece):
+        if changed and not is_finite(piece.transpose(1, 2) if piece.dim() == 3 else piece):
             raise CheckpointError(_not_finite(name))
         yield piece
 
 
-def _is_finite(piece: Tensor) -> bool:
+def is_finite(piece: Tensor) -> bool:
     """One pass over a contiguous tensor, where `isfinite` takes nine times as long; a nan is its least and largest."""
     least, largest = piece.aminmax()
     return bool(least.isfinite() and largest.isfinite())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,15 +44,24 @@ class Source:
         """
         base = self.base.path.absolute()
         texts = [file for file in sorted(base.iterdir()) if file.suffix in (".json", ".jinja")]
-        found = {
-            "ossia": __version__,
-            "torch": torch.__version__,
-            "source": str(base),
-            "weights": _digest(json.dumps([_stamp(file) for file in self.base.files]).encode()),
-            "texts": _digest(*(part for file in texts for part in (file.name.encode(), file.read_bytes()))),
-            "changes": _of_changes(self.changes),
-        }
-        return found | {key: str(value) for key, value in options.items()}
+        return identity_of(
+            base,
+            self.base.files,
+            texts=_digest(*(part for file in texts for part in (file.name.encode(), file.read_bytes()))),
+            changes=_of_changes(self.changes),
+            **options,
+        )
+
+
+def identity_of(source: Path, files: Sequence[Path], **options: str | None) -> dict[str, str]:
+    """`Source.identity` of any files that hold weights."""
+    found = {
+        "ossia": __version__,
+        "torch": torch.__version__,
+        "source": str(source.absolute()),
+        "weights": _digest(json.dumps([_stamp(file) for file in files]).encode()),
+    }
+    return found | {key: str(value) for key, value in options.items()}
 
 
 def _stamp(file: Path) -> tuple[str, int, int, int]:

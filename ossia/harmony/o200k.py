@@ -16,7 +16,7 @@ import gzip
 import hashlib
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
@@ -76,13 +76,16 @@ def o200k_harmony_tokenizer_json() -> str:
     names = {token: token.decode("latin-1").translate(table) for token in ranks}
     vocab = {names[token]: rank for token, rank in ranks.items()}
     merges = [(names[left], names[right]) for left, right in _merges(ranks)]
-    added = [
-        _special(number, NAMED_SPECIALS.get(number, f"<|reserved_{number}|>"))
-        for number in range(FIRST_SPECIAL, max(NAMED_SPECIALS) + 1)
-    ]
-    text = _dump(_layout(added), vocab, merges)
+    last = max(NAMED_SPECIALS)
+    special = {NAMED_SPECIALS.get(n, f"<|reserved_{n}|>"): n for n in range(FIRST_SPECIAL, last + 1)}
+    text = tokenizer_json_text(vocab, merges, special)
     assert hashlib.sha256(text.encode()).hexdigest() == RELEASED_SHA256
     return text
+
+
+def tokenizer_json_text(vocab: Mapping[str, int], merges: Iterable[tuple[str, str]], special: Mapping[str, int]) -> str:
+    """A `tokenizer.json` of gpt-oss's kind in the released file's form: a vocabulary in its order, merges in theirs."""
+    return _dump(_layout([_special(number, name) for name, number in special.items()]), vocab, merges)
 
 
 def write_o200k_harmony(path: Path) -> Path:
@@ -196,7 +199,7 @@ def _layout(added: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _dump(layout: dict[str, Any], vocab: dict[str, int], merges: list[tuple[str, str]]) -> str:
+def _dump(layout: dict[str, Any], vocab: Mapping[str, int], merges: Iterable[tuple[str, str]]) -> str:
     """`layout` with vocabulary and merges as `json.dumps(..., indent=2)` would write it, at a tenth of the time."""
     quoted = {token: '"' + token.replace("\\", "\\\\").replace('"', '\\"') + '"' for token in vocab}
     vocab_lines = ",\n".join(f"      {quoted[token]}: {number}" for token, number in vocab.items())

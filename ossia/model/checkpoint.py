@@ -318,6 +318,8 @@ def _listing(path: Path, layout: Layout, problems: list[str]) -> str:
             "bf16 weights under MXFP4 names are what transformers 5 saves of an MXFP4 model that it dequantised; "
             "export again from a model that was loaded from bf16 weights"
         )
+    elif any(" F32; by" in problem or " F16; by" in problem for problem in problems):
+        lines.append("save the model in bfloat16: `model.to(torch.bfloat16).save_pretrained(FOLDER)` in transformers")
     else:
         lines.append(f"download the folder again, or use the {CONFIG} that belongs to these files")
     return "\n  ".join(lines)

@@ -91,6 +91,11 @@ def model_folder(model: str) -> Path:
         return _download(model)
     folder = Path(model).expanduser()
     if not folder.is_dir():
+        if folder.suffix == ".gguf" and folder.is_file():
+            raise CheckpointError(
+                f"{model}: this is a GGUF file\n"
+                f"  next: make a folder of it: ossia export {model} --to hf-mxfp4 --output FOLDER (or hf-bf16)"
+            )
         found = "this is a file" if folder.exists() else f"no such folder (the current one is {Path.cwd()})"
         raise CheckpointError(
             f"{model}: {found}\n"

@@ -185,7 +185,7 @@ def test_a_file_that_computes_something_else_is_refused_and_removed(
     def in_the_checkpoints_order(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
         return torch.cat((scales.unsqueeze(-1), blocks), dim=-1)
 
-    monkeypatch.setattr("ossia.export.gguf.repack_mxfp4", in_the_checkpoints_order)
+    monkeypatch.setattr("ossia.export.gguf.write.repack_mxfp4", in_the_checkpoints_order)
     with pytest.raises(CheckpointError, match="isn't the one that was trained"):
         exported(tiny(SHALLOW), tmp_path / "x.gguf")
     assert list(tmp_path.iterdir()) == []

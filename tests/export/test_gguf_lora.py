@@ -22,7 +22,7 @@ from torch import Tensor
 from ossia.engine import Engine, Request, Sampling
 from ossia.errors import AdapterError, CheckpointError, UserError
 from ossia.export import export_model
-from ossia.export.gguf_lora import read_gguf_lora
+from ossia.export.gguf.lora import read_gguf_lora
 from ossia.export.merge import Changes
 from ossia.export.verify import PassingWeights, changed_model
 from ossia.model.checkpoint import CONFIG, Checkpoint

@@ -11,8 +11,8 @@ from gguf import GGMLQuantizationType
 from gguf.quants import dequantize, quantize
 
 from ossia.errors import CheckpointError
-from ossia.export.gguf import repack_mxfp4
-from ossia.export.gguf_read import decode, gguf_model, unpack_mxfp4
+from ossia.export.gguf.read import decode, gguf_model, unpack_mxfp4
+from ossia.export.gguf.write import repack_mxfp4
 from ossia.export.merge import Changes, write_merged
 from ossia.export.verify import PassingWeights, changed_model, compare, fixed_texts
 from ossia.harmony import Vocabulary

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ossia.disk import sync_to_disk
 from ossia.errors import AdapterError, CheckpointError
-from ossia.export.gguf import gguf_names, gguf_shapes, require_llama_cpp
+from ossia.export.gguf.write import gguf_names, gguf_shapes, require_llama_cpp
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec, Site, sites

@@ -80,7 +80,7 @@ def gguf_shapes(arch: Arch) -> dict[str, tuple[int, ...]]:
     shapes = {}
     for name, spec in arch.tensor_specs("bf16").items():
         names, shape = gguf_names(name), spec.shape
-        if _is_expert_weight(name):
+        if is_expert_weight(name):
             shape = (shape[0], shape[2], shape[1])
         if len(names) == 2:
             shape = (shape[0], shape[1] // 2, *shape[2:])
@@ -160,7 +160,7 @@ def _plan(base: Checkpoint, changes: Changes, dense: GGMLQuantizationType) -> di
     shapes = gguf_shapes(base.arch)
     for name in base.arch.tensor_specs("bf16"):
         kind = GGMLQuantizationType.F32 if name.endswith(_EXACT) else dense
-        if _is_expert_weight(name) and base.layout == "mxfp4" and not changes.touch(name):
+        if is_expert_weight(name) and base.layout == "mxfp4" and not changes.touch(name):
             kind = GGMLQuantizationType.MXFP4
         for target in gguf_names(name):
             if shapes[target][-1] % GGML_QUANT_SIZES[kind][0]:
@@ -171,7 +171,8 @@ def _plan(base: Checkpoint, changes: Changes, dense: GGMLQuantizationType) -> di
     return places
 
 
-def _is_expert_weight(name: str) -> bool:
+def is_expert_weight(name: str) -> bool:
+    """Whether this is the bf16 layout's name of a projection's matrices."""
     return ".mlp.experts." in name and name.endswith(EXPERT_WEIGHTS)
 
 
@@ -196,7 +197,7 @@ def _pieces(
                     yield target, packed[part :: len(names)].contiguous().numpy()
             continue
         for piece in merged_tensor(base, changes, name):
-            matrices = piece.transpose(1, 2) if _is_expert_weight(name) else piece
+            matrices = piece.transpose(1, 2) if is_expert_weight(name) else piece
             for part, target in enumerate(names):
                 half = matrices[:, part :: len(names)] if len(names) == 2 else matrices
                 rows = half.reshape(-1, half.shape[-1])
