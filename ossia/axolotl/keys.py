@@ -95,8 +95,8 @@ _NOT_SUPPORTED = {
     "the tokenizer stays the checkpoint's own, with every token that it has": """tokens added_tokens_overrides
         resize_token_embeddings_to_32x mean_resizing_embeddings shrink_embeddings fix_untrained_tokens""",
     "the model stays as released; leave it out": """overrides_of_model_config overrides_of_model_kwargs
-        model_config model_kwargs rope_scaling reinit_weights scaling_softmax scaling_softmax_factor scaling_softmax_bias
-        use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks""",
+        model_config model_kwargs rope_scaling reinit_weights scaling_softmax scaling_softmax_factor
+        scaling_softmax_bias use_pose pose_split_on_token_ids pose_max_context_len pose_num_chunks""",
     "the newest revision is read; download another one and name its folder in `model`": "revision_of_model"
     " model_revision",
     "noise on embeddings isn't there; leave it out": "neftune_noise_alpha noisy_embedding_alpha",
