@@ -128,6 +128,8 @@ def make_exports(trained: Path, folder: Path, *, steps: int = 25) -> Exports:
     export_model(run, to="hf-bf16", output=exports.merged)
     export_model(run, to="hf-mxfp4", output=exports.merged_mxfp4, max_kl=FAR)
     export_model(run, to="gguf", output=exports.merged_gguf, gguf_type="f32")
+    export_model(str(exports.base_bf16), to="gguf", output=exports.exact_gguf, gguf_type="f32")
+    export_model(run, to="gguf-lora", output=exports.adapter_gguf)
     return exports
 
 
@@ -140,8 +142,6 @@ def add_exports(exports: Exports, tokenizer: Path, *, steps: int = 10) -> None:
     run = str(exports.run)
     export_model(run, to="gguf", output=exports.merged_bf16_gguf)
     export_model(run, to="gguf", output=exports.merged_q8_gguf, gguf_type="q8_0")
-    export_model(str(exports.base_bf16), to="gguf", output=exports.exact_gguf, gguf_type="f32")
-    export_model(run, to="gguf-lora", output=exports.adapter_gguf)
     attention = exports.folder / "attention-run"
     _train(exports.base, exports.folder / "calls.jsonl", attention, targets=["attention"], steps=steps)
     export_model(str(attention), to="peft", output=exports.attention)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import metadata
 from pathlib import Path
 
@@ -14,9 +15,9 @@ EXACT = LlamaOptions(
 )
 
 
-def llamas_answers(file: Path, questions: Questions) -> Answers:
-    """Greedy answers alone: the server tells no logits."""
-    server = start_llama(file, EXACT)
+def llamas_answers(file: Path, questions: Questions, *, lora: Path | None = None) -> Answers:
+    """Greedy answers alone: the server tells no logits. `lora`: an adapter's file, on the model."""
+    server = start_llama(file, EXACT if lora is None else replace(EXACT, lora=[str(lora)]))
     answers = []
     for ids in questions.prompts:
         body = {"prompt": ids, "n_predict": questions.max_new, "temperature": 0, "return_tokens": True}

@@ -17,6 +17,7 @@ from benchmarks.clients.llama import EXACT, llamas_answers
 from benchmarks.clients.venvs import transformers_457
 from ossia.demo.conversations import read_rows
 from ossia.demo.prepare import DATA
+from ossia.export import export_model
 from ossia.harmony import Vocabulary
 from ossia.web.gguf import start_llama
 
@@ -74,6 +75,19 @@ def test_llama_cpp_answers_as_the_merged_model_does(exports: Exports, asked: Que
     prompts = replace(asked, texts=[])
     expected = ossias_answers(ossias_model(exports.merged, truncate=True), prompts)
     assert llamas_answers(exports.merged_gguf, prompts).answers == expected.answers
+
+
+def test_llama_cpp_answers_with_the_adapters_file_as_the_adapted_model_does(exports: Exports, asked: Questions) -> None:
+    prompts = replace(asked, texts=[])
+    adapted = ossias_model(exports.base_bf16, adapter=exports.adapter, truncate=True)
+    answers = llamas_answers(exports.exact_gguf, prompts, lora=exports.adapter_gguf)
+    assert answers.answers == ossias_answers(adapted, prompts).answers
+
+
+def test_the_gguf_file_comes_back_as_the_merged_folder(exports: Exports, tmp_path: Path) -> None:
+    folder = export_model(str(exports.merged_gguf), to="hf-bf16", output=tmp_path / "back")
+    for file in exports.merged.iterdir():
+        assert (folder / file.name).read_bytes() == file.read_bytes(), file.name
 
 
 def test_llama_cpp_chats_and_calls_tools_as_the_merged_model_does(exports: Exports, trained: Path) -> None:

@@ -1,6 +1,6 @@
-"""What others do after training: load in transformers, put the adapter on, merge, save. In either version of
-transformers; by itself it is run under 4.57.6. Arguments: base folder, adapter's folder, folder to write, a shard's
-size, dtype.
+"""What others do after training, in either version of transformers: load, put the adapter on, merge, save.
+
+Run by itself under 4.57.6. Arguments: base folder, adapter's folder, folder to write, a shard's size, dtype.
 """
 
 from __future__ import annotations

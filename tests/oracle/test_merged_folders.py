@@ -96,7 +96,7 @@ def test_the_texts_beside_weights_and_tokenizer_may_be_missing(tiny: MakeTiny, a
     script.save_merged(base, adapter, folder, "1GB")
     for name in ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
         (folder / name).unlink(missing_ok=True)
-    model, vocab = ossia.open(folder).transformer, Vocabulary.from_file(folder)
+    model, vocab = ossia.load(folder).transformer, Vocabulary.from_file(folder)
     assert vocab.size == model.arch.vocab_size
 
 
