@@ -214,7 +214,7 @@ def export_lines() -> Iterator[str]:
         )
     layer = next(iter(results.values()))["config"]["bf16_layer_bytes"] / 1e9
     yield ""
-    yield f"Peaks, verification included; a layer is {layer:.2f} GB in bfloat16. The machine was busy: CPU times count."
+    yield f"Peaks, verification included; a layer is {layer:.2f} GB in bfloat16. Times are of 2 cores."
     yield ""
 
 
