@@ -119,6 +119,9 @@ def _model(recipe: Recipe, model_folder: Path | None, check_length: bool) -> lis
         told = f"`model`: {model_folder} is a run folder, not a model"
         ways = f"the model that it trained, and `adapter.init_from: {model_folder}` to train its adapter on"
         return [Finding(("model",), told, f"next: name {whole if whole.is_dir() else ways}", "adapter.init_from")]
+    if model_folder.suffix == ".gguf" and model_folder.is_file():
+        way = f"next: make a folder of it: ossia export {model_folder} --to hf-mxfp4 --output FOLDER (or hf-bf16)"
+        return [Finding(("model",), f"`model`: {model_folder} is a GGUF file", way)]
     if not config_file.is_file():
         return [Finding(("model",), f"`model`: {model_folder} has no config.json, so it is no checkpoint folder")]
     try:

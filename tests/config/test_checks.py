@@ -67,6 +67,10 @@ def test_a_model_folder_has_to_be_there_and_hold_a_config(check: Check, place: P
     assert "`model`: there is no folder tinny; did you mean tiny?" in check(TEXT, "model=tinny")
     (place / "tiny" / "config.json").unlink()
     assert "tiny has no config.json" in check()
+    (place / "x.gguf").write_bytes(b"GGUF")
+    told = check(TEXT, "model=x.gguf")
+    assert "`model`: x.gguf is a GGUF file\n" in told
+    assert "ossia export x.gguf --to hf-mxfp4" in told
     (place / "tiny" / "config.json").write_text("{")
     assert "is not valid JSON" in check()
 

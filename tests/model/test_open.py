@@ -88,6 +88,12 @@ def test_what_cannot_be_opened_is_told_in_words(
         open_model(**{"model": str(tiny(SMALL)), **options})
 
 
+def test_a_gguf_file_is_no_folder_and_the_message_says_how_it_becomes_one(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"GGUF")
+    with pytest.raises(CheckpointError, match=r"a GGUF file\n  next: .*ossia export .*x\.gguf --to hf-mxfp4"):
+        model_folder(str(tmp_path / "x.gguf"))
+
+
 def test_a_run_folder_is_not_a_model_and_the_message_says_what_is(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("model: some/model\ndata: y\n")
     with pytest.raises(CheckpointError, match=r"run folder(.|\n)*it trains all weights(.|\n)*ossia export"):
