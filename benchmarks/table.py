@@ -195,9 +195,8 @@ def export_lines() -> Iterator[str]:
     """Exports of the 20b shape, verified."""
     results = {}
     for name, words in EXPORT_WORDS.items():
-        for depth, note in (("", ""), ("-2", "; 2 of 24 layers, small vocabulary")):
-            if (found := load(f"export_20b-{name}{depth}")) is not None:
-                results[words + note] = found
+        if (found := load(f"export_20b-{name}")) is not None:
+            results[words] = found
     if not results:
         return
     yield "## Exports of gpt-oss-20b's shape (`benchmarks/export_20b.py`)"

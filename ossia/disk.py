@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +16,21 @@ def sync_to_disk(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def locked(handle: int) -> bool:
+    """Take the lock of an open file, which ends with this process, however it ends; False if another process has it.
+
+    Some shared file systems have no locks; what is written there is merely unguarded. Raises OSError.
+    """
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
+            raise
+    return True
 
 
 def why_no_folder(folder: Path) -> str:

@@ -10,7 +10,6 @@ The target has a hidden name, and it is the caller who gives it its own and ends
 from __future__ import annotations
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
+from ossia.disk import locked
 from ossia.errors import CheckpointError, StoppedError, UserError
 
 _BLOCK = 1 << 22  # bytes read at a time to be checked
@@ -80,7 +80,8 @@ class Journal:
         handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
         with ExitStack() as on_failure:
             on_failure.callback(os.close, handle)
-            _lock(handle, target)
+            if not locked(handle):
+                raise UserError(f"{target}: another process is writing there; let it end, or name another --output")
             lines = _whole_lines(handle)
             before = lines[0].get("writing") if lines else None
             if before is not None and before != identity:
@@ -248,17 +249,6 @@ def _write(handle: int, raw: bytes | memoryview, at: int | None = None) -> None:
 
 def _journal_of(target: Path) -> Path:
     return target.with_name(f"{target.name}.journal")
-
-
-def _lock(handle: int, target: Path) -> None:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise UserError(f"{target}: another process is writing there; let it end, or name another --output") from error
-    except OSError as error:
-        # Some shared file systems have no locks; an export there is merely unguarded.
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
 
 
 def _whole_lines(handle: int) -> list[dict[str, Any]]:

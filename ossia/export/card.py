@@ -14,13 +14,12 @@ from typing import Any, Literal
 
 import yaml
 
-from ossia.config import Recipe, load_recipe
+from ossia.config import RECIPE_IN_RUN, Recipe, load_recipe
 from ossia.errors import UserError
 from ossia.train.events import ENV, EVENTS, read_events
 
 Kind = Literal["hf-bf16", "hf-mxfp4", "peft", "gguf", "gguf-lora"]
 WRITTEN_BY = "<!-- written by ossia; leave this line out and a later push leaves this card alone -->"
-_RECIPE = "recipe.yaml"
 _LIBRARIES: Mapping[Kind, str] = {
     "hf-bf16": "transformers",
     "hf-mxfp4": "transformers",
@@ -62,14 +61,16 @@ class Run:
     @classmethod
     def open(cls, folder: Path) -> Run:
         """Raises UserError for a folder that is no run's, RecipeError for a recipe that can't be read."""
-        if not (folder / _RECIPE).is_file():
-            raise UserError(f"{folder}: no {_RECIPE} in it; name a run folder of `ossia train`, or leave --run out")
+        if not (folder / RECIPE_IN_RUN).is_file():
+            raise UserError(
+                f"{folder}: no {RECIPE_IN_RUN} in it; name a run folder of `ossia train`, or leave --run out"
+            )
         events = read_events(folder / EVENTS) if (folder / EVENTS).is_file() else []
         try:
             env = json.loads((folder / ENV).read_text(encoding="utf-8"))
         except (OSError, ValueError):
             env = {}
-        return cls(load_recipe(folder / _RECIPE), events, env if isinstance(env, dict) else {})
+        return cls(load_recipe(folder / RECIPE_IN_RUN), events, env if isinstance(env, dict) else {})
 
 
 def model_card(

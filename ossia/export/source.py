@@ -16,12 +16,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ossia import __version__
-from ossia.config import Recipe, load_recipe
+from ossia.config import RECIPE_IN_RUN, Recipe, load_recipe
 from ossia.errors import CheckpointError, RunError, UserError
 from ossia.export.merge import Changes
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import CONFIG, Checkpoint
-from ossia.model.open import MODEL_IN_RUN, RECIPE_IN_RUN, model_folder, trained_rounded
+from ossia.model.open import MODEL_IN_RUN, model_folder, trained_rounded
 from ossia.model.peft import ADAPTER_IN_RUN, LayoutName, find_adapter, load_adapter
 from ossia.model.weights import EXPERT_WEIGHTS
 from ossia.train.state import TRAINABLE, checkpoint_paths, verify

@@ -10,7 +10,7 @@ from typing import Literal, get_args
 
 import torch
 
-from ossia.config import is_hub_name, load_recipe
+from ossia.config import RECIPE_IN_RUN, is_hub_name, load_recipe
 from ossia.errors import CheckpointError, MissingExtraError, UserError
 from ossia.harmony.vocab import Vocabulary
 from ossia.model.budget import choose as budget
@@ -28,7 +28,6 @@ DeviceChoice = Literal["auto", "cpu", "cuda"]
 DtypeName = Literal["bfloat16", "float32", "float16"]
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-RECIPE_IN_RUN = "recipe.yaml"
 MODEL_IN_RUN = "model"  # where a run that trained all weights leaves them
 _HUB_FILES = ("*.json", "*.safetensors", "*.jinja")
 _HUB_FOLDERS = ("original/*", "metal/*")  # the same weights once more, in other formats

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from ossia.config import Recipe
+from ossia.config import RECIPE_IN_RUN, Recipe
 from ossia.engine.engine import default_cache_bytes
 from ossia.errors import RunError
 from ossia.harmony.vocab import Vocabulary
@@ -26,13 +26,13 @@ from ossia.run.trained import ADAPTER, MODEL, make_trainable, show_trainable
 from ossia.train.events import ENV, EVENTS, EventLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, Stream, find_start
 from ossia.train.optim import AdamW, lr_at
-from ossia.train.report.page import RECIPE, REPORT, SAMPLES
+from ossia.train.report.page import REPORT, SAMPLES
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import SavedState, checkpoint_paths, seed_generators, write_file
 from ossia.train.step import chunk_of_tokens, keeps_activations, offloads, work_of
 
 # What a run writes into its folder, besides its events.
-_WRITTEN = (ADAPTER, MODEL, ENV, RECIPE, REPORT, SAMPLES)
+_WRITTEN = (ADAPTER, MODEL, ENV, RECIPE_IN_RUN, REPORT, SAMPLES)
 _NAMED = 5
 
 
@@ -73,7 +73,7 @@ def started(recipe: Recipe, steps: int, *, resume: bool, sink: Sink | None) -> I
         make_trainable(model, recipe)
         show_trainable(model)
         settle_attention(model, automatic=recipe.attention == "auto", say=say)
-        write_file(folder / RECIPE, recipe.to_yaml())
+        write_file(folder / RECIPE_IN_RUN, recipe.to_yaml())
         start = saved.step if saved else 0
         now = datetime.now().astimezone()
         write_env(folder, environment(model.device), now=now, resumed_from=saved.step if saved else None, say=say)

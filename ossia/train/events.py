@@ -16,8 +16,6 @@ file is cut back to it, so that it reads as one uninterrupted run.
 
 from __future__ import annotations
 
-import errno
-import fcntl
 import json
 import os
 import platform
@@ -31,6 +29,7 @@ from typing import Any, Protocol, Self
 
 import torch
 
+from ossia.disk import locked
 from ossia.errors import RunError
 from ossia.ops.memory import machine_memory, peak_resident_bytes
 from ossia.train.state import checkpoint_paths, storage_error, write_file
@@ -71,10 +70,13 @@ class EventLog:
                 ) from error
             raise self._broken(error) from error
         try:
-            _lock(self._file.fileno(), run)
-        except RunError:
+            free = locked(self._file.fileno())
+        except OSError:
             self._file.close()
             raise
+        if not free:
+            self._file.close()
+            raise RunError(f"{run}: another process is training into this folder; choose another `output`")
 
     def __enter__(self) -> Self:
         return self
@@ -120,18 +122,6 @@ class EventLog:
 
     def _broken(self, error: OSError, need: int = 0) -> RunError:
         return storage_error(error, saving=str(self._run / EVENTS), need=need, safe=checkpoint_paths(self._run))
-
-
-def _lock(handle: int, run: Path) -> None:
-    """Take the lock that ends with this process, however it ends."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise RunError(f"{run}: another process is training into this folder; choose another `output`") from error
-    except OSError as error:
-        # Some shared file systems have no locks; a run there is merely unguarded.
-        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK):
-            raise
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:

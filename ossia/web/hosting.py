@@ -21,14 +21,14 @@ from typing import Any
 
 import torch
 
-from ossia.config import is_hub_name, load_recipe
+from ossia.config import RECIPE_IN_RUN, is_hub_name, load_recipe
 from ossia.engine import Engine, default_cache_bytes
 from ossia.engine.grammar import GrammarCompiler
 from ossia.errors import UserError
 from ossia.harmony import Renderer, Vocabulary
 from ossia.model.checkpoint import CONFIG
 from ossia.model.lora import Lora
-from ossia.model.open import MODEL_IN_RUN, RECIPE_IN_RUN, open_model, weights_bytes
+from ossia.model.open import MODEL_IN_RUN, open_model, weights_bytes
 from ossia.model.peft import find_adapter, load_adapter, recorded_base
 from ossia.model.transformer import Transformer
 from ossia.train.state import human_bytes

@@ -22,9 +22,10 @@ from ossia.errors import CheckpointError
 from ossia.export.gguf.file import GgufFile
 from ossia.export.gguf.read import decode, unpack_mxfp4
 from ossia.export.gguf.tokenizer import write_tokenizer
-from ossia.export.gguf.write import gguf_names, is_expert_weight
+from ossia.export.gguf.write import gguf_names
 from ossia.export.merge import PACKED, NoteRounding, is_finite
 from ossia.model.arch import Arch, Layout, alternating_layers
+from ossia.model.budget.weights import is_expert_weight
 from ossia.model.checkpoint import write_checkpoint
 from ossia.ops.mxfp4 import BLOCK
 from ossia.pieces import Journal, Progress

@@ -27,9 +27,9 @@ from ossia.errors import CheckpointError, TokenizerError
 from ossia.export.merge import Changes, mapped_tensor, merged_tensor
 from ossia.harmony.tokenizer_json import SPLIT, TokenizerFile, read_tokenizer_text, tokenizer_file
 from ossia.model.arch import Arch, alternating_layers
+from ossia.model.budget.weights import is_expert_weight
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.template import chat_template
-from ossia.model.weights import EXPERT_WEIGHTS
 from ossia.pieces import Journal, Progress, Region, RegionWriter
 
 GgufType = Literal["bf16", "f16", "q8_0", "f32"]
@@ -169,11 +169,6 @@ def _plan(base: Checkpoint, changes: Changes, dense: GGMLQuantizationType) -> di
                 )
             places[target] = _Place(kind, shapes[target])
     return places
-
-
-def is_expert_weight(name: str) -> bool:
-    """Whether this is the bf16 layout's name of a projection's matrices."""
-    return ".mlp.experts." in name and name.endswith(EXPERT_WEIGHTS)
 
 
 def _all_dense(places: dict[str, _Place]) -> bool:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ossia.config import load_recipe
+from ossia.config import RECIPE_IN_RUN, load_recipe
 from ossia.errors import AdapterError
 from ossia.model.peft.config import CONFIG, PeftConfig
 
 TENSORS = "adapter_model.safetensors"
 ADAPTER_IN_RUN = "adapter"
 RUN_TENSORS = "trainable.safetensors"  # of a run's checkpoint: our names and layouts; the recipe says the rest
-RUN_RECIPE = "recipe.yaml"
 
 
 def find_adapter(path: str | Path) -> Path:
@@ -33,7 +32,7 @@ def find_adapter(path: str | Path) -> Path:
         return max(whole, key=lambda folder: int(folder.name.removeprefix("step-")))
     if not path.is_dir():
         found = f"no such folder (the current one is {Path.cwd()})"
-    elif (path / RUN_RECIPE).is_file():
+    elif (path / RECIPE_IN_RUN).is_file():
         every = "; it saves one every `train.save_every` steps, and at its end"
         raise AdapterError(f"{path}: the run has saved no checkpoint yet{every}\n  next: wait for the first one")
     else:
@@ -49,5 +48,5 @@ def recorded_base(path: Path) -> str | None:
     if (path / CONFIG).is_file():
         base = PeftConfig.open(path / CONFIG).config.get("base_model_name_or_path")
         return base if isinstance(base, str) and base else None
-    recipe = path.parent.parent / RUN_RECIPE
+    recipe = path.parent.parent / RECIPE_IN_RUN
     return load_recipe(recipe).model if recipe.is_file() else None

@@ -10,14 +10,14 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ossia.config import load_recipe
+from ossia.config import RECIPE_IN_RUN, load_recipe
 from ossia.errors import AdapterError, first_few
 from ossia.model.arch import Arch
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import Lora, LoraSpec, Site, sites
 from ossia.model.peft.config import CONFIG, PeftConfig
 from ossia.model.peft.layout import PREFIX, Found, Layout, LayoutName, Stored, find_layout, form_of, stored
-from ossia.model.peft.places import RUN_RECIPE, RUN_TENSORS, TENSORS
+from ossia.model.peft.places import RUN_TENSORS, TENSORS
 
 _HEAD_COPY = f"{PREFIX}lm_head.base_layer.weight"  # PEFT saves the base's head beside an adapter on it
 
@@ -83,7 +83,7 @@ def _in_run(site: Site, spec: LoraSpec) -> Stored:
 
 def _spec_of_run(path: Path) -> LoraSpec:
     """What the recipe of the run says, to which a checkpoint folder belongs."""
-    recipe = path.parent.parent / RUN_RECIPE
+    recipe = path.parent.parent / RECIPE_IN_RUN
     if not recipe.is_file():
         raise AdapterError(f"{path}: neither {CONFIG} in it nor {recipe}; name an adapter's folder or a run folder")
     adapter = load_recipe(recipe).adapter

@@ -108,7 +108,29 @@ class AttentionBackend:
         return None
 
 
-_FLASH = {"devices": ("cuda",), "dtypes": HALF, "sizes": tuple(range(8, 257, 8))}
+def _flash(
+    name: Backend,
+    what: str,
+    implementation: flash.Implementation | None,
+    capabilities: tuple[tuple[int, int], tuple[int, int]],
+    *,
+    package: str | None = None,
+    automatic: bool = True,
+) -> AttentionBackend:
+    return AttentionBackend(
+        name,
+        what,
+        partial(flash.attend, implementation),
+        partial(flash.prefix, implementation),
+        devices=("cuda",),
+        dtypes=HALF,
+        sizes=tuple(range(8, 257, 8)),
+        capabilities=capabilities,
+        package=package,
+        automatic=automatic,
+    )
+
+
 _RECORDS = (
     AttentionBackend(
         "cpu",
@@ -118,34 +140,9 @@ _RECORDS = (
         devices=("cpu",),
         dtypes=(torch.float32, torch.bfloat16),
     ),
-    AttentionBackend(
-        "fa3",
-        "FlashAttention 3",
-        partial(flash.attend, "FA3"),
-        partial(flash.prefix, "FA3"),
-        **_FLASH,
-        capabilities=((9, 0), (10, 0)),
-        package="flash_attn_interface",
-        automatic=False,
-    ),
-    AttentionBackend(
-        "fa4",
-        "FlashAttention 4",
-        partial(flash.attend, "FA4"),
-        partial(flash.prefix, "FA4"),
-        **_FLASH,
-        capabilities=((9, 0), (11, 0)),
-        package="flash_attn",
-        automatic=False,
-    ),
-    AttentionBackend(
-        "flash",
-        "torch's FlashAttention 2",
-        partial(flash.attend, None),
-        partial(flash.prefix, None),
-        **_FLASH,
-        capabilities=((8, 0), (100, 0)),
-    ),
+    _flash("fa3", "FlashAttention 3", "FA3", ((9, 0), (10, 0)), package="flash_attn_interface", automatic=False),
+    _flash("fa4", "FlashAttention 4", "FA4", ((9, 0), (11, 0)), package="flash_attn", automatic=False),
+    _flash("flash", "torch's FlashAttention 2", None, ((8, 0), (100, 0))),
     AttentionBackend(
         "triton",
         "Ossia's Triton kernels",

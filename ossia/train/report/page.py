@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from ossia.config import RECIPE_IN_RUN
 from ossia.errors import RunError
 from ossia.train.events import ENV, EVENTS, read_events
 from ossia.train.report.chart import Series, chart_html
@@ -27,7 +28,7 @@ from ossia.train.report.rewards import Kept, alarms, is_rewarded, reward_charts
 from ossia.train.sinks import human_time
 from ossia.train.state import checkpoint_paths, human_bytes, step_of, write_file
 
-REPORT, SAMPLES, RECIPE = "report.html", "samples.jsonl", "recipe.yaml"
+REPORT, SAMPLES = "report.html", "samples.jsonl"
 _MOST_SAMPLES = 20
 _STEP_KEYS = {
     *("event", "step", "loss", "tokens", "trained", "weight", "grad_norm"),
@@ -71,7 +72,7 @@ def report_html(run: Path) -> str:
         _section("Model", _facts({k: v for k, v in start.items() if k not in ("event", "step", "steps")})),
         _section("Environment", _environment(run / ENV)),
         "</div>\n",
-        _section("Recipe", _recipe(run / RECIPE)),
+        _section("Recipe", _recipe(run / RECIPE_IN_RUN)),
     )
     style = (resources.files(__package__) / "style.css").read_text()
     return (
