@@ -139,6 +139,7 @@ CASES: dict[str, Train | Decode | Grpo] = {
     "train-4k-triton": Train("20b", 16384, 4096, 1, "resident", attention="triton"),
     "train-4k-fa3": Train("20b", 16384, 4096, 1, "resident", attention="fa3"),
     "train-4k-float16": Train("20b", 16384, 4096, 1, "resident", dtype="float16"),
+    "train-120b-host": Train("120b", 2048, 2048, 1, "resident", steps=2, on_host=(EMBEDDING,)),
     "train-120b-stream": Train("120b", 8192, 4096, 1, "stream", steps=2, tokens_at_once=4096),
     "grpo": Grpo("20b", 8, 8, 1024, "resident"),
 }

@@ -20,14 +20,17 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from benchmarks.common import where, write_result
-from ossia.kernels.gpu import decode, decode_experts
+from ossia.kernels.gpu import decode, decode_dense, decode_experts
 from ossia.model.arch import SHAPES
 
 DEVICE, SEED = torch.device("cuda"), 0
 LAYERS, REPEATS, CONTEXT = 4, 5, 4096
 BATCHES = (1, 2, 4, 8, 64, 256)
-SHAPES_OF_TILES = ((64, 16, 4, 4), (64, 32, 3, 4), (128, 16, 3, 8), (128, 8, 4, 8))
-SHAPES_ALONE = ((32, 16), (16, 16), (64, 16), (64, 8))
+SHAPES_OF_TILES = (
+    (64, 32, 4, 4), (64, 64, 3, 4), (128, 32, 3, 4), (128, 32, 4, 4), (128, 32, 4, 8), (128, 64, 2, 4), (128, 64, 3, 8),
+)  # fmt: skip
+SHAPES_ALONE = ((32, 16), (16, 16), (8, 16), (16, 32), (8, 32), (32, 8), (16, 8))
+SHAPES_OF_DENSE = ((8, 512), (4, 512), (4, 1024), (2, 1024), (8, 1024), (2, 4096))
 ARCH = SHAPES["20b"]
 Layer = tuple[decode_experts.Projection, decode_experts.Projection]
 
@@ -90,7 +93,7 @@ def experts(batch: int, weights: list[Layer], alone: bool | None = None) -> dict
         limits = ARCH.swiglu_limit, ARCH.swiglu_alpha
         each = zip(logits, weights, strict=True)
         return [
-            decode_experts.mixture(x, x, mine, ARCH.experts_per_token, *layer, *limits, alone=alone)[1]
+            decode_experts.mixture(x, x, mine, ARCH.experts_per_token, *layer, *limits, alone=alone, wide=False)[1]
             for mine, layer in each
         ]
 
@@ -125,16 +128,50 @@ def attention(batch: int, window: int | None) -> dict[str, Any]:
     return report(f"attention, batch {batch}, window {window}", times(step), {"_attend_part": read})
 
 
+def dense() -> dict[str, Any]:
+    """What stands around the experts for one token."""
+    drawn = torch.Generator(device=DEVICE).manual_seed(SEED)
+    hidden, heads, kv, size = ARCH.hidden_size, ARCH.num_heads, ARCH.num_kv_heads, ARCH.head_dim
+
+    def floats(*shape: int) -> Tensor:
+        return torch.randn(*shape, device=DEVICE, generator=drawn).bfloat16() / 10
+
+    def linear(fan_out: int, fan_in: int) -> decode_dense.Dense:
+        return floats(fan_out, fan_in), floats(fan_out), None, None
+
+    layers = [
+        (decode_dense.Qkv.of(*(linear(count * size, hidden) for count in (heads, kv, kv))),
+         linear(hidden, heads * size), linear(ARCH.num_experts, hidden))
+        for _ in range(LAYERS)
+    ]  # fmt: skip
+    x, norm, wide, turned = floats(1, hidden), floats(hidden), floats(1, heads * size), floats(1, size // 2)
+    slot, pool = torch.zeros(1, dtype=torch.int64, device=DEVICE), floats(1, 2 * kv, size)
+
+    def step() -> None:
+        for qkv, output, router in layers:
+            decode_dense.qkv(x, norm, 1e-5, qkv, turned, turned, slot, pool)
+            decode_dense.add_product(x, wide, output)
+            decode_dense.logits(x, norm, 1e-5, router)
+
+    read = {"_qkv": (heads + 2 * kv) * size * hidden * 2, "_add_product": heads * size * hidden * 2}
+    return report("dense, batch 1", times(step), read)
+
+
 def sweep(weights: list[Layer]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Other shapes of tiles and of what goes alone. A shape that doesn't fit is shown as such."""
+    for shape in SHAPES_OF_DENSE:
+        decode_dense.PAIRS, decode_dense.BLOCK = shape
+        decode_dense.ROWS = decode_dense.PAIRS
+        print(shape, end=" ")
+        yield f"dense {shape}", dense()
     for shape in SHAPES_ALONE:
         decode_experts.ALONE_ROWS, decode_experts.ALONE_GROUPS = shape
         print(shape, end=" ")
         yield f"alone {shape}", experts(1, weights, alone=True)
-    for batch, tokens in ((8, 16), (64, 16), (256, 64)):
+    for batch, tokens in ((1, 16), (64, 16), (256, 64), (256, 32)):
         for shape in SHAPES_OF_TILES:
             decode_experts.TILES = dict.fromkeys((16, 32, 64), shape)
-            decode_experts.FIRST_TILE = tokens
+            decode_experts.MOST_TOKENS = decode_experts.FIRST_TILE = tokens
             print(tokens, shape, end=" ")
             try:
                 yield f"tile {batch} {tokens} {shape}", experts(batch, weights, alone=False)
@@ -149,6 +186,7 @@ def cases(batches: Iterable[int]) -> Iterator[tuple[str, dict[str, Any]]]:
         for alone in (True, False) if batch <= 8 else (False,):
             yield f"experts-{batch}-{'alone' if alone else 'tiles'}", experts(batch, weights, alone)
     del weights
+    yield "dense-1", dense()
     weights = layers(8)
     for batch in (1, 64):
         yield f"experts-{batch}-adapter", experts(batch, weights)

@@ -302,6 +302,7 @@ class FusedLayer:
                 for name, expert in (("gate_up_proj", layer.gate_up), ("down_proj", layer.down))
                 for adapted in [(expert.bias, expert.lora_a, expert.lora_b)]
             )
+            self._wide = any(int(scales.max()) > decode_experts.LARGEST_SCALE for _, scales, *_ in self._packed)
 
     def forward(self, x_BD: Tensor, step: StepContext) -> tuple[Tensor, Tensor]:
         """As `DecodeLayer.forward`."""
@@ -313,18 +314,31 @@ class FusedLayer:
         attended = attended.view(num_rows, -1)
         few = num_rows <= self._experts.ALONE
         x_BD = self._dense.add_product(x_BD, attended, _dense(layer.o)) if few else x_BD + linear(attended, layer.o)
+        if self._packed is not None:
+            return self._packed_experts(x_BD, few=few)
         normed, _ = self._rows.rms_norm(x_BD, layer.post_norm_D, a.rms_eps)
         logits_BE = linear(normed, layer.router)
-        if self._packed is not None:
-            return self._experts.mixture(
-                x_BD, normed, logits_BE, a.experts_per_token, *self._packed, a.swiglu_limit, a.swiglu_alpha
-            )
         experts_Bk, shares_Bk, order_N, row_Bk, ends_E = self._decode.choose(logits_BE, a.experts_per_token)
         routing = Route(shares_Bk, experts_Bk, order_N, order_N // a.experts_per_token, row_Bk, ends_E)
         whole = self._mixture(
             x_BD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, lambda *_: None
         )
         return whole, experts_Bk
+
+    def _packed_experts(self, x_BD: Tensor, *, few: bool) -> tuple[Tensor, Tensor]:
+        """Norm, router and experts on top of x."""
+        a, layer = self._model.arch, self._layer
+        assert self._packed is not None
+        if few and layer.router.lora_a is None:
+            x, norm = x_BD, (layer.post_norm_D, a.rms_eps)
+            logits_BE = self._dense.logits(x_BD, *norm, _dense(layer.router))
+        else:
+            (x, _), norm = self._rows.rms_norm(x_BD, layer.post_norm_D, a.rms_eps), None
+            logits_BE = linear(x, layer.router)
+        return self._experts.mixture(
+            x_BD, x, logits_BE, a.experts_per_token, *self._packed, a.swiglu_limit, a.swiglu_alpha, norm=norm,
+            wide=self._wide,
+        )  # fmt: skip
 
     def _queries(self, x_BD: Tensor, step: StepContext) -> Tensor:
         """Turned, (B, H, d); keys and values are in the cache then."""

@@ -53,6 +53,7 @@ def test_a_step_of_static_shapes_says_what_the_plain_one_says_also_with_rows_tha
     assert float((found[:6] - plain).abs().max() / plain.abs().max()) <= 1e-5
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="runs in Triton's interpreter; a GPU has the captured step below")
 @pytest.mark.parametrize("placement", ["bf16", "resident"])
 @pytest.mark.parametrize(("static", "rows"), [(False, 6), (True, 6), (True, 2)])
 def test_fused_layers_say_what_the_plain_ones_say(

@@ -20,10 +20,10 @@ from triton.compiler import ASTSource
 from ossia.kernels.gpu import attention, decode, decode_dense, decode_experts, dequant, experts, rows
 
 ids, numbers, floats, size, real = "*i64", "*fp32", "*bf16", "i32", "fp32"
-whole = "*i32"
+whole, halves = "*i32", "*i16"
 alone = {"SIZE": 2880, "WORDS": 360, "RANK": 8}
 alone |= {"ROWS": decode_experts.ALONE_ROWS, "GROUPS": decode_experts.ALONE_GROUPS}
-tile = {"SIZE": 2880, "WORDS": 360, "EXPERTS": 32, "RANK": 16, "AS_FLOAT": False}
+tile = {"SIZE": 2880, "HALVES": 720, "EXPERTS": 32, "RANK": 16, "WIDE": True, "AS_FLOAT": False}
 def attending(halves, tile):
     tiles = {"KV": 8, "GROUP": 8, "SIZE": 64, "TOKENS": tile.rows // 8, "ROWS": tile.rows, "KEYS": tile.keys}
     tiles["AS_FLOAT"] = False
@@ -54,24 +54,28 @@ kernels = [
     (decode._sort, (ids, ids, ids, whole, size, size), {"ROWS": 32, "EXPERTS": 128, "MINE": 32}, 4),
     (decode_experts._shrink, (floats, floats, ids, ids, floats, size, size),
      {"PER_TOKEN": True, "ALONE": False, "WORDS": 360, "BLOCK": 4096}, 4),
-    (decode_experts._route, (floats, ids, floats, ids, floats, numbers, size),
-     {"K": 4, "SLOTS": 4, "EXPERTS": 128, "WORDS": 360, "BLOCK": 4096}, 4),
+    (decode_experts._route, (floats, ids, floats, ids, floats, floats, numbers, size, real),
+     {"K": 4, "SLOTS": 4, "EXPERTS": 128, "WIDTH": 2880, "UNIT": 8, "NORM": True, "BLOCK": 4096}, 4),
     (decode_experts._gate_up_alone, (numbers, ids, whole, "*u8", *[floats] * 3, numbers, size, size, real, real),
      alone, 4),
     (decode_experts._down_alone, (numbers, ids, whole, "*u8", *[floats] * 3, size), alone, 4),
-    *((decode_experts._gate_up_tile, (floats, ids, whole, whole, "*u8", *[floats] * 4, *[size] * 3, real, real),
+    *((decode_experts._gate_up_tile, (floats, ids, whole, halves, "*u8", *[floats] * 4, *[size] * 3, real, real),
        {**tile, "TOKENS": tokens, "ROWS": of_w, "STEP": step, "STAGES": stages}, warps)
       for tokens, (of_w, step, stages, warps) in decode_experts.TILES.items()),
-    *((decode_experts._down_tile, (floats, whole, whole, "*u8", *[floats] * 3, size, size),
+    *((decode_experts._down_tile, (floats, whole, halves, "*u8", *[floats] * 3, size, size),
        {**tile, "TOKENS": tokens, "ROWS": of_w, "STEP": step, "STAGES": stages}, warps)
       for tokens, (of_w, step, stages, warps) in decode_experts.TILES.items()),
+    *((decode_experts._gate_up_tile, (numbers, ids, whole, halves, "*u8", *[numbers] * 4, *[size] * 3, real, real),
+       {**tile, "AS_FLOAT": True, "TOKENS": tokens, "ROWS": of_w, "STEP": step, "STAGES": stages}, warps)
+      for tokens in (16, 64) for of_w, step, stages, warps in [decode_experts.FLOAT_TILE]),
     (decode_dense._shrink, (*[floats] * 4, size, real), {"WIDTH": 2880, "ALL": 4096}, 4),
     (decode_dense._qkv, (*[floats] * 12, ids, floats, floats, size, real),
-     {"WIDTH": 2880, "ALL": 4096, "BLOCK": decode_dense._BLOCK, "HEADS": 64, "KV": 8, "HALF": 32,
+     {"WIDTH": 2880, "ALL": 4096, "BLOCK": decode_dense.BLOCK, "HEADS": 64, "KV": 8, "HALF": 32,
       "SHARE": decode_dense.PAIRS, "RANK": 64}, 4),
+    (decode_dense._logit, (*[floats] * 5, real), {"WIDTH": 2880, "ALL": 4096}, 4),
     (decode_dense._shrink_plain, (*[floats] * 3, size), {"WIDTH": 4096, "ALL": 4096}, 4),
     (decode_dense._add_product, (*[floats] * 7, size),
-     {"SIZE": 2880, "WIDTH": 4096, "BLOCK": decode_dense._BLOCK, "ROWS": decode_dense.PAIRS, "RANK": 16}, 4),
+     {"SIZE": 2880, "WIDTH": 4096, "BLOCK": decode_dense.BLOCK, "ROWS": decode_dense.ROWS, "RANK": 16}, 4),
     *attending(floats, attention.TENSOR_CORES),
     (rows._exponentials, (floats, ids, *[numbers] * 3, size, size), {"BLOCK": 8192}, 8),
 ]
@@ -104,5 +108,5 @@ def test_every_kernel_compiles_for_every_generation_within_its_shared_memory_and
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(found) == 32 * 4 + 3
+    assert len(found) == 35 * 4 + 3
     assert [line for line in found if line[2] > SHARED_BYTES[line[0]] or line[3]] == []

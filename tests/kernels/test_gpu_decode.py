@@ -129,8 +129,10 @@ def test_every_code_under_small_and_large_scales_is_multiplied_exactly(dtype: to
     blocks = (torch.arange(scales.numel() * 16) * 7 % 256).to(torch.uint8).view(1, size, groups, 16)
     inputs = torch.arange(0, groups * 32, 23)
     x = torch.eye(groups * 32, dtype=dtype)[inputs]
-    if alone:  # arranged and lifted
-        x = (x.float().view(len(x), -1, 8).transpose(1, 2) * 2.0**100).reshape(len(x), -1)
+    unit = 8 if alone else 4
+    x = x.view(len(x), -1, unit).transpose(1, 2).reshape(len(x), -1)  # arranged
+    if alone:
+        x = x.float() * 2.0**100
     number = torch.arange(len(x), device=DEVICE)
     ends = torch.tensor([len(x)], dtype=torch.int32, device=DEVICE)
     routed = _Routed(torch.zeros_like(number)[:, None], number, ends, dtype, alone)
@@ -183,3 +185,30 @@ def test_a_product_on_top_of_the_residual(dtype: torch.dtype, rank: int) -> None
     layer = dense(100, 640, rank, 0, dtype)
     residual, x = random(2, 100, seed=8, dtype=dtype), random(2, 640, seed=9, dtype=dtype)
     assert error(add_product(residual, x, _dense(layer)), residual + linear(x, layer)) <= bound(dtype)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_the_router_from_before_its_norm(dtype: torch.dtype) -> None:
+    from ossia.engine.decode import _dense
+    from ossia.kernels.gpu.decode_dense import logits
+
+    x, norm, router = random(2, 96, seed=0, dtype=dtype), random(96, seed=1, dtype=dtype), dense(6, 96, 0, 2, dtype)
+    expected = linear(rms_norm(x, norm, 1e-5), router)
+    assert error(logits(x, norm, 1e-5, _dense(router)), expected) <= bound(dtype)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_experts_of_rows_that_are_not_normed_yet(alone: bool) -> None:
+    from ossia.kernels.gpu import decode_experts
+
+    experts, hidden, size = 6, 96, 64
+    x, residual = random(2, hidden, seed=0), random(2, hidden, seed=1)
+    norm, logits = random(hidden, seed=2), random(2, experts, seed=3)
+    parts = [
+        (*packed(experts, fan_out, fan_in, fan_out), random(experts, fan_out, seed=fan_out), None, None)
+        for fan_out, fan_in in ((2 * size, hidden), (hidden, size))
+    ]
+    how = {"alone": alone, "wide": False}
+    expected, _ = decode_experts.mixture(residual, rms_norm(x, norm, 1e-5), logits, 2, *parts, 3.0, 1.7, **how)
+    found, _ = decode_experts.mixture(residual, x, logits, 2, *parts, 3.0, 1.7, norm=(norm, 1e-5), **how)
+    assert error(found, expected) <= 1e-6

@@ -13,7 +13,7 @@ from ossia.export import write_model
 from ossia.model.arch import Layout
 from ossia.model.lora import LoraSpec
 from ossia.model.transformer import Transformer
-from ossia.model.weights import EXPERT_WEIGHTS, Placement
+from ossia.model.weights import EXPERT_WEIGHTS, Placement, Weights
 from ossia.ops.mxfp4 import dequantize_mxfp4, quantize_mxfp4
 from ossia.train.schedule import Micro, forward_backward, logprobs
 from tests.conftest import MakeTiny
@@ -135,3 +135,31 @@ def test_the_factors_gradients_are_the_closed_form(tiny: MakeTiny) -> None:
         lora.add_grad(name, grad)
         for side, expected in (("A", scale * b.mT @ grad), ("B", scale * grad @ a.mT)):
             torch.testing.assert_close(lora.trainable.tensors[f"{name}.lora_{side}"].grad, times * expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("placement", ["resident", "stream", "bf16"])
+def test_a_gpu_rounds_experts_to_the_bytes_that_are_exported_and_trains_through_it(
+    tiny: MakeTiny, tmp_path: Path, placement: Placement
+) -> None:
+    path, device = tiny(SHALLOW), torch.device("cuda")
+    base = rounding(path)
+    weights = Weights(base.weights.checkpoint, placement, torch.bfloat16, device)
+    model = Transformer(weights, lora=base.lora.to(device), qat=True)
+    packs = [pack_of([sample]) for sample in documents(arch_of(path), (30, 21))]
+    expected = forward_backward(base, packs, lambda logp, m, rows: -logp.sum() / 7, recompute=True)
+    on_device = [pack.to(device) for pack in packs]
+    loss = forward_backward(model, on_device, lambda logp, m, rows: -logp.sum() / 7, recompute=True)
+    assert float(loss) == pytest.approx(float(expected), rel=2e-2)
+    for name, tensor in base.trainable.tensors.items():
+        if ".experts." in name:
+            found = model.trainable.tensors[name].grad.cpu()
+            assert float((found - tensor.grad).norm() / tensor.grad.norm()) < 0.1, name
+    write_model(tmp_path / "out", model, tokenizer_from=path, layout="mxfp4")
+    exported = load(tmp_path / "out", dtype=torch.bfloat16)
+    for layer in range(SHALLOW.num_layers):
+        for name in EXPERT_WEIGHTS:
+            with torch.no_grad():
+                mine, theirs = model.expert_weight(layer, name).cpu(), exported.expert_weight(layer, name)
+            assert torch.equal(mine.view(torch.int16), theirs.view(torch.int16)), (layer, name)

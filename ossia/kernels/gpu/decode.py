@@ -173,15 +173,21 @@ def choose(logits_BE: Tensor, top_k: int) -> tuple[Tensor, Tensor, Tensor, Tenso
     rows, num_experts = logits_BE.shape
     experts = torch.empty((rows, top_k), dtype=torch.int64, device=logits_BE.device)
     shares = torch.empty((rows, top_k), dtype=logits_BE.dtype, device=logits_BE.device)
-    row, order = torch.empty_like(experts), torch.empty_like(experts).view(-1)
-    ends = torch.empty(num_experts, dtype=torch.int32, device=logits_BE.device)
-    padded, choices = triton.next_power_of_2(num_experts), rows * top_k
-    slots = triton.next_power_of_2(top_k)
+    slots, padded = triton.next_power_of_2(top_k), triton.next_power_of_2(num_experts)
     _choose[(rows,)](logits_BE, experts, shares, num_experts, K=top_k, SLOTS=slots, EXPERTS=padded, num_warps=1)
+    return experts, shares, *sort(experts, num_experts)
+
+
+def sort(experts_Bk: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Choices sorted by expert, stably: order (N,) int64, row (B, k) int64, ends (E,) int32."""
+    row, order = torch.empty_like(experts_Bk), torch.empty_like(experts_Bk).view(-1)
+    ends = torch.empty(num_experts, dtype=torch.int32, device=experts_Bk.device)
+    choices = experts_Bk.numel()
     _sort[(triton.cdiv(choices, 32),)](
-        experts, order, row, ends, choices, num_experts, ROWS=32, EXPERTS=padded, MINE=32
-    )
-    return experts, shares, order, row, ends
+        experts_Bk, order, row, ends, choices, num_experts, ROWS=32, EXPERTS=triton.next_power_of_2(num_experts),
+        MINE=32,
+    )  # fmt: skip
+    return order, row, ends
 
 
 @triton.jit

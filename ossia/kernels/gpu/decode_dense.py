@@ -1,9 +1,9 @@
 """The dense products of a decode step for one or two tokens, each in one pass over its weights.
 
 Queries, keys and values with the norm before them, biases, adapters, rotation, and what belongs there into the cache;
-and the product after attention with its residual. Rounded where the references round: `ops.linear`, `ops.rope`,
-`engine.cache.Lane.write`. Letters: B tokens, D hidden, H query heads, K key-value heads, d head size, F = d / 2,
-I width, r rank.
+the product after attention with its residual; and the router with its norm. Rounded where the references round:
+`ops.linear`, `ops.rope`, `engine.cache.Lane.write`. Letters: B tokens, D hidden, H query heads, K key-value heads,
+d head size, F = d / 2, I width, r rank, E experts.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor
 Dense = tuple[Tensor, Tensor, Tensor | None, Tensor | None]
 """Weight (O, I), bias (O,) and adapter (r, I), (O, r), or None."""
 
-PAIRS = 8  # of numbers that are turned together, or rows, of a program
-_BLOCK = 512
+PAIRS = 2  # of numbers that are turned together, of a program
+ROWS = 2
+BLOCK = 4096  # of columns at a time
 
 
 @triton.jit
@@ -113,6 +114,19 @@ def _qkv(
 
 
 @triton.jit
+def _logit(x, norm, weight, bias, out, eps, WIDTH: tl.constexpr, ALL: tl.constexpr):
+    """One output of a product with the normed row."""
+    row, token = tl.program_id(0), tl.program_id(1)
+    x += token * WIDTH
+    column = tl.arange(0, ALL)
+    inside = column < WIDTH
+    factor = tl.load(weight + row * WIDTH + column, mask=inside, other=0).to(tl.float32)
+    total = tl.sum(factor * _normed(x, norm, column, inside, _inverse(x, WIDTH, ALL, eps)), 0)
+    total += tl.load(bias + row).to(tl.float32)
+    tl.store(out + token * tl.num_programs(0) + row, total.to(out.dtype.element_ty))
+
+
+@triton.jit
 def _shrink_plain(x, lora_a, out, rank, WIDTH: tl.constexpr, ALL: tl.constexpr):
     """One number of A x."""
     r, token = tl.program_id(0), tl.program_id(1)
@@ -181,9 +195,20 @@ def qkv(
     _qkv[((heads + kv_twice) * (size // 2 // share), tokens)](
         x_BD, norm_D, q[0], k[0], v[0], q[1], k[1], v[1], a_x,
         x_BD if weights.lora_b is None else weights.lora_b, cos_BF, sin_BF, slot_B, out, pool_SXd, rank, eps,
-        WIDTH=width, ALL=everything, BLOCK=min(_BLOCK, everything), HEADS=heads, KV=kv_twice // 2, HALF=size // 2,
+        WIDTH=width, ALL=everything, BLOCK=min(BLOCK, everything), HEADS=heads, KV=kv_twice // 2, HALF=size // 2,
         SHARE=share, RANK=rank and triton.next_power_of_2(rank),
     )  # fmt: skip
+    return out
+
+
+def logits(x_BD: Tensor, norm_D: Tensor, eps: float, router: Dense) -> Tensor:
+    """The router's, without an adapter, from the rows before their norm: (B, E)."""
+    (tokens, width), (weight, bias, lora_a, _) = x_BD.shape, router
+    assert x_BD.is_contiguous()
+    assert weight.is_contiguous()
+    assert lora_a is None
+    out = torch.empty(tokens, len(weight), dtype=x_BD.dtype, device=x_BD.device)
+    _logit[(len(weight), tokens)](x_BD, norm_D, weight, bias, out, eps, WIDTH=width, ALL=triton.next_power_of_2(width))
     return out
 
 
@@ -200,9 +225,9 @@ def add_product(residual_BD: Tensor, x_BI: Tensor, layer: Dense) -> Tensor:
         a_x = torch.empty(tokens, rank, dtype=x_BI.dtype, device=x_BI.device)
         _shrink_plain[(rank, tokens)](x_BI, lora_a.contiguous(), a_x, rank, WIDTH=width, ALL=everything)
     out = torch.empty_like(residual_BD)
-    _add_product[(triton.cdiv(size, PAIRS), tokens)](
+    _add_product[(triton.cdiv(size, ROWS), tokens)](
         residual_BD, x_BI, weight, bias, a_x, x_BI if lora_b is None else lora_b.contiguous(), out, rank,
-        SIZE=size, WIDTH=width, BLOCK=min(_BLOCK, everything), ROWS=PAIRS,
+        SIZE=size, WIDTH=width, BLOCK=min(BLOCK, everything), ROWS=ROWS,
         RANK=rank and triton.next_power_of_2(rank),
     )  # fmt: skip
     return out
