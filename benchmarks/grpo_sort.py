@@ -1,11 +1,13 @@
 """Question: does a tiny model learn to sort from rewards alone, whatever the seed, and how long does it take?
 
-Run: python -m benchmarks.grpo_sort --seeds 3      Needs: 2 cores      Answer quoted in: docs/rl.md
+Run: python -m benchmarks.grpo_sort      Needs: 2 cores      Answer quoted in: docs/rl.md
+     python -m benchmarks.grpo_sort --width 128 --threads 2 --steps 200 --start 240 --start 420 --start 240 \\
+         train.learning_rate=1.5e-4 rl.prompts=16
 
 The demo's shape, 3.7 million parameters, or with `--width 128` for its experts 6.9 million. For each seed: the
-untrained model is fine-tuned for 200 steps, until it sorts six digits now and then; then `ossia train` with `method:
-grpo` goes on with nothing but the reward of the exact answer. Both are the commands that a person would type, each in a
-process of its own; the curves are read from what they left.
+untrained model is fine-tuned for 200 steps, or `--start` of each seed, until it sorts six digits now and then; then
+`ossia train` with `method: grpo` goes on with nothing but the reward of the exact answer. Both are the commands that a
+person would type, each in a process of its own; the curves are read from what they left.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from typing import Any
 from benchmarks.common import ROOT, where, write_result
 
 PACKAGES = ("torch", "tokenizers", "numpy", "safetensors")
-STEPS, GOAL = 320, 0.85
+GOAL = 0.85
 RECIPE = ROOT / "recipes" / "grpo-sort.yaml"
 
 
@@ -33,21 +35,21 @@ def ossia(*arguments: str) -> float:
     return time.perf_counter() - started
 
 
-def learn(seed: int, folder: Path, width: int, start_steps: int, threads: int) -> dict[str, Any]:
+def learn(seed: int, start_steps: int, folder: Path, given: argparse.Namespace) -> dict[str, Any]:
     """One seed: its start, its curve, and how long each took."""
     made, start, run = folder / "made", folder / "start", folder / "run"
     code = (
         "from pathlib import Path; import sys; from ossia.demo.prepare import Plan, prepare; "
         "prepare(Path(sys.argv[1]), seed=int(sys.argv[2]), plan=Plan(width=int(sys.argv[3])))"
     )
-    subprocess.run([sys.executable, "-c", code, str(made), str(seed), str(width)], cwd=ROOT, check=True)
+    subprocess.run([sys.executable, "-c", code, str(made), str(seed), str(given.width)], cwd=ROOT, check=True)
     sft_s = ossia(
-        "train", str(made / "demo.yaml"), f"train.steps={start_steps}", f"train.threads={threads}",
+        "train", str(made / "demo.yaml"), f"train.steps={start_steps}", f"train.threads={given.threads}",
         f"output={start}",
     )  # fmt: skip
     rl_s = ossia(
-        "train", str(RECIPE), f"model={start / 'model'}", f"train.seed={seed}", f"train.steps={STEPS}",
-        f"train.threads={threads}", f"output={run}",
+        "train", str(RECIPE), f"model={start / 'model'}", f"train.seed={seed}",
+        f"train.steps={given.steps}", f"train.threads={given.threads}", f"output={run}", *given.changes,
     )  # fmt: skip
     events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
     steps = [event for event in events if event["event"] == "step"]
@@ -59,6 +61,7 @@ def learn(seed: int, folder: Path, width: int, start_steps: int, threads: int) -
             reached_s = spent_s
     return {
         "seed": seed,
+        "start_steps": start_steps,
         "reward": [event["reward"] for event in steps],
         "held_out": {str(event["step"]): event["eval_reward"] for event in events if event["event"] == "eval"},
         "mismatch": max(event.get("mismatch", 0.0) for event in steps),
@@ -76,15 +79,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--width", type=int, default=64, help="of an expert")
-    parser.add_argument("--start-steps", type=int, default=200)
+    parser.add_argument("--start", type=int, action="append", help="steps of fine-tuning before, of each seed in turn")
+    parser.add_argument("--steps", type=int, default=320, help="from the reward")
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("changes", nargs="*", metavar="key=value", help="of the recipe")
     given = parser.parse_args()
-    sizes = (given.width, given.start_steps, given.threads)
+    starts = given.start or [200] * given.seeds
+    if len(starts) != given.seeds:
+        parser.error(f"--start is given {len(starts)} times, for {given.seeds} seeds")
     with tempfile.TemporaryDirectory() as scratch:
-        runs = [learn(seed, Path(scratch) / str(seed), *sizes) for seed in range(given.seeds)]
+        runs = [learn(seed, starts[seed], Path(scratch) / str(seed), given) for seed in range(given.seeds)]
     result = {
         "question": (__doc__ or "").splitlines()[0],
-        "config": {**vars(given), "steps": STEPS, "recipe": RECIPE.read_text()},
+        "config": {**vars(given), "recipe": RECIPE.read_text()},
         "goal": GOAL,
         "runs": runs,
         **where(PACKAGES),

@@ -21,10 +21,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import RESULTS, ROOT, peak_resident_bytes, where, write_result
+from ossia.model.arch import SHAPES
+from ossia.model.budget.weights import EMBEDDING
+from ossia.model.budget.work import Work
+from ossia.plan.memory import footprint
 
 MODULE = "benchmarks.plan"
 ATTENTION, EXPERTS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_up_proj", "down_proj")
-GPU_RESULTS = ("gpu-train", "gpu-peer", "gpu-stream")
+GPU_RESULTS = ("gpu-train", "gpu-peer", "gpu-stream", "gpu-120b")
 
 
 @dataclass(frozen=True)
@@ -92,10 +96,6 @@ def worker(case: Case, folder: Path) -> None:
 
 def planned(case: Case, found: dict[str, Any]) -> dict[str, Any]:
     """What the plan says of a case that was measured, and how near it is."""
-    from ossia.model.arch import SHAPES
-    from ossia.model.budget.work import Work
-    from ossia.plan.memory import footprint
-
     arch = replace(SHAPES[case.shape], vocab_size=found["vocab"])
     ranks = dict.fromkeys(ATTENTION, 16) | (dict.fromkeys(EXPERTS, 8) if case.experts else {})
     work = Work(
@@ -122,7 +122,6 @@ def measure(name: str, models: Path, threads: int) -> dict[str, Any]:
 def make(shape: str, folder: Path) -> None:
     """A shape with the full vocabulary; of the demo, the demo's own model."""
     from ossia.demo.prepare import START, Plan, prepare
-    from ossia.model.arch import SHAPES
     from ossia.model.tiny import make_tiny
 
     if shape != "demo":
@@ -132,31 +131,33 @@ def make(shape: str, folder: Path) -> None:
     (folder.parent / "made" / START).rename(folder)
 
 
+def measured_work(config: dict[str, Any]) -> Work | None:
+    """The step of a case that was measured with a GPU. None: another's step, or one that the plan doesn't know: float16
+    is computed by passes of torch there."""
+    if config["peer"] or config["dtype"] == "float16":
+        return None
+    ranks = dict.fromkeys(ATTENTION, 16) | (dict.fromkeys(EXPERTS, 8) if config["experts"] else {})
+    # `stream` leaves the embedding in the machine's memory by itself
+    on_host = frozenset(config["on_host"]) | ({EMBEDDING} if config["placement"] == "stream" else set())
+    return Work(
+        SHAPES[config["shape"]], "mxfp4", config["placement"], "cuda", "triton", config["dtype"], ranks,
+        pack=config["pack"], packs=config["packs"], longest=config["document"], recompute=config["recompute"],
+        on_host=on_host, offload=config["offload"], chunk=config["tokens_at_once"],
+    )  # fmt: skip
+
+
 def recorded() -> dict[str, Any]:
     """Of a GPU: what was recorded, and the plan of it."""
-    from ossia.model.arch import SHAPES
-    from ossia.model.budget.weights import EMBEDDING
-    from ossia.model.budget.work import Work
-    from ossia.plan.memory import footprint
-
     found: dict[str, Any] = {}
     for result in GPU_RESULTS:
         content = json.loads((RESULTS / f"{result}.json").read_text())
         for name, case in content["cases"].items():
-            config = case["config"]
-            if config["peer"]:
+            if (work := measured_work(case["config"])) is None:
                 continue
-            ranks = dict.fromkeys(ATTENTION, 16) | (dict.fromkeys(EXPERTS, 8) if config["experts"] else {})
-            work = Work(
-                SHAPES[config["shape"]], "mxfp4", config["placement"], "cuda", "triton", "bfloat16", ranks,
-                pack=config["pack"], packs=config["packs"], longest=config["document"], recompute=config["recompute"],
-            )  # fmt: skip
-            on_host = frozenset({EMBEDDING} if config["placement"] == "stream" else ())
-            parts = footprint(replace(work, at_once=work.arch.num_experts, on_host=on_host)).device
-            planned = sum(size for part, size in parts.items() if part != "CUDA context")
+            planned = sum(size for part, size in footprint(work).device.items() if part != "CUDA context")
             measured = case["peak_reserved_bytes"]
-            found[name] = {"config": config, "commit": content["where"]["commit"], "gpu": content["where"]["gpu"]}
-            found[name] |= {"measured_bytes": measured, "planned_bytes": planned, "ratio": planned / measured}
+            about = {"config": case["config"], "commit": content["where"]["commit"], "gpu": content["where"]["gpu"]}
+            found[name] = {**about, "measured_bytes": measured, "planned_bytes": planned, "ratio": planned / measured}
     return found
 
 

@@ -136,18 +136,19 @@ GPU_WORDS = {
     "train-2k-stream": "2,048 tokens, experts streamed from the machine's memory",
     "train-2k": "2,048 tokens, experts resident",
     "train-2k-whole": "the same, a layer's experts expanded together",
-    "train-2k-host": "the same as before that, the embedding in the machine's memory",
+    "train-2k-host": "2,048 tokens, experts resident, the embedding in the machine's memory",
     "train-2k-stream-host": "2,048 tokens, experts streamed, embedding and head in the machine's memory",
     "train-16k-stream": "16,384 tokens, experts streamed",
-    "train-16k-stream-host": "the same, embedding and head in the machine's memory, experts by 4,096 tokens",
+    "train-16k-stream-host": "16,384 tokens, experts streamed and by 4,096 tokens, embedding and head in the machine's memory",
     "train-64k": "1 document of 65,536",
-    "train-64k-chunks": "the same, experts by 16,384 tokens",
-    "train-64k-offload": "the same, and layers' inputs in the machine's memory",
+    "train-64k-chunks": "1 document of 65,536, experts by 16,384 tokens",
+    "train-64k-offload": "1 document of 65,536, the same, and layers' inputs in the machine's memory",
     "train-300k": "1 document of 307,200, the same",
     "train-4k-triton": "4 documents of 4,096 in a pack, attention in Triton",
     "train-4k-fa3": "the same with FlashAttention 3",
-    "train-4k-float16": "the same in float16",
+    "train-4k-float16": "4 documents of 4,096 in a pack, in float16",
     "train-120b": "gpt-oss-120b's shape, 4,096 tokens, resident",
+    "train-120b-host": "gpt-oss-120b's shape, 2,048 tokens, resident, the embedding in the machine's memory",
     "train-120b-stream": "gpt-oss-120b's shape, 8,192 tokens, experts streamed",
     "train-4k-packs-keep": "4 packs of 4,096, activations kept",
     "train-4k-packs": "4 packs of 4,096, activations computed again",
@@ -161,7 +162,8 @@ GPU_WORDS = {
 
 def gpu_lines() -> Iterator[str]:
     """What was measured on a GPU."""
-    results = [found for name in ("train", "stream", "peer", "decode") if (found := load(f"gpu-{name}")) is not None]
+    names = ("train", "stream", "peer", "120b", "decode")
+    results = [found for name in names if (found := load(f"gpu-{name}")) is not None]
     if not results:
         return
     where = results[0]["where"]
@@ -181,6 +183,16 @@ def gpu_lines() -> Iterator[str]:
     if (peer := load("gpu-peer")) is not None:
         losses = ", ".join(f"{case['losses'][0]:.3f}" for case in peer["cases"].values())
         yield f"The sides had the same weights and ids; the losses of their first steps: {losses}."
+        yield ""
+    if (found := load("gpu-grpo")) is not None:
+        case = found["cases"]["grpo"]
+        config, last = case["config"], case["steps"][-1]
+        samples = config["prompts"] * config["group"]
+        yield (
+            f"A step of GRPO, {samples} samples of {config['new']:,} tokens: {last['sample_s']:.1f} s to sample "
+            f"({last['sampled_per_s']:,.0f} tok/s), {last['train_s']:.1f} s to train on {last['tokens']:,} tokens, "
+            f"{last['peak_reserved_bytes'] / 1e9:.1f} GB (commit {found['where']['commit'][:7]})."
+        )
         yield ""
 
 

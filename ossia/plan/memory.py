@@ -25,7 +25,10 @@ _SIZES = 40  # that experts' rows come in: eight in every doubling, over five do
 _MOST_PRODUCTS = 1024  # that it keeps
 # Holes in the C library's heap, measured (docs/plan.md): a share of what lives in a step, and a layer's part so often
 _HOLES, _HOLES_LAYER, _HOLES_LAYER_AGAIN = 0.1, 1.4, 2.4  # the last where layers are computed again
-_GPU_HOLES = 0.03  # torch's own, measured with an H100: 2% to 4%
+# On a GPU, measured with an H200 (docs/plan.md): what libraries keep for themselves, the same in every case; and
+# torch's holes, fitted to seventeen steps: some of any size, and more where a pack's activations are large
+_GPU_LIBRARIES = 240_000_000
+_GPU_HOLES, _GPU_HOLES_FIXED, _GPU_HOLES_ACTIVATIONS = 0.03, 300_000_000, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +79,9 @@ def footprint(work: Work, *, cache_bytes: int = 0, process: int | None = None, t
     words = min(TOKENIZER, TOKENIZER * work.arch.vocab_size // 201_088) if tokenizer else 0
     if work.device == "cuda":
         device = {"weights": weights_on_gpu(work), **trained, **living}
-        device["allocator"] = int(_GPU_HOLES * step.total)
+        device["libraries' own"] = _GPU_LIBRARIES
+        activations = work.pack * work.arch.hidden_size * work.residual_size
+        device["allocator"] = int(_GPU_HOLES * step.total) + _GPU_HOLES_FIXED + _GPU_HOLES_ACTIVATIONS * activations
         device["CUDA context"] = GPU_CONTEXT
         host = {"process": (process or GPU_PROCESS) + words}
         if work.placement == "stream":

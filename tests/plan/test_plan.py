@@ -81,7 +81,7 @@ def test_what_a_change_is_said_to_save_is_what_it_saves(tmp_path: Path) -> None:
         ("H200", None, "bf16", True),
         ("3090", None, "resident", True),
         ("4060", 64, "stream", False),
-        ("4060", 8, "mmap", True),
+        ("4060", 8, "mmap", False),
     ],
 )
 def test_auto_is_told_with_its_reason(
