@@ -139,7 +139,7 @@ GPU_WORDS = {
     "train-2k-host": "2,048 tokens, experts resident, the embedding in the machine's memory",
     "train-2k-stream-host": "2,048 tokens, experts streamed, embedding and head in the machine's memory",
     "train-16k-stream": "16,384 tokens, experts streamed",
-    "train-16k-stream-host": "16,384 tokens, experts streamed, 4,096 at a time, embedding and head in the machine's memory",
+    "train-16k-stream-host": "16,384 tokens, experts streamed, 4,096 at a time, embedding and head away",
     "train-64k": "1 document of 65,536",
     "train-64k-chunks": "1 document of 65,536, experts by 16,384 tokens",
     "train-64k-offload": "1 document of 65,536, the same, and layers' inputs in the machine's memory",
