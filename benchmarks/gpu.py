@@ -66,6 +66,7 @@ class Train:
     tokens_at_once  that go through a layer's experts together; None: all
     whole           a layer's experts expanded together, whatever the number of tokens
     attention       its backend; None: the default
+    keep_attention  full attention over long documents is computed once
     """
 
     shape: str
@@ -83,6 +84,7 @@ class Train:
     whole: bool = False
     attention: Backend | None = None
     dtype: DtypeName = "bfloat16"
+    keep_attention: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ CASES: dict[str, Train | Decode | Grpo] = {
     "train-16k-stream-host": Train("20b", 16384, 4096, 1, "stream", on_host=(EMBEDDING, HEAD), tokens_at_once=4096),
     "train-64k-chunks": Train("20b", 65536, 65536, 1, "resident", steps=1, tokens_at_once=16384),
     "train-64k-offload": Train("20b", 65536, 65536, 1, "resident", steps=1, tokens_at_once=16384, offload=True),
+    "train-64k-attention": Train("20b", 65536, 65536, 1, "resident", steps=1, keep_attention=True),
     "train-300k": Train("20b", 307200, 307200, 1, "resident", steps=1, tokens_at_once=16384, offload=True),
     "train-4k-triton": Train("20b", 16384, 4096, 1, "resident", attention="triton"),
     "train-4k-fa3": Train("20b", 16384, 4096, 1, "resident", attention="fa3"),
@@ -225,6 +228,7 @@ def stepper(case: Train, packs: list[Pack]) -> Callable[[], float]:
         model.experts_at_once = lambda tokens: None
     optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     how = {"recompute": case.recompute, "offload": case.offload, "tokens_at_once": case.tokens_at_once}
+    how["keep_attention"] = case.keep_attention
     return lambda: train_step(model, optimizer, packs, lr=1e-4, clip=1.0, **how).loss
 
 

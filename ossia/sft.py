@@ -27,7 +27,14 @@ from ossia.run.trained import RunResult, save_result
 from ossia.train.events import Sink
 from ossia.train.loop import Job, run_loop
 from ossia.train.report import write_report
-from ossia.train.step import chunk_of_tokens, evaluate_loss, keeps_activations, offloads, train_step
+from ossia.train.step import (
+    chunk_of_tokens,
+    evaluate_loss,
+    keeps_activations,
+    keeps_attention,
+    offloads,
+    train_step,
+)
 
 ROWS_TO_CHECK = 50_000
 
@@ -111,6 +118,8 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
     keep = keeps_activations(model, train.recompute, train.tokens_per_step, train.tokens_per_pack)
     away = not keep and offloads(model, train.recompute, train.tokens_per_step)
     at_once = None if keep else chunk_of_tokens(model)
+    sizes = train.tokens_per_step, train.tokens_per_pack, recipe.max_length
+    keep_attention = not (keep or away) and keeps_attention(model, *sizes)
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
 
     def step(packs: list[Pack], lr: float) -> Mapping[str, float]:
@@ -124,6 +133,7 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
             recompute=not keep,
             offload=away,
             tokens_at_once=at_once,
+            keep_attention=keep_attention,
             dropout_seed=seed,
         )
         return asdict(result)

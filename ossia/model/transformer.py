@@ -31,7 +31,7 @@ from ossia.model.weights import (
     passing_on,
     split_gate_up,
 )
-from ossia.ops.attention import Backend, Place, Segments, check_backend, pick_backend, sink_attention
+from ossia.ops.attention import Backend, Kept, Place, Segments, check_backend, pick_backend, sink_attention
 from ossia.ops.attention.probe import Probed
 from ossia.ops.fused import Mixture, parts_for
 from ossia.ops.linear import Dropout, Linear, linear, wide_linear
@@ -338,7 +338,7 @@ class Transformer:
         k = linear(normed, layer.k, adapted(normed, 1)).view(num_tokens, a.num_kv_heads, a.head_dim)
         v = linear(normed, layer.v, adapted(normed, 2)).view(num_tokens, a.num_kv_heads, a.head_dim)
         q, k = (self._parts.apply_rope(x, context.cos_TF, context.sin_TF) for x in (q, k))
-        attended = (attend or self._attend(context))(q, k, v, layer.sinks_H, layer.window).reshape(num_tokens, -1)
+        attended = (attend or self.attention(context))(q, k, v, layer.sinks_H, layer.window).reshape(num_tokens, -1)
         if rows is not None:
             attended, x_TD = attended[rows], x_TD[rows]
         x_TD = x_TD + wide_linear(attended, layer.o, adapted(attended, 3))
@@ -362,11 +362,15 @@ class Transformer:
         assert note_experts is None
         return in_chunks(x_TD, through_experts, tokens_at_once, values=values, trained=layer.trained_after_attention)
 
-    def _attend(self, context: Context) -> Attend:
+    def attention(self, context: Context, kept: Kept | None = None) -> Attend:
+        """Attention over a pack itself; `kept` is told the results of layers without a window, or has them."""
         scale = self.arch.head_dim**-0.5
 
         def attend(q: Tensor, k: Tensor, v: Tensor, sinks_H: Tensor, window: int | None) -> Tensor:
-            return sink_attention(q, k, v, sinks_H, context.segments, window=window, scale=scale, backend=self.backend)
+            return sink_attention(
+                q, k, v, sinks_H, context.segments, window=window, scale=scale, backend=self.backend,
+                kept=kept if window is None else None,
+            )  # fmt: skip
 
         return attend
 

@@ -20,6 +20,7 @@ from ossia.model.budget.choose import (
     Memory,
     choose_placement,
     keeps_activations,
+    keeps_attention,
     offloads,
     waits_on_host,
 )
@@ -180,7 +181,8 @@ def _decided(work: Work, recipe: Recipe, memory: Memory) -> Work:
         return replace(work, recompute=False)
     away = choice == "offload" or (choice == "auto" and offloads(work, left))
     chunk = tokens_at_once(work.arch, work.size, left.gpu_free) if work.device == "cuda" else None
-    return replace(work, offload=away, chunk=chunk)
+    work = replace(work, offload=away, chunk=chunk)
+    return replace(work, keep_attention=keeps_attention(work, left))
 
 
 def _longest(plan: Plan, arch: Arch, layout: Layout) -> int:

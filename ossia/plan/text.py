@@ -46,6 +46,7 @@ def _what(plan: Plan) -> Iterator[tuple[str, str]]:
     packs = f"{work.packs} packs of {work.pack:,}" if work.packs > 1 else "one pack"
     kept = "each layer computed again for its backward" if work.recompute else "activations kept"
     kept += ", its input waiting in the machine's memory" if work.offload else ""
+    kept += ", but for attention over long documents" if work.keep_attention else ""
     yield "step", f"{work.pack * work.packs:,} tokens, {packs}; {kept}"
 
 

@@ -29,7 +29,7 @@ from ossia.train.optim import AdamW, lr_at
 from ossia.train.report.page import REPORT, SAMPLES
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import SavedState, checkpoint_paths, seed_generators, write_file
-from ossia.train.step import chunk_of_tokens, keeps_activations, offloads, work_of
+from ossia.train.step import chunk_of_tokens, keeps_activations, keeps_attention, offloads, work_of
 
 # What a run writes into its folder, besides its events.
 _WRITTEN = (ADAPTER, MODEL, ENV, RECIPE_IN_RUN, REPORT, SAMPLES)
@@ -119,6 +119,8 @@ def predicted(recipe: Recipe, model: Transformer) -> str:
     work = work_of(model, pack=pack, packs=tokens // pack, recompute=not keeps)
     if not keeps:
         work = replace(work, offload=offloads(model, train.recompute, tokens), chunk=chunk_of_tokens(model))
+        sizes = tokens, train.tokens_per_pack, recipe.max_length
+        work = replace(work, keep_attention=not work.offload and keeps_attention(model, *sizes))
     cached = cache_bytes(recipe, model.arch, DTYPE_NAMES[model.dtype], default_cache_bytes(model))
     return as_line(work, footprint(work, cache_bytes=cached))
 

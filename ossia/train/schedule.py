@@ -5,7 +5,8 @@ many micro-batches there are, and only one layer is ready at a time. Where there
 micro-batch goes through all layers and back before the next, so that only its activations are kept. Autograd works
 inside a layer; between layers go plain tensors. Kept are each layer's inputs (`recompute`) or its graph, from which
 expanded experts are left out: they are expanded again for the layer's backward. The inputs may wait in the machine's
-memory (`offload`). The gradient equals that of plain autograd.
+memory (`offload`); beside them what attention over long documents found may be kept (`keep_attention`). The gradient
+equals that of plain autograd.
 Letters: T tokens of a pack, D hidden, R rows whose prediction counts, M micro-batches.
 """
 
@@ -21,9 +22,11 @@ from torch import Tensor
 from ossia.data.pack import Pack
 from ossia.model.transformer import Context, Layer, Transformer
 from ossia.model.weights import expert_module
+from ossia.ops.attention import Kept as KeptAttention
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.loss import linear_logprob
 from ossia.ops.memory import return_freed_memory
+from ossia.sizes import ATTENTION_KEPT_FROM
 from ossia.train.offload import Away, Offload
 
 LossOfLogprobs = Callable[[Tensor, int, Tensor], Tensor]
@@ -72,6 +75,7 @@ def forward_backward(
     dropout_seed: int | None = None,
     experts_at_once: int | None = None,
     tokens_at_once: int | None = None,
+    keep_attention: bool = False,
     loss_scale: float = 1.0,
 ) -> float:
     """Add the gradient of the step's loss to `model.trainable`; returns the loss.
@@ -84,6 +88,7 @@ def forward_backward(
     loss_scale       gradients on their way are that much larger, for a dtype in which they would be rounded to nothing;
                      those that are added to `model.trainable` are not
     tokens_at_once   of a pack, that go through a layer's experts together; None: all. Only with `recompute`
+    keep_attention   and don't compute full attention over long documents again; only with `recompute`
     """
     drops = [_dropout(model, dropout_seed, m) for m in range(len(packs))]
     numbered = list(enumerate(packs))
@@ -91,8 +96,9 @@ def forward_backward(
     if experts_at_once is None:
         tokens = sum(pack.num_tokens for pack in packs)
         experts_at_once = model.experts_at_once(tokens if tokens_at_once is None else min(tokens, tokens_at_once))
-    assert recompute or not (offload or tokens_at_once)
-    plan = _Plan(recompute, Offload(model.device) if offload else None, experts_at_once, tokens_at_once)
+    assert recompute or not (offload or tokens_at_once or keep_attention)
+    away = Offload(model.device) if offload else None
+    plan = _Plan(recompute, away, experts_at_once, tokens_at_once, keep_attention)
     if loss_scale == 1.0:
         return sum(_layer_major(model, some, loss_of, plan, drops) for some in together)
     loss = sum(_layer_major(model, some, lambda *given: loss_of(*given) * loss_scale, plan, drops) for some in together)
@@ -110,6 +116,13 @@ class _Plan:
     offload: Offload | None
     experts_at_once: int | None
     tokens_at_once: int | None
+    keep_attention: bool
+
+    def attention_of(self, layer: Layer, micro: Micro) -> KeptAttention | None:
+        """Where the layer's attention leaves what it found, if that is to be kept."""
+        segments = micro.context.segments
+        long = segments.longest >= ATTENTION_KEPT_FROM and segments.shared is None
+        return KeptAttention() if self.keep_attention and layer.window is None and long else None
 
 
 def prepares_layers(model: Transformer) -> bool:
@@ -144,21 +157,23 @@ def _layer_major(
         apart = nullcontext() if index == last else _RoundedApart(model, layer).left_out()
         with torch.set_grad_enabled(graph), apart:
             inputs = [x.detach().requires_grad_(graph and (index > 0 or embedded.trained)) for x in xs]
+            attended = [None if graph else plan.attention_of(layer, micro) for micro in micros]
             outputs = [
                 model.layer_forward(
                     layer,
                     x,
                     micro.context,
+                    attend=model.attention(micro.context, found),
                     dropout=drop,
                     tokens_at_once=plan.tokens_at_once,
                     **micro.in_layer(index, last),
                 )
-                for x, micro, drop in zip(inputs, micros, drops, strict=True)
+                for x, micro, drop, found in zip(inputs, micros, drops, attended, strict=True)
             ]
         if index != last:
             layer.let_go()  # what the graph refers to expands its experts again
         away = None if graph or plan.offload is None else plan.offload.send(inputs)
-        kept.append(_Kept(inputs if away is None else [], outputs if graph else None, away))
+        kept.append(_Kept(inputs if away is None else [], outputs if graph else None, away, attended))
         xs = outputs
     if prepares_layers(model):
         return_freed_memory(model.device)  # what the layers needed on the way; their kept activations stand between
@@ -176,10 +191,13 @@ def _layer_major(
         for m, (x, micro) in enumerate(zip(inputs, micros, strict=True)):
             if outputs is None:
                 x.requires_grad_(index > 0 or embedded.trained)
+                if (found := one.attended[m]) is not None:
+                    found.again = True
                 y = model.layer_forward(
                     layer,
                     x,
                     micro.context,
+                    attend=model.attention(micro.context, found),
                     dropout=drops[m],
                     tokens_at_once=plan.tokens_at_once,
                     values=False,
@@ -228,11 +246,13 @@ class _RoundedApart:
 
 @dataclass(slots=True)
 class _Kept:
-    """What a layer left for its backward: its inputs, here or away, and its outputs where they have a graph."""
+    """What a layer left for its backward: its inputs, here or away, its outputs where they have a graph, and what
+    attention found where that is kept."""
 
     inputs: list[Tensor]
     outputs: list[Tensor | None] | None
     away: Away | None
+    attended: list[KeptAttention | None]
 
 
 @torch.no_grad()

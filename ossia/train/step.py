@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -65,6 +65,7 @@ def train_step(
     recompute: bool,
     offload: bool = False,
     tokens_at_once: int | None = None,
+    keep_attention: bool = False,
     dropout_seed: int | None = None,
     loss_of: LossOfLogprobs | None = None,
 ) -> StepResult:
@@ -88,6 +89,7 @@ def train_step(
             recompute=recompute,
             offload=offload,
             tokens_at_once=tokens_at_once,
+            keep_attention=keep_attention,
             dropout_seed=dropout_seed,
             loss_scale=loss_scale,
         )
@@ -153,6 +155,13 @@ def offloads(model: Transformer, recompute: Recompute, tokens: int) -> bool:
     if recompute != "auto":
         return recompute == "offload"
     return budget.offloads(work_of(model, pack=tokens, packs=1, recompute=True), memory_of(model.device))
+
+
+def keeps_attention(model: Transformer, tokens: int, tokens_per_pack: int, longest: int) -> bool:
+    """Whether full attention over documents of up to `longest` tokens is computed once; asked where layers are computed
+    again and their inputs stay. `budget.choose.keeps_attention` decides; the numbers are the same."""
+    work = work_of(model, pack=min(tokens, tokens_per_pack), packs=max(tokens // tokens_per_pack, 1), recompute=True)
+    return budget.keeps_attention(replace(work, longest=min(longest, work.pack)), memory_of(model.device))
 
 
 def chunk_of_tokens(model: Transformer) -> int | None:

@@ -16,7 +16,8 @@ from ossia.data.pack import Pack
 from ossia.data.sample import Sample
 from ossia.kernels import pick_kernels
 from ossia.model.arch import SHAPES, Arch, alternating_layers
-from ossia.model.budget.choose import Memory, choose_placement, keeps_activations
+from ossia.model.budget import step as budget_step
+from ossia.model.budget.choose import Memory, choose_placement, keeps_activations, keeps_attention
 from ossia.model.budget.step import step_bytes
 from ossia.model.budget.weights import WeightBytes, pinned_bytes
 from ossia.model.budget.work import Placement, Work
@@ -25,6 +26,7 @@ from ossia.model.lora import Lora, LoraSpec
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Weights
 from ossia.plan.memory import footprint
+from ossia.train import schedule
 from ossia.train.optim import AdamW
 from ossia.train.step import train_step, work_of
 from tests.conftest import MakeTiny
@@ -65,6 +67,7 @@ def live_bytes(
     documents: int = 1,
     recompute: bool,
     dropout: float = 0.0,
+    keep_attention: bool = False,
 ) -> tuple[int, Work]:
     """The most bytes of new tensors at once in a second step, and the work that it was."""
     device = torch.device("cpu")
@@ -87,13 +90,15 @@ def live_bytes(
 
     def step() -> None:
         seed = 1 if dropout else None
-        train_step(model, optimizer, made, lr=1e-4, clip=1.0, recompute=recompute, dropout_seed=seed)
+        how = {"recompute": recompute, "keep_attention": keep_attention}
+        train_step(model, optimizer, made, lr=1e-4, clip=1.0, dropout_seed=seed, **how)
 
     step()
     with Storages() as storages:
         step()
     work = work_of(model, pack=length * documents, packs=packs, recompute=recompute)
-    return storages.peak, dataclasses.replace(work, longest=length, counted=(length - 1) * documents)
+    more = {"keep_attention": keep_attention, "counted": (length - 1) * documents}
+    return storages.peak, dataclasses.replace(work, longest=length, **more)
 
 
 @pytest.mark.parametrize("recompute", [True, False])
@@ -128,6 +133,36 @@ def test_a_step_takes_the_bytes_that_its_budget_says(
     )  # fmt: skip
     said = step_bytes(work)
     assert said.total == pytest.approx(measured, rel=0.05), (said, measured)
+
+
+def test_attention_that_is_kept_takes_the_bytes_that_its_budget_says(
+    tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in (schedule, budget_step):
+        monkeypatch.setattr(module, "ATTENTION_KEPT_FROM", 960)
+    arch = dataclasses.replace(SHAPE, num_layers=12, layer_types=("full_attention",) * 12, num_heads=32)
+    said, measured = [], []
+    for keep in (False, True):
+        live, work = live_bytes(
+            tiny(arch), "bf16", torch.bfloat16, ATTENTION, tokens=960, recompute=True, keep_attention=keep
+        )
+        measured.append(live)
+        said.append(step_bytes(work).total)
+    assert said == pytest.approx(measured, rel=0.05)
+    assert said[1] - said[0] == pytest.approx(measured[1] - measured[0], rel=0.1)
+    assert said[1] > 1.2 * said[0]
+
+
+def test_attention_is_kept_for_long_documents_where_there_is_room() -> None:
+    work = Work(
+        SHAPES["20b"], "mxfp4", "resident", "cuda", "triton", "bfloat16", {"q_proj": 16}, pack=65_536, longest=65_536
+    )
+    needed = 11 * 65_536 * 64 * (64 * 2 + 4)  # the last of twelve full layers isn't computed again
+    room = Memory(machine=64 << 30, machine_free=64 << 30, gpu=80 << 30, gpu_free=4 * needed)
+    assert keeps_attention(work, room)
+    assert not keeps_attention(work, dataclasses.replace(room, gpu_free=4 * needed - 4))
+    assert not keeps_attention(dataclasses.replace(work, longest=4096), room)
+    assert not keeps_attention(dataclasses.replace(work, offload=True), room)
 
 
 @pytest.mark.parametrize("name", GPU_RESULTS)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ossia.ops.attention import Backend, Segments, prefix_attention, sink_attention
+from ossia.ops.attention import Backend, Kept, Segments, prefix_attention, sink_attention
 
 STARTS = ([0, 50], [0, 300], [0, 1, 130, 259, 700], [0, 128, 256], [0, 127, 128, 129, 258])
 
@@ -119,6 +119,23 @@ def test_a_later_part_of_a_document_sees_what_came_before_it(
     first = 0 if window is None else max(0, before - window + 1)  # a ring keeps no more than that
     part = prefix_attention(q[before:], k[first:], v[first:], sinks, window=window, scale=0.125, backend=backend)
     assert max(errors([part], [whole[before:]])) <= 1e-6
+
+
+@pytest.mark.parametrize("starts", STARTS, ids=str)
+def test_kept_results_are_taken_in_their_order_and_once(starts: list[int]) -> None:
+    segments, tensors, kept = Segments(torch.tensor(starts)), inputs(starts[-1]), Kept()
+    how = {"window": None, "scale": 0.125, "backend": "cpu"}
+    expected = run("cpu", starts, None)
+    with torch.no_grad():
+        first = sink_attention(*tensors, segments, **how, kept=kept)
+    kept.again = True
+    out = sink_attention(*tensors, segments, **how, kept=kept)
+    grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    found = [out.detach(), *torch.autograd.grad(out, tensors, grad)]
+    assert torch.equal(first, expected[0])
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    with pytest.raises(IndexError):
+        sink_attention(*tensors, segments, **how, kept=kept)
 
 
 @pytest.mark.gpu

@@ -22,6 +22,7 @@ from ossia.model.transformer import Context, Layer, Transformer
 from ossia.model.weights import EMBEDDING, HEAD, Placement, Stream, Weights
 from ossia.ops.linear import Dropout
 from ossia.ops.loss import weighted_nll
+from ossia.train import schedule
 from ossia.train.offload import Offload
 from ossia.train.optim import AdamW
 from ossia.train.schedule import Micro, forward_backward, logprobs
@@ -75,6 +76,7 @@ def gradients(
     dropout_seed: int | None = None,
     experts_at_once: int | None = None,
     tokens_at_once: int | None = None,
+    keep_attention: bool = False,
 ) -> tuple[float, dict[str, Tensor]]:
     total = float(sum(pack.weights.sum() for pack in packs))
     model.trainable.zero_grad()
@@ -87,6 +89,7 @@ def gradients(
         dropout_seed=dropout_seed,
         experts_at_once=experts_at_once,
         tokens_at_once=tokens_at_once,
+        keep_attention=keep_attention,
     )
     return loss, {name: tensor.grad.clone() for name, tensor in model.trainable.tensors.items()}
 
@@ -262,6 +265,31 @@ def test_inputs_go_away_and_come_back_once_and_one_layers_ahead_of_its_backward(
     assert torch.equal(found[1], kept + 1)
     assert all(one is other for one, other in zip(found, there, strict=True))
     assert away == []
+
+
+@pytest.mark.parametrize("placement", ["resident", "bf16"])
+@pytest.mark.parametrize("tokens_at_once", [None, 50])
+def test_attention_that_is_kept_has_the_bits_of_attention_computed_again(
+    tiny: MakeTiny, monkeypatch: pytest.MonkeyPatch, placement: Placement, tokens_at_once: int | None
+) -> None:
+    monkeypatch.setattr(schedule, "ATTENTION_KEPT_FROM", 60)
+    calls = []
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+
+    def counted(*given: object, **more: object) -> object:
+        calls.append(given)
+        return kernel(*given, **more)
+
+    packs = pack_samples(samples((300, 61, 20)), 320)  # the last pack's documents aren't long
+    model = model_of(tiny, placement=placement)
+    expected = gradients(model, packs, tokens_at_once=tokens_at_once)
+    monkeypatch.setattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", counted, raising=False)
+    gradients(model, packs, tokens_at_once=tokens_at_once)
+    before = len(calls)
+    found = gradients(model, packs, tokens_at_once=tokens_at_once, keep_attention=True)
+    assert found[0] == expected[0]
+    assert all(torch.equal(found[1][name], grad) for name, grad in expected[1].items())
+    assert len(calls) - before < before  # the second count is of one step as well
 
 
 @pytest.mark.gpu

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from ossia.model.arch import Arch, Layout
-from ossia.model.budget.step import graph_bytes_per_token
+from ossia.model.budget.step import attention_bytes, graph_bytes_per_token
 from ossia.model.budget.weights import EMBEDDING, HEAD, WeightBytes
 from ossia.model.budget.work import DeviceKind, Placement, Work
 
@@ -100,6 +100,18 @@ def offloads(work: Work, memory: Memory) -> bool:
     """
     needed = work.pack * work.packs * work.arch.num_layers * work.arch.hidden_size * work.residual_size
     return work.device == "cuda" and needed > memory.gpu_free // 2
+
+
+def keeps_attention(work: Work, memory: Memory) -> bool:
+    """Whether full attention over long documents is computed once where layers are computed again.
+
+    It is where what it finds takes at most a quarter of the GPU's free memory, `memory` as of `keeps_activations`, or a
+    tenth of the machine's.
+    """
+    if work.offload or work.attention == "reference":
+        return False
+    needed = attention_bytes(work, work.arch.num_layers - 1)
+    return 0 < needed <= (memory.gpu_free // 4 if work.device == "cuda" else memory.machine // 10)
 
 
 def gib(num_bytes: float) -> str:

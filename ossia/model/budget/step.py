@@ -13,7 +13,7 @@ from typing import Literal
 from ossia.model.budget.layer import ATTENTION, LayerBytes
 from ossia.model.budget.weights import HEAD, WeightBytes, trained_by_place, trained_numbers
 from ossia.model.budget.work import Work
-from ossia.sizes import GPU_ROW_BLOCK, GPU_VOCAB_BLOCK, ROW_BLOCK, VOCAB_BLOCK
+from ossia.sizes import ATTENTION_KEPT_FROM, GPU_ROW_BLOCK, GPU_VOCAB_BLOCK, ROW_BLOCK, VOCAB_BLOCK
 
 Part = Literal["scratch", "adapter copies", "gradients", "activations", "one layer", "loss", "pack"]
 Moment = Literal["forward", "loss", "backward", "recomputed layer", "update"]
@@ -76,12 +76,22 @@ def _behind(work: Work, upto: int) -> int:
 
     Of inputs that wait in the machine's memory one is on its way.
     """
+    attention = attention_bytes(work, upto) if work.keep_attention else 0
     each = (min(upto, 1) if work.offload else upto) * work.pack * _x(work)
     if not work.recompute:
         each += sum(_layer(work, index).kept for index in range(upto))
         if upto and work.ranks is not None and not work.adapts(*ATTENTION):  # nothing before it wants a gradient
             each -= _layer(work, 0).kept_attention
-    return each * work.together
+    return each * work.together + attention
+
+
+def attention_bytes(work: Work, layers: int) -> int:
+    """What full attention of the first `layers` layers finds, over the packs that go through them together."""
+    if work.longest < ATTENTION_KEPT_FROM:
+        return 0
+    a = work.arch
+    token = a.num_heads * (a.head_dim * work.size + 4)
+    return _windows(work)[:layers].count(None) * work.pack * token * work.together
 
 
 def _copies(work: Work, *, all_layers: bool) -> int:

@@ -51,6 +51,7 @@ class Work:
     at_once   packed experts that are expanded together; None: `experts_at_once`
     chunk     tokens that go through a layer's experts together, where activations are computed again; None: all
     offload   layers' inputs wait in the machine's memory
+    keep_attention  what full attention over long documents found isn't computed again
     on_host   of embedding and head, those that wait there too, by name
     qat       experts are computed as an MXFP4 export rounds them
     """
@@ -71,6 +72,7 @@ class Work:
     at_once: int | None = None
     chunk: int | None = None
     offload: bool = False
+    keep_attention: bool = False
     on_host: frozenset[str] = frozenset()
     qat: bool = False
 

@@ -20,6 +20,7 @@ from ossia.ops.attention.backends import (
     pick_backend,
 )
 from ossia.ops.attention.cpu import attend_families
+from ossia.ops.attention.kept import Kept
 from ossia.ops.attention.reference import dense_attention
 from ossia.ops.attention.segments import Segments
 
@@ -27,6 +28,7 @@ __all__ = [
     "BACKENDS",
     "AttentionBackend",
     "Backend",
+    "Kept",
     "Place",
     "Segments",
     "candidates",
@@ -48,6 +50,7 @@ def sink_attention(
     window: int | None,
     scale: float,
     backend: Backend,
+    kept: Kept | None = None,
 ) -> Tensor:
     """Causal attention of every document with itself, a sink in each head's softmax.
 
@@ -55,12 +58,14 @@ def sink_attention(
                          serve each of them
     sinks_H              (H,) any floating dtype, a logit
     window               the last `window` keys including the query's own, or None for all
+    kept                 takes the kernel's results, or has them; not where documents share rows
     Returns              (T, H, d) of q's dtype; differentiable in q, k, v and sinks
     Source               gpt-oss model card; sliding window and sinks as in openai/gpt-oss torch/model.py
     """
     attend = BACKENDS[backend].attend
     if (shared := segments.shared) is None:
-        return attend(q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale)
+        return attend(q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale, kept)
+    assert kept is None
     if backend == "cpu" and (families := shared.families(window)) is not None:
         return attend_families(q_THd, k_TKd, v_TKd, sinks_H, families, scale)
     q_UHd, k_UKd, v_UKd = (x.index_select(0, shared.unfold_U) for x in (q_THd, k_TKd, v_TKd))

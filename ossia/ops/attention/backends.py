@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ossia.errors import UserError
 from ossia.ops.attention import cpu, flash, reference, tiled
+from ossia.ops.attention.kept import Kept
 from ossia.ops.attention.segments import Segments
 
 Backend = Literal["reference", "cpu", "flash", "fa3", "fa4", "triton"]
@@ -33,8 +34,9 @@ class Attend(Protocol):
     """Of a pack with itself, see `sink_attention`; documents that share rows are taken apart before."""
 
     def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, segments: Segments, window: int | None, scale: float, /
-    ) -> Tensor: ...
+        self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, segments: Segments, window: int | None, scale: float,
+        kept: Kept | None = None, /,
+    ) -> Tensor: ...  # fmt: skip
 
 
 class Prefix(Protocol):

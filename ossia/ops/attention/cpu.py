@@ -12,19 +12,21 @@ import torch
 from torch import Tensor
 
 from ossia.ops.attention import reference
+from ossia.ops.attention.kept import Kept, found
 from ossia.ops.attention.segments import Families, Segments
 from ossia.ops.attention.sinks import include_sink, sink_gradient
 from ossia.sizes import DENSE_BLOCK
 
 
 def attend(
-    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, window: int | None, scale: float
-) -> Tensor:
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, window: int | None, scale: float,
+    kept: Kept | None = None,
+) -> Tensor:  # fmt: skip
     """As `sink_attention`, of documents that share no rows."""
     if window is None and segments.longest > DENSE_BLOCK:
-        return _per_document(q_THd, k_TKd, v_TKd, sinks_H, segments, scale)
+        return _per_document(q_THd, k_TKd, v_TKd, sinks_H, segments, scale, kept)
     # where no document is longer than a block, its window already holds all of it
-    return _in_blocks(q_THd, k_TKd, v_TKd, sinks_H, segments, window or DENSE_BLOCK, scale)
+    return _in_blocks(q_THd, k_TKd, v_TKd, sinks_H, segments, window or DENSE_BLOCK, scale, kept)
 
 
 def prefix(q_THd: Tensor, k_SKd: Tensor, v_SKd: Tensor, sinks_H: Tensor, window: int | None, scale: float) -> Tensor:
@@ -49,8 +51,9 @@ def attend_families(
 
 
 def _in_blocks(
-    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, window: int, scale: float
-) -> Tensor:
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, window: int, scale: float,
+    kept: Kept | None,
+) -> Tensor:  # fmt: skip
     """Blocks of `window` queries against their own and the previous block of keys: linear in T."""
     num_tokens, num_heads, head_dim = q_THd.shape
     num_blocks = -(-num_tokens // window)
@@ -67,18 +70,19 @@ def _in_blocks(
     q_BHLd = blocks(q_THd, 0).view(num_blocks, window, num_heads, head_dim).transpose(1, 2)
     mask = segments.block_mask(window)
     bias = torch.zeros(mask.shape, dtype=q_THd.dtype, device=q_THd.device).masked_fill(~mask, -torch.inf)
-    out_BHLd = _CpuSink.apply(q_BHLd, key_blocks(k_TKd), key_blocks(v_TKd), sinks_H, bias, scale)
+    out_BHLd = _CpuSink.apply(q_BHLd, key_blocks(k_TKd), key_blocks(v_TKd), sinks_H, bias, scale, kept)
     return out_BHLd.transpose(1, 2).reshape(-1, num_heads, head_dim)[:num_tokens]
 
 
 def _per_document(
-    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, scale: float
-) -> Tensor:
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, scale: float,
+    kept: Kept | None,
+) -> Tensor:  # fmt: skip
     """One causal kernel call a document."""
     outs = []
     for q, k, v in zip(*(x.split(segments.lengths) for x in (q_THd, k_TKd, v_TKd)), strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        outs.append(_CpuSink.apply(q, k, v, sinks_H, None, scale)[0].transpose(0, 1))
+        outs.append(_CpuSink.apply(q, k, v, sinks_H, None, scale, kept)[0].transpose(0, 1))
     return torch.cat(outs)
 
 
@@ -86,11 +90,14 @@ class _CpuSink(torch.autograd.Function):
     """torch's flash attention for CPU with a sink; is_causal where no bias is given."""
 
     @staticmethod
-    def forward(ctx, q_BHLd, k_BKLd, v_BKLd, sinks_H, bias, scale):
-        out, lse_BHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q_BHLd, k_BKLd, v_BKLd, 0.0, bias is None, attn_mask=bias, scale=scale
-        )
-        out, lse_BHL = include_sink(out, lse_BHL, sinks_H.float()[:, None])
+    def forward(ctx, q_BHLd, k_BKLd, v_BKLd, sinks_H, bias, scale, kept=None):
+        def compute() -> tuple[Tensor, ...]:
+            out, lse_BHL = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                q_BHLd, k_BKLd, v_BKLd, 0.0, bias is None, attn_mask=bias, scale=scale
+            )
+            return include_sink(out, lse_BHL, sinks_H.float()[:, None])
+
+        out, lse_BHL = found(kept, compute)
         ctx.save_for_backward(q_BHLd, k_BKLd, v_BKLd, out, lse_BHL, sinks_H, bias)
         ctx.scale = scale
         return out
@@ -105,4 +112,4 @@ class _CpuSink(torch.autograd.Function):
         if ctx.needs_input_grad[3]:
             slope = (grad_out.float() * out.float()).sum(-1)
             dsinks = sink_gradient(sinks_H, lse.transpose(0, 1), slope.transpose(0, 1))
-        return dq, dk, dv, dsinks, None, None
+        return dq, dk, dv, dsinks, None, None, None

@@ -18,6 +18,7 @@ from torch.nn.attention import (
 )
 
 from ossia.kernels import pick_kernels
+from ossia.ops.attention.kept import Kept, found
 from ossia.ops.attention.segments import Segments
 from ossia.ops.attention.sinks import include_sink, sink_gradient
 
@@ -33,9 +34,10 @@ def attend(
     segments: Segments,
     window: int | None,
     scale: float,
+    kept: Kept | None = None,
 ) -> Tensor:
     """As `sink_attention`, of documents that share no rows. implementation  None: torch's own"""
-    return _FlashSink.apply(implementation, q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale)
+    return _FlashSink.apply(implementation, q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale, kept)
 
 
 def prefix(
@@ -82,14 +84,18 @@ class _FlashSink(torch.autograd.Function):
     """The stock forward and backward, the sink taken in between."""
 
     @staticmethod
-    def forward(ctx, implementation, q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale):
+    def forward(ctx, implementation, q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale, kept):
         _use(implementation)
         cu = segments.starts.to(torch.int32).to(q_THd.device)
         bounds = {"scale": scale, "window_size_left": -1 if window is None else window - 1, "window_size_right": 0}
-        out, lse_HT, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-            q_THd, k_TKd, v_TKd, cu, cu, segments.longest, segments.longest, 0.0, True, False, **bounds
-        )
-        out, lse_HT = _include_sink_in(out, lse_HT, sinks_H)
+
+        def compute() -> tuple[Tensor, ...]:
+            out, lse_HT, rng, unused, _ = torch.ops.aten._flash_attention_forward(
+                q_THd, k_TKd, v_TKd, cu, cu, segments.longest, segments.longest, 0.0, True, False, **bounds
+            )
+            return *_include_sink_in(out, lse_HT, sinks_H), rng, unused
+
+        out, lse_HT, rng, unused = found(kept, compute)
         ctx.save_for_backward(q_THd, k_TKd, v_TKd, out, lse_HT, sinks_H, cu, rng, unused)
         ctx.implementation, ctx.longest, ctx.bounds = implementation, segments.longest, bounds
         return out
@@ -105,4 +111,4 @@ class _FlashSink(torch.autograd.Function):
         dsinks = None
         if ctx.needs_input_grad[4]:
             dsinks = sink_gradient(sinks_H, lse_HT, (grad_out.float() * out.float()).sum(-1).transpose(0, 1))
-        return None, dq, dk, dv, dsinks, None, None, None
+        return None, dq, dk, dv, dsinks, None, None, None, None

@@ -10,13 +10,15 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ossia.ops.attention.kept import Kept
 from ossia.ops.attention.segments import Segments
 
 
 def attend(
-    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, window: int | None, scale: float
-) -> Tensor:
-    """The definition over all T x T pairs."""
+    q_THd: Tensor, k_TKd: Tensor, v_TKd: Tensor, sinks_H: Tensor, segments: Segments, window: int | None, scale: float,
+    kept: Kept | None = None,
+) -> Tensor:  # fmt: skip
+    """The definition over all T x T pairs. Autograd needs all of its numbers, so that nothing is kept."""
     i = torch.arange(segments.num_tokens, device=q_THd.device)
     seen_TT = (segments.doc_T[:, None] == segments.doc_T[None]) & (i[None] <= i[:, None])
     if window is not None:
