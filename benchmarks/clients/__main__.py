@@ -54,13 +54,14 @@ def main() -> None:
         add_exports(exports, tokenizer)
     asked = questions(exports.base, trained.parent / DATA)
     case = Case(exports, asked, trained.parent / DATA, cache / "venvs")
-    entries = earlier(leaving_out=options.only)
+    entries, here = earlier(leaving_out=options.only), where(PACKAGES)
+    asked_on = {"device": here["device"], "commit": here["commit"]}  # an entry may stay from another day's run
     for name in options.only:
         begun = time.perf_counter()
         for found in CHECKS[name](case):
             told = {key: f"{value:.2e}" if isinstance(value, float) else value for key, value in found["found"].items()}
             print("ok" if found["passed"] else "FAILED", found["client"], found["format"], told, flush=True)
-            entries.append({"check": name, **found})
+            entries.append({"check": name, **found, **asked_on})
         print(f"{name}: {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
     entries.sort(key=lambda one: list(CHECKS).index(one["check"]))
     result = {
@@ -74,7 +75,7 @@ def main() -> None:
             "threads": options.threads,
         },
         "clients": entries,
-        **where(PACKAGES),
+        **here,
     }
     print(write_result("clients", result))
     if not options.keep:

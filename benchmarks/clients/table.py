@@ -34,10 +34,10 @@ def client_lines() -> Iterator[str]:
         figures = [f"{_BOUNDS[name]} {_short(found[name])}" for name in ("max_abs", "kl") if name in found]
         same = f"{found['same']} of {found['prompts']}"
         same += f", {found['calls']} with calls" if "calls" in found else ""
-        where = "tests, and" if one["tier"] == "fast" else ""
+        where = "tests, and " if one["tier"] == "fast" else ""
         yield (
             f"| {one['client']}: `{package}` {version} | {one['format']} | {compared} | {bound or '-'} "
-            f"| {', '.join(figures) or '-'} | {same} | {where} `benchmarks.clients` |"
+            f"| {', '.join(figures) or '-'} | {same} | {where}`benchmarks.clients` |"
         )
 
 

@@ -10,15 +10,18 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks.clients.chats import Said
 from benchmarks.clients.compare import Answers, Questions
 from benchmarks.clients.http import post, wait_for
+from ossia.engine import Completion
+from ossia.harmony import Vocabulary, parse_completion
 
 NAME, ADAPTED = "trained", "adapted"
+DATE = "2026-11-28"  # which it writes into every chat's system message: by itself today's, and every day other answers
 # what it would take of the machine by itself: nearly all memory, every core, a look at the hub
 ENV = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
@@ -27,6 +30,7 @@ ENV = {
     "VLLM_HOST_IP": "127.0.0.1",
     "HF_HUB_OFFLINE": "1",
     "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_SYSTEM_START_DATE": DATE,
 }
 
 
@@ -72,10 +76,16 @@ def vllms_answers(url: str, questions: Questions, *, model: str = NAME) -> tuple
     return logprobs, answers
 
 
-def vllms_chats(
-    url: str, rows: Sequence[dict[str, Any]], *, max_tokens: int
-) -> list[tuple[list[int], list[int], Said]]:
-    """Chats: the prompt that it rendered itself, the ids of its answer, and what it made of them."""
+class Told(NamedTuple):
+    """A chat: the ids of the prompt that it rendered itself, those of its answer, and what it made of them."""
+
+    prompt: list[int]
+    answer: list[int]
+    said: Said
+
+
+def vllms_chats(url: str, rows: Sequence[dict[str, Any]], *, max_tokens: int) -> list[Told]:
+    """Greedy answers to chats; the calls' arguments are the text that it sent."""
     found = []
     for row in rows:
         body = {"model": NAME, "messages": row["messages"], "temperature": 0, "max_tokens": max_tokens}
@@ -85,12 +95,38 @@ def vllms_chats(
         (choice,) = answer["choices"]
         told = choice["message"]
         calls = tuple(
-            (call["function"]["name"], json.loads(call["function"]["arguments"]))
-            for call in told.get("tool_calls") or ()
+            (call["function"]["name"], call["function"]["arguments"]) for call in told.get("tool_calls") or ()
         )
         said = Said(told["content"] or "", told.get("reasoning") or "", calls, choice["finish_reason"])
-        found.append((answer["prompt_token_ids"], choice["token_ids"], said))
+        found.append(Told(answer["prompt_token_ids"], choice["token_ids"], said))
     return found
+
+
+def as_vllm_tells(vocab: Vocabulary, completion: Completion, *, tools: bool) -> Said:
+    """What vLLM 0.32 makes of sampled ids: its chats are taken apart by another rule than `Reply`'s.
+
+    A message to anybody is a call, whatever its channel; its arguments are written anew where they are JSON. The others
+    are thinking (analysis) or content (final, and commentary, also where there are calls), joined by one newline.
+
+    tools  whether any were offered: calls are left out where none were
+    """
+    thinking, content, calls = [], [], []
+    for message in parse_completion(vocab, completion.ids):
+        if message.recipient is not None:
+            calls.append((message.recipient.removeprefix("functions."), _anew(message.content)))
+        elif message.content and message.channel == "analysis":
+            thinking.append(message.content)
+        elif message.content and message.channel in ("final", "commentary"):
+            content.append(message.content)
+    made = tuple(calls) if tools else ()
+    return Said("\n".join(content), "\n".join(thinking), made, "tool_calls" if made else completion.finish)
+
+
+def _anew(arguments: str) -> str:
+    try:
+        return json.dumps(json.loads(arguments))
+    except json.JSONDecodeError:
+        return arguments
 
 
 def logprobs_of(expected: Answers, texts: Sequence[list[int]]) -> list[list[float]]:

@@ -19,7 +19,7 @@ from typing import NamedTuple
 from ossia.harmony.messages import ROLES, Message, Role
 from ossia.harmony.vocab import STOPS, Vocabulary
 
-CONSTRAIN = "<|constrain|>"
+CHANNEL, CONSTRAIN = "<|channel|>", "<|constrain|>"
 
 
 class Opened(NamedTuple):
@@ -188,7 +188,11 @@ class StreamParser:
         assert name is not None
         if not name[0]:
             self.problems.append(Problem(self._position, "<|channel|> without a channel's name", after))
-        return name[0] or None, self._vocab.decode(ids[:at]) + after[name.end() :]
+        rest = after[name.end() :]
+        if CHANNEL in rest:  # the first one holds: a recipient is never read out of another
+            self.problems.append(Problem(self._position, "a header with more than one <|channel|>", after))
+            rest = re.sub(rf"{re.escape(CHANNEL)}[^\s<]*", "", rest)
+        return name[0] or None, self._vocab.decode(ids[:at]) + rest
 
     def _take_author(self, words: list[str]) -> tuple[Role, str | None]:
         """Take role and name off the front of a header's words: `assistant`, `user:Ann`, or a tool's own name."""

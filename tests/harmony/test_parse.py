@@ -59,6 +59,15 @@ def test_a_recipient_after_the_channel_is_read_too_as_the_released_models_write_
     assert parsed == [Message("assistant", "{}", "commentary", "functions.f", None, "<|constrain|>json")]
 
 
+def test_a_second_channel_is_a_problem_and_never_a_recipient() -> None:
+    parser = parse("<|channel|>", "analysis", "<|channel|>", "final", "<|message|>", "Hi", "<|return|>")
+    assert parser.messages == [Message("assistant", "Hi", "analysis")]
+    assert what(parser) == [("a header with more than one <|channel|>", "analysis<|channel|>final")]
+    call = (" to=functions.f", *("<|channel|>", "commentary") * 2, " ", "<|constrain|>", "json", "<|message|>", "{}")
+    parser = parse(*call, "<|call|>")
+    assert parser.messages == [Message("assistant", "{}", "commentary", "functions.f", None, "<|constrain|>json")]
+
+
 def test_a_lone_content_type_is_not_taken_for_a_recipient() -> None:
     (message,) = parse("<|channel|>", "final", " ", "<|constrain|>", "json", "<|message|>", "[]", "<|return|>").messages
     assert message == Message("assistant", "[]", "final", content_type="<|constrain|>json")
