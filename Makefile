@@ -16,7 +16,7 @@ help:
 	@echo "make test   install what the tests need and run all of them; one folder: make test T=tests/config"
 	@echo "make lint   ruff check and format check"
 	@echo "make clients  load exports in every program, vLLM and llama-cpp-python included: installs 5 GB, takes up to an hour"
-	@echo "make docs   write the generated pages again (docs/recipe.md)"
+	@echo "make docs   write the generated pages again (docs/recipe.md, docs/scale.md)"
 	@echo "make clean  remove $(VENV) and what tools left behind"
 
 demo: $(VENV)/.demo-installed
@@ -35,6 +35,7 @@ clients: $(VENV)/.dev-installed
 
 docs: $(VENV)/.dev-installed
 	$(VENV)/bin/ossia explain --markdown > docs/recipe.md
+	$(VENV)/bin/python -m benchmarks.scale
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \

@@ -12,7 +12,9 @@ from ossia.cli.app import importing
 from ossia.errors import UserError
 
 if TYPE_CHECKING:
+    from ossia.config import Recipe
     from ossia.plan.machine import Machine
+    from ossia.plan.many.predict import Wanted
 
 DOES_NOT_FIT = 3  # the exit code
 
@@ -37,6 +39,23 @@ def plan(
         float | None,
         typer.Option("--machine-memory", metavar="GB", min=1, help="Free memory of the machine that it is in."),
     ] = None,
+    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="So many of that GPU: bytes a rank.")] = 1,
+    per_machine: Annotated[int, typer.Option("--per-machine", metavar="N", min=1, help="GPUs of a machine.")] = 8,
+    network: Annotated[
+        str, typer.Option("--network", metavar="NAME", help="Between machines: infiniband or ethernet.")
+    ] = "infiniband",
+    shards: Annotated[
+        int | None, typer.Option("--shards", metavar="N", min=1, help="Ranks that a layer is divided over.")
+    ] = None,
+    expert_parallel: Annotated[
+        int, typer.Option("--expert-parallel", metavar="N", min=1, help="Ranks that experts are divided over for good.")
+    ] = 1,
+    context_parallel: Annotated[
+        int, typer.Option("--context-parallel", metavar="N", min=1, help="Ranks that share one sequence.")
+    ] = 1,
+    offload: Annotated[
+        bool | None, typer.Option("--offload/--no-offload", help="What is trained waits in the machine's memory.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """What a recipe will take: memory by part, fits or not. No weight is read; exits with 3 where it doesn't fit."""
@@ -56,7 +75,35 @@ def plan(
             machine_memory,
             (checked.device, checked.dtype, checked.train.threads),
         )
+    division = (shards, expert_parallel, context_parallel, offload)
+    if gpus > 1 or division != (None, 1, 1, None):
+        if gpu is None and gpu_memory is None:
+            raise UserError(
+                "--gpus is of GPUs that aren't here; name one: --gpu H100, or say what it is: --gpu-memory GB"
+            )
+        _print_many(checked, machine, _wanted(gpus, network, per_machine, division), as_json=as_json)
+        return
     found = make_plan(checked, machine)
+    print(json.dumps(plain(found)) if as_json else as_text(found))
+    if not found.fits:
+        raise typer.Exit(DOES_NOT_FIT)
+
+
+def _wanted(gpus: int, network: str, per_machine: int, division: tuple[int | None, int, int, bool | None]) -> Wanted:
+    from ossia.model.budget.many.links import NETWORKS
+    from ossia.plan.many.predict import Wanted
+
+    if network not in NETWORKS:
+        raise UserError(f"--network {network}: no such network; allowed: {', '.join(NETWORKS)}")
+    return Wanted(gpus, NETWORKS[network], per_machine, *division)
+
+
+def _print_many(recipe: Recipe, machine: Machine, wanted: Wanted, *, as_json: bool) -> None:
+    from ossia.plan.many.predict import as_json as plain
+    from ossia.plan.many.predict import make_many_plan
+    from ossia.plan.many.text import as_text
+
+    found = make_many_plan(recipe, machine, wanted)
     print(json.dumps(plain(found)) if as_json else as_text(found))
     if not found.fits:
         raise typer.Exit(DOES_NOT_FIT)

@@ -79,10 +79,7 @@ def footprint(work: Work, *, cache_bytes: int = 0, process: int | None = None, t
     words = min(TOKENIZER, TOKENIZER * work.arch.vocab_size // 201_088) if tokenizer else 0
     if work.device == "cuda":
         device = {"weights": weights_on_gpu(work), **trained, **living}
-        device["libraries' own"] = _GPU_LIBRARIES
-        activations = work.pack * work.arch.hidden_size * work.residual_size
-        device["allocator"] = int(_GPU_HOLES * step.total) + _GPU_HOLES_FIXED + _GPU_HOLES_ACTIVATIONS * activations
-        device["CUDA context"] = GPU_CONTEXT
+        device |= around_gpu(work, step.total)
         host = {"process": (process or GPU_PROCESS) + words}
         if work.placement == "stream":
             host["pinned experts"] = work.arch.num_layers * pinned_bytes(w.layer_tensors)
@@ -98,6 +95,16 @@ def footprint(work: Work, *, cache_bytes: int = 0, process: int | None = None, t
     host["products' code"] = _products(work)
     host["allocator"] = _holes(work, step)
     return Footprint({}, {name: size for name, size in host.items() if size}, files + LIBRARIES, step.moment)
+
+
+def around_gpu(work: Work, living: int) -> dict[str, int]:
+    """What a GPU holds beside the bytes that are asked for, of which a step makes and lets go `living`."""
+    activations = work.pack * work.arch.hidden_size * work.residual_size
+    return {
+        "libraries' own": _GPU_LIBRARIES,
+        "allocator": int(_GPU_HOLES * living) + _GPU_HOLES_FIXED + _GPU_HOLES_ACTIVATIONS * activations,
+        "CUDA context": GPU_CONTEXT,
+    }
 
 
 def weights_on_gpu(work: Work) -> int:

@@ -36,7 +36,7 @@ _RELEASED = {
     "openai/gpt-oss-safeguard-20b": "20b",
     "openai/gpt-oss-safeguard-120b": "120b",
 }
-_ON_A_GPU = 0.97  # of its memory: a driver keeps some
+ON_A_GPU = 0.97  # of its memory: a driver keeps some
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +145,7 @@ def _plan(recipe: Recipe, machine: Machine, arch: Arch, layout: Layout) -> Plan:
     work = _work(recipe, machine, arch, layout, choice)
     limit = memory.gpu_free // 2 if kind == "cuda" else memory.machine // 4
     used = footprint(work, cache_bytes=cache_bytes(recipe, arch, recipe.dtype, limit))
-    room = int(memory.gpu_free * _ON_A_GPU) if kind == "cuda" else memory.machine_free
+    room = int(memory.gpu_free * ON_A_GPU) if kind == "cuda" else memory.machine_free
     host_room = memory.machine_free or None if kind == "cuda" else None
     return Plan(recipe, machine, work, choice, used, speed(work, machine), room, host_room, 0, ())
 
@@ -176,7 +176,12 @@ def _work(recipe: Recipe, machine: Machine, arch: Arch, layout: Layout, choice: 
 def _decided(work: Work, recipe: Recipe, memory: Memory) -> Work:
     """With what is left to `train.recompute`, as a run decides it once its weights are where they belong."""
     taken = weights_on_gpu(work) + GPU_CONTEXT if work.device == "cuda" else 0
-    left, choice = replace(memory, gpu_free=max(memory.gpu_free - taken, 0)), recipe.train.recompute
+    return decide(work, recipe, replace(memory, gpu_free=max(memory.gpu_free - taken, 0)))
+
+
+def decide(work: Work, recipe: Recipe, left: Memory) -> Work:
+    """What `train.recompute` comes to with the memory that is `left` once everything that stays is there."""
+    choice = recipe.train.recompute
     if choice == "never" or (choice == "auto" and keeps_activations(work, left)):
         return replace(work, recompute=False)
     away = choice == "offload" or (choice == "auto" and offloads(work, left))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ossia.model.arch import Arch
+from ossia.model.arch import Arch, LayerType
 from ossia.model.budget.weights import WeightBytes
 from ossia.model.budget.work import Work
 from ossia.plan.machine import Machine
@@ -36,12 +36,19 @@ class Speed:
 
 def flops_per_token(arch: Arch, length: int) -> tuple[float, float, float]:
     """Of a token of a document of `length` tokens, forward: matrices of the layers, attention, head."""
+    layers = [layer_flops(arch, kind, length) for kind in arch.layer_types]
+    matrices, attention = (sum(layer[i] for layer in layers) for i in range(2))
+    return matrices, attention, 2 * arch.vocab_size * arch.hidden_size
+
+
+def layer_flops(arch: Arch, kind: LayerType, length: int) -> tuple[float, float]:
+    """Of a token in a layer of a kind, as in `flops_per_token`: matrices, attention."""
     queries, keys = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
     attention = arch.hidden_size * (2 * queries + 2 * keys + arch.num_experts)
     experts = arch.experts_per_token * 3 * arch.hidden_size * arch.intermediate_size
-    seen = {"full_attention": (length + 1) / 2, "sliding_attention": min(arch.sliding_window, (length + 1) / 2)}
-    pairs = sum(seen[kind] for kind in arch.layer_types)
-    return 2 * arch.num_layers * (attention + experts), 4 * queries * pairs, 2 * arch.vocab_size * arch.hidden_size
+    mean = (length + 1) / 2
+    pairs = mean if kind == "full_attention" else min(arch.sliding_window, mean)
+    return 2 * (attention + experts), 4 * queries * pairs
 
 
 def step_flops(work: Work) -> float:

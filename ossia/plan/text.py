@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from ossia.model.arch import Arch
 from ossia.model.budget.work import Work
 from ossia.plan.memory import Footprint
 from ossia.plan.predict import Plan
@@ -15,11 +16,11 @@ def as_text(plan: Plan) -> str:
     """The plan as a table of two columns, and what to change where it doesn't fit."""
     rows = [*_what(plan), *_memory(plan), *_time(plan)]
     if plan.fits:
-        rows.append(("fits", f"yes: {_gib(plan.needed)} of {_gib(plan.room)}"))
+        rows.append(("fits", f"yes: {gib(plan.needed)} of {gib(plan.room)}"))
     else:
         rows.append(("fits", f"no: {_short(plan)}"))
         for number, change in enumerate(plan.changes):
-            words = f"{change.keys}: saves {_gib(change.saves_bytes)}{', and it fits' if change.fits else ''}"
+            words = f"{change.keys}: saves {gib(change.saves_bytes)}{', and it fits' if change.fits else ''}"
             rows.append(("to change" if number == 0 else "", words))
         if not plan.changes:
             rows.append(("to change", "nothing that a recipe has saves enough; a smaller model, or a larger machine"))
@@ -29,17 +30,16 @@ def as_text(plan: Plan) -> str:
 def as_line(work: Work, used: Footprint) -> str:
     """The prediction in a line, as a run begins with it."""
     if used.device:
-        where = f"{_gib(used.device_peak)} of the GPU's memory"
+        where = f"{gib(used.device_peak)} of the GPU's memory"
     else:
-        where = f"{_gib(used.host_peak)} of memory, and {_gib(used.files)} of files' pages"
+        where = f"{gib(used.host_peak)} of memory, and {gib(used.files)} of files' pages"
     return f"plan: up to {where}, with {work.pack * work.packs:,} tokens a step; `ossia plan` says for what"
 
 
 def _what(plan: Plan) -> Iterator[tuple[str, str]]:
     work, arch = plan.work, plan.work.arch
     yield "machine", plan.machine.name
-    shape = f"{arch.num_layers} layers of {arch.num_experts} experts, {arch.num_parameters() / 1e9:.2f} billion weights"
-    yield "model", f"{plan.recipe.model}: {shape}"
+    yield "model", f"{plan.recipe.model}: {shape_in_words(arch)}"
     yield "weights", f"{plan.choice.placement}: {plan.choice.why}"
     what = "all weights" if work.ranks is None else "adapter"
     yield "trained", f"{what}, {plan.num_trained:,} numbers"
@@ -50,14 +50,19 @@ def _what(plan: Plan) -> Iterator[tuple[str, str]]:
     yield "step", f"{work.pack * work.packs:,} tokens, {packs}; {kept}"
 
 
+def shape_in_words(arch: Arch) -> str:
+    """Layers, experts and weights."""
+    return f"{arch.num_layers} layers of {arch.num_experts} experts, {arch.num_parameters() / 1e9:.2f} billion weights"
+
+
 def _memory(plan: Plan) -> Iterator[tuple[str, str]]:
     used = plan.footprint
     if used.device:
-        yield "GPU", f"{_gib(used.device_peak)} at its fullest ({used.moment}): {_parts(used.device)}"
+        yield "GPU", f"{gib(used.device_peak)} at its fullest ({used.moment}): {parts_in_words(used.device)}"
     when = "" if used.device else f" at its fullest ({used.moment})"
-    yield "memory", f"{_gib(used.host_peak)}{when}: {_parts(used.host)}"
+    yield "memory", f"{gib(used.host_peak)}{when}: {parts_in_words(used.host)}"
     if used.files:
-        yield "", f"and {_gib(used.files)} of the checkpoint's file, which the system takes back when it needs it"
+        yield "", f"and {gib(used.files)} of the checkpoint's file, which the system takes back when it needs it"
     longest = f"{plan.longest:,} tokens" if plan.longest else "none"
     yield "longest", f"{longest}: a document that fits as a step of its own"
 
@@ -79,16 +84,18 @@ def _time(plan: Plan) -> Iterator[tuple[str, str]]:
 
 def _short(plan: Plan) -> str:
     if plan.needed > plan.room:
-        return f"{_gib(plan.needed)} are needed, {_gib(plan.room)} are there"
+        return f"{gib(plan.needed)} are needed, {gib(plan.room)} are there"
     assert plan.host_room is not None
-    return f"{_gib(plan.footprint.host_peak)} of the machine's memory are needed, {_gib(plan.host_room)} are there"
+    return f"{gib(plan.footprint.host_peak)} of the machine's memory are needed, {gib(plan.host_room)} are there"
 
 
-def _parts(parts: Mapping[str, int]) -> str:
+def parts_in_words(parts: Mapping[str, int]) -> str:
+    """The largest first; what is under half a percent is left out."""
     ordered = sorted(parts.items(), key=lambda part: part[1], reverse=True)
-    shown = [f"{name} {_gib(size)}" for name, size in ordered if size >= sum(parts.values()) // 200]
+    shown = [f"{name} {gib(size)}" for name, size in ordered if size >= sum(parts.values()) // 200]
     return ", ".join(shown)
 
 
-def _gib(num_bytes: float) -> str:
+def gib(num_bytes: float) -> str:
+    """Bytes for a reader."""
     return f"{num_bytes / _GIB:.2f} GiB"

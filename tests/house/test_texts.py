@@ -20,6 +20,7 @@ from ossia.config import check_recipe, is_hub_name, read_recipe
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+PLANNED = sorted((ROOT / "docs" / "scale").glob("*.yaml"))  # for machines that weren't at hand
 NOT_OURS = (".git", ".venv", ".pytest_cache", ".ruff_cache", ".hypothesis", "__pycache__", "runs", "build", "dist")
 SUFFIXES = (
     ".py",
@@ -208,3 +209,30 @@ def test_the_benchmark_tables_are_the_ones_the_results_make() -> None:
     assert table.readme(README) == README
     exports = table.exports.PAGE.read_text(encoding="utf-8")
     assert table.exports.page(exports) == exports
+
+
+def test_what_is_planned_for_many_gpus_is_what_the_code_says_today() -> None:
+    from benchmarks import scale
+
+    assert scale.page(text := scale.PAGE.read_text(encoding="utf-8")) == text
+    for file in PLANNED:
+        text = file.read_text(encoding="utf-8")
+        assert scale.planned_recipe(text) == text, f"{file}: python -m benchmarks.scale writes it again"
+
+
+@pytest.mark.parametrize("file", PLANNED, ids=lambda file: file.name)
+def test_every_planned_recipe_loads_and_says_that_it_is_planned_and_what_was_measured(file: Path) -> None:
+    recipe, _ = read_recipe(file)
+    assert recipe.output == Path("runs") / file.stem
+    head = file.read_text(encoding="utf-8").partition("\n\n")[0]
+    assert all(line.startswith("#") for line in head.splitlines())
+    for word in ("planned", "start", "plan", "measured"):
+        assert re.search(rf"^# {word} +\S", head, flags=re.MULTILINE), f"the header lacks `# {word} ...`"
+    (start,) = re.findall(r"^# start +(.*)", head, flags=re.MULTILINE)
+    assert start.endswith(f"ossia train docs/scale/{file.name}"), "its command starts another recipe"
+    (plan,) = re.findall(r"^# plan +(.*)", head, flags=re.MULTILINE)
+    assert f"ossia plan docs/scale/{file.name} --gpu " in plan
+    gpus = re.search(r"--gpus (\d+)", plan)
+    nodes, each = (re.search(rf"--{key} (\d+)", start) for key in ("nnodes", "nproc-per-node"))
+    ranks = (int(nodes.group(1)) if nodes else 1) * (int(each.group(1)) if each else 1)
+    assert ranks == (int(gpus.group(1)) if gpus else 1), "it is planned for other GPUs than it is started on"

@@ -42,12 +42,17 @@ class StepBytes:
 
 def step_bytes(work: Work) -> StepBytes:
     """The fullest moment of a step."""
+    return max(step_moments(work), key=lambda moment: moment.total)
+
+
+def step_moments(work: Work) -> list[StepBytes]:
+    """The moments of a step that can be the fullest."""
     last = work.arch.num_layers - 1
     moments = [_forward(work), _loss(work), _update(work)]
     # what is kept gets less from layer to layer, gradients get more: one end or the other is the fullest
     moments += [_backward(work, index) for index in ({last} if work.recompute else {0, last})]
     moments += [_recomputed(work, index) for index in ({0, last - 1} if work.recompute and last else ())]
-    return max(moments, key=lambda moment: moment.total)
+    return moments
 
 
 def graph_bytes_per_token(work: Work) -> int:

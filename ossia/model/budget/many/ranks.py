@@ -1,0 +1,156 @@
+"""Bytes of one rank at its fullest moment, by part.
+
+What lies divided: packed or expanded weights, what is trained (float32), its optimizer's state and its gradients.
+What a rank has beside its part: two layers as they were gathered, one at work and one on its way, and a table
+(embedding or head); where all weights are trained the whole gradients of two layers, of which one is being summed.
+The rest is a step of one GPU (`model.budget.step`) over the tokens that this rank has.
+Not modelled: tokens that choose some experts more often than others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ossia.model.budget.many.division import Division
+from ossia.model.budget.step import Moment, step_moments
+from ossia.model.budget.weights import WeightBytes, trained_by_place
+from ossia.model.budget.work import Work
+
+EXPERT_TARGETS = ("gate_up_proj", "down_proj")
+GRADIENT_SIZE = 4  # gradients are summed in float32
+
+
+@dataclass(frozen=True, slots=True)
+class Whole:
+    """What there is before it is divided: weights in bytes as they travel, and numbers that are trained.
+
+    layer_dense     of a layer, all but the experts' matrices; layer_experts those
+    table           of the embedding, or of the head
+    trained_...     numbers; trained_tables in embedding and head together
+    """
+
+    layers: int
+    layer_dense: int
+    layer_experts: int
+    table: int
+    trained_dense: int
+    trained_experts: int
+    trained_tables: int
+
+    @classmethod
+    def of(cls, work: Work) -> Whole:
+        """Of a step's model. Frozen weights are as `work.placement` has them, trained ones in the activations' type."""
+        expanded = work.ranks is None or work.placement == "bf16"
+        w = WeightBytes.of(work.arch, work.layout, work.dtype)
+        size = work.size if expanded else 2
+        layers = work.arch.num_layers
+        layer, head, embedding = trained_by_place(work)
+        experts = trained_experts_of_layer(work)
+        return cls(
+            layers,
+            (w.other - 2 * w.embedding) // layers * size // 2,
+            w.layer_expanded if expanded else w.layer_experts,
+            w.embedding * size // 2,
+            layer - experts,
+            experts,
+            head + embedding,
+        )
+
+    @property
+    def trained(self) -> int:
+        """Numbers that are trained."""
+        return self.layers * (self.trained_dense + self.trained_experts) + self.trained_tables
+
+
+def trained_experts_of_layer(work: Work) -> int:
+    """Numbers that are trained in a layer's experts' matrices, or beside them."""
+    if work.ranks is None:
+        return 3 * work.arch.num_experts * work.arch.hidden_size * work.arch.intermediate_size
+    ranks = {target: rank for target, rank in work.ranks.items() if target in EXPERT_TARGETS}
+    return trained_by_place(replace(work, ranks=ranks))[0]
+
+
+@dataclass(frozen=True, slots=True)
+class RankBytes:
+    """Of one rank, in bytes, at `moment`.
+
+    device  on its GPU; living is what of it a step makes and lets go
+    host    in the machine's memory, for this rank
+    """
+
+    moment: Moment
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+    living: int
+
+    @property
+    def device_peak(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_peak(self) -> int:
+        return sum(self.host.values())
+
+
+def rank_bytes(work: Work, division: Division) -> RankBytes:
+    """The fullest moment of a rank.
+
+    work  the step of this rank: its own packs, of a context parallel one its part of the tokens
+    """
+    whole = Whole.of(work)
+    state = trained_state(whole, division)
+    fixed, host = _weights(work, whole, division), dict[str, int]()
+    (host if division.offload else fixed).update(state)
+    fixed |= _buffers(work, whole, division)
+    if work.offload:
+        host["layers' inputs"] = work.packs * work.arch.num_layers * _pinned_input(work)
+    found = []
+    for moment in step_moments(work):
+        parts = {name: size for name, size in moment.parts.items() if name != "gradients"}
+        if work.ranks is None:
+            parts.pop("adapter copies", None)  # they are the layers that were gathered
+        if "scratch" in parts:
+            parts["scratch"] //= division.experts
+        found.append(RankBytes(moment.moment, {**fixed, **parts}, host, sum(parts.values())))
+    fullest = max(found, key=lambda one: one.device_peak)
+    return replace(fullest, device={name: size for name, size in fullest.device.items() if size})
+
+
+def _pinned_input(work: Work) -> int:
+    """A pack's input of a layer in pinned memory, which comes in powers of two."""
+    return 1 << (work.pack * work.arch.hidden_size * work.residual_size - 1).bit_length()
+
+
+def trained_state(whole: Whole, division: Division) -> dict[str, int]:
+    """Masters, optimizer's state and gradients of a rank; gradients all at once, as after the last layer's backward."""
+    rest = whole.layers * whole.trained_dense + whole.trained_tables
+    held = max(division.trained_shards, division.experts)
+    numbers = rest // division.trained_shards + whole.layers * whole.trained_experts // held
+    return {"trained, float32": 4 * numbers, "optimizer": 8 * numbers, "gradients": GRADIENT_SIZE * numbers}
+
+
+def _weights(work: Work, whole: Whole, division: Division) -> dict[str, int]:
+    """Frozen ones: trained ones are among what is trained."""
+    if work.ranks is None:
+        return {}
+    dense = whole.layers * whole.layer_dense + 2 * whole.table
+    held = max(division.shards, division.experts)
+    return {"weights": dense // division.shards + whole.layers * whole.layer_experts // held}
+
+
+def _buffers(work: Work, whole: Whole, division: Division) -> dict[str, int]:
+    layer = 0
+    if division.shards > 1 or work.ranks is None:
+        layer += whole.layer_dense
+    if division.shards > division.experts or work.ranks is None:
+        layer += whole.layer_experts // division.experts
+    found = {"gathered layers": 2 * layer, "gathered table": whole.table if layer else 0}
+    if work.ranks is None and division.trained_shards > 1:
+        mine = whole.trained_dense + whole.trained_experts // division.experts
+        found["layers' gradients"] = max(2 * GRADIENT_SIZE * mine, GRADIENT_SIZE * whole.trained_tables // 2)
+    if division.context > 1:
+        a = work.arch
+        keys = 2 * a.num_kv_heads * a.head_dim * work.pack * (division.context - 1)
+        found["others' keys and values"] = keys * (work.size + GRADIENT_SIZE)  # and their gradients
+    return found

@@ -1,0 +1,58 @@
+"""Where a way to divide a run stops paying, in closed form; every rate an estimate.
+
+Letters: T tokens of a rank in a step, F its products a second, f products of a token in a layer, S bytes that a layer
+sends (gathered, or summed), B a link's bytes a second.
+- A gather hides behind a layer's products from T = F S / (f B) tokens on. Forward S is the layer, behind it stand the
+  products of one forward; backward it is gathered again and its gradients are summed, behind the products of a
+  backward and of the forward that is computed again. The larger of both counts. A step takes all its tokens through a
+  layer before the next (layer-major), so T is of the whole step and not of a micro-batch.
+- Experts that stay put send rows instead of weights: from the tokens on that make these more bytes than a gather and a
+  sum of the layer's experts, they cost more to send. (And gathers hide behind products, rows don't.)
+- Context parallel: a full layer's keys and values of all other parts hide behind the attention over them where a part
+  has more than F k size / (q B) tokens, k and q its heads of keys and of queries: a part of t tokens of a causal
+  sequence of n computes 2 q n t for 2 k n size bytes (times a head's numbers), so the length doesn't count.
+"""
+
+from __future__ import annotations
+
+from ossia.model.budget.many.division import Division
+from ossia.model.budget.many.ranks import GRADIENT_SIZE, Whole
+from ossia.model.budget.many.traffic import traffic
+from ossia.model.budget.work import Work
+from ossia.plan.many.times import Rates, layer_products
+
+
+def hiding_tokens(work: Work, division: Division, rates: Rates) -> float:
+    """Tokens of a rank in a step from which on gathers and sums hide behind products: a mean layer's."""
+    moved = traffic(work, division).full
+    gather, reduce = (division.seconds(spread, rates.inner, rates.outer) for spread in (moved.gather, moved.reduce))
+    products = layer_products(work, rates)[:-1]  # the last isn't computed again
+    tokens = work.pack * work.packs
+    forward, backward = (sum(layer[i] for layer in products) / len(products) / tokens for i in range(2))
+    return max(gather / forward, (gather + reduce) / backward)
+
+
+def expert_parallel_tokens(work: Work, ranks: int) -> float:
+    """Tokens of a rank in a step up to which rows to experts on `ranks` ranks are fewer bytes than the experts.
+
+    Gathered experts: over as many ranks, twice a step, and where they are trained their gradients summed once.
+    """
+    whole, a = Whole.of(work), work.arch
+    again = 1 if work.recompute else 0
+    each = a.experts_per_token * a.hidden_size * work.size * 2 * (2 + again)
+    weights = 2 * whole.layer_experts
+    if work.ranks is None:
+        weights += GRADIENT_SIZE * whole.trained_experts
+    assert ranks > 1
+    return weights / each  # both are (ranks - 1) / ranks of what they are
+
+
+def context_parallel_tokens(work: Work, rates: Rates, bytes_s: float) -> float:
+    """Tokens of a part of a sequence from which on keys and values hide behind a full layer's attention, forward."""
+    a = work.arch
+    return rates.flops * a.num_kv_heads * work.size / (a.num_heads * bytes_s)
+
+
+def most_ranks(tokens_of_step: int, hiding: float) -> int:
+    """Ranks that a step of so many tokens keeps busy."""
+    return max(int(tokens_of_step // hiding), 1) if hiding else tokens_of_step
