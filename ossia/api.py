@@ -22,7 +22,7 @@ from ossia.harmony import Effort, Message, Renderer, Vocabulary, conversation_fr
 from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice, open_model
 from ossia.model.transformer import Transformer
 from ossia.run.trained import RunResult
-from ossia.train.ranks.launched import restarted
+from ossia.train.ranks.launched import launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +154,11 @@ def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = Fal
     if not isinstance(recipe, Recipe | Mapping | str | Path):
         found = type(recipe).__name__
         raise RecipeError(f"ossia.train takes a recipe's file, its keys as a dict, or a Recipe; found {found}")
-    resume = resume or restarted()
+    lenient = resume or launched() is not None  # ranks that were started again go on; they know once they have met
     if isinstance(recipe, Recipe):
-        check_recipe(recipe, resume=resume)
+        check_recipe(recipe, resume=lenient)
     else:
-        recipe = checked_recipe(Path(recipe) if isinstance(recipe, str) else recipe, resume=resume)
+        recipe = checked_recipe(Path(recipe) if isinstance(recipe, str) else recipe, resume=lenient)
     return run_recipe(recipe, resume=resume)
 
 

@@ -42,7 +42,7 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     Raises  UserError for what the user has to change; Interrupted, saved, after Ctrl-C
     """
     with joined(recipe.device, timeout_s=recipe.parallel.timeout) as world:
-        return _fine_tune(recipe, world, resume=resume, sink=sink)
+        return _fine_tune(recipe, world, resume=resume or (world is not None and world.again), sink=sink)
 
 
 def _fine_tune(recipe: Recipe, world: World | None, *, resume: bool, sink: Sink | None) -> RunResult:

@@ -151,10 +151,11 @@ def train(
     ] = 0,
 ) -> None:
     """Train as the recipe says. Prints the run folder."""
-    from ossia.train.ranks.launched import launched, restarted
+    from ossia.train.ranks.launched import launched
 
-    resume = resume or restarted()
-    checked = _recipe(recipe, overrides, resume=resume, writes=True)
+    place = launched()
+    # a launcher may have started this before: then the ranks go on, which they know once they have met
+    checked = _recipe(recipe, overrides, resume=resume or place is not None, writes=True)
     if (ranks := ranks_to_start(checked, nproc)) > 1:
         flags = ["--resume"] if resume else []
         launch(ranks, ["train", str(recipe), *(overrides or ()), *flags], max_restarts=max_restarts)
@@ -163,7 +164,6 @@ def train(
         from ossia.api import run_recipe
 
     result = run_recipe(checked, resume=resume)
-    place = launched()
     if place is None or place.rank == 0:
         print(result.folder)
 

@@ -92,6 +92,7 @@ def started(
         if world is not None:
             agree(world, _identity(recipe, model, data))
             saved = saved_of_first(world, saved)
+            world.has_begun()
         if isinstance(log, NoLog):
             yield Started(log, saved, model, vocab)
             return
@@ -164,6 +165,15 @@ def predicted(recipe: Recipe, model: Transformer, world: World | None = None) ->
     return as_line(work, footprint(work, cache_bytes=cached))
 
 
+def _resume_with(recipe: Recipe, world: World | None) -> str:
+    """What goes on with a run, by as many processes."""
+    if world is None:
+        return recipe.resume_command
+    if world.on_one_host:
+        return f"{recipe.resume_command} --nproc {world.size}"
+    return f"the same launcher on every host, with -m {recipe.resume_command}"
+
+
 def job_of(
     recipe: Recipe,
     model: Transformer,
@@ -206,7 +216,7 @@ def job_of(
             "attention_backend": model.backend,
             "attention_probe": None if model.probed is None else asdict(model.probed),
         },
-        resume_with=recipe.resume_command,
+        resume_with=_resume_with(recipe, world),
         clock=time.perf_counter,
         memory=lambda: peak_bytes(model.device),
         world=world,

@@ -15,14 +15,12 @@ class Launched:
 
     rank, size              its number and how many there are, on all hosts
     local_rank, local_size  on this host
-    restarts                how often the launcher has started all of them again
     """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
-    restarts: int
 
 
 def launched() -> Launched | None:
@@ -31,11 +29,4 @@ def launched() -> Launched | None:
         return None
     rank, size = int(_GIVEN["RANK"]), int(_GIVEN["WORLD_SIZE"])
     local_rank, local_size = int(_GIVEN.get("LOCAL_RANK", rank)), int(_GIVEN.get("LOCAL_WORLD_SIZE", size))
-    restarts = int(_GIVEN.get("TORCHELASTIC_RESTART_COUNT", 0))
-    return Launched(rank, size, local_rank, local_size, restarts)
-
-
-def restarted() -> bool:
-    """Whether the launcher has started this job again after a failure: it goes on from its last checkpoint then."""
-    place = launched()
-    return place is not None and place.restarts > 0
+    return Launched(rank, size, local_rank, local_size)

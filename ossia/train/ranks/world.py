@@ -14,6 +14,7 @@ import json
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
@@ -28,6 +29,7 @@ from ossia.sizes import num_cores
 from ossia.train.ranks.launched import Launched, launched
 
 _BEAT_S = 1.0
+_POLL_S = 0.02
 _LOOK_S = 0.5  # between two looks at who is missing
 _GONE_S = 6.0  # of silence, once the launcher or a broken connection has told that something is wrong
 
@@ -40,6 +42,8 @@ class World:
     """All ranks, as one of them sees them. Left by an error, it leaves the reason for the others.
 
     rank, size   this one's number, and how many there are
+    on_one_host  whether all of them are on this machine
+    again        whether the launcher has started them once more, after they had begun: they go on where they were
     device       where its tensors are
     timeout_s    how long a rank waits for another that isn't known to be busy
     step         the step at hand, for messages; 0 before the first
@@ -50,13 +54,17 @@ class World:
     def __init__(self, place: Launched, device: torch.device, timeout_s: float) -> None:
         """Meet the other ranks. Raises RunError if they don't come in time."""
         self.rank, self.size, self.device, self.timeout_s = place.rank, place.size, device, timeout_s
+        self.on_one_host = place.local_size == place.size
         self.step, self.stop_agreed = 0, False
         self.hurried: Callable[[], bool] = lambda: False
         self._number, self._busy_with = 0, ""
         limit = timedelta(seconds=timeout_s)
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
-            store, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=limit))
+            shared, _, _ = next(dist.rendezvous("env://", self.rank, self.size, timeout=limit))
+            self._every_start = dist.PrefixStore("ossia", shared)
+            store = dist.PrefixStore(self._meet(), self._every_start)
+            self.again = self._every_start.check(["begun"])
             dist.init_process_group(
                 backend,
                 store=store,
@@ -65,17 +73,44 @@ class World:
                 timeout=limit,
                 device_id=device if device.type == "cuda" else None,
             )
-        except dist.DistError as error:
+        except RuntimeError as error:  # of the store, gloo or NCCL
             raise RunError(
-                f"rank {self.rank}: the other ranks can't be reached: {error}\n"
+                f"rank {self.rank}: the other ranks can't be reached: {_first_words(error)}\n"
                 "  next: start all ranks with the same --nnodes and --rdzv-endpoint, and let that port through"
             ) from error
-        self._store = dist.PrefixStore("ossia", store)
+        self._store = dist.PrefixStore("words", store)
         self._own = self._store.clone()  # of the thread: another connection, as waiting blocks one
         self._own.set(f"beat/{self.rank}", "0 ")
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
+
+    def _meet(self) -> str:
+        """A name for this start of the ranks that no other start has: launchers keep one store for all of them.
+
+        Each rank writes a number of its own; the first lists them until every rank has found itself in the list.
+        """
+        store, mine, end = self._every_start, uuid.uuid4().hex, time.monotonic() + self.timeout_s
+        store.set(f"came/{self.rank}", mine)
+        came = [f"came/{rank}" for rank in range(self.size)]
+        while time.monotonic() < end:
+            if self.leads:
+                here = [f"{mine}/{rank}" for rank in range(1, self.size)]
+                if store.check(here):
+                    return mine
+                if store.check(came):
+                    store.set("list", json.dumps([text.decode() for text in store.multi_get(came)]))
+            elif store.check(["list"]):
+                listed = json.loads(store.get("list"))
+                if len(listed) == self.size and listed[self.rank] == mine:
+                    store.set(f"{listed[0]}/{self.rank}", "")
+                    return listed[0]
+            time.sleep(_POLL_S)
+        raise RuntimeError(f"they didn't come within {self.timeout_s:g} s")
+
+    def has_begun(self) -> None:
+        """Should the launcher start the ranks again, they go on from here on, not begin."""
+        self._every_start.set("begun", "")
 
     @property
     def leads(self) -> bool:
@@ -147,36 +182,40 @@ class World:
                 watch.look()
             whose = _ranks(gone) if gone else self._here.partition(",")[0]
             what = "is gone: it broke off and gives no sign of life" if gone else "lost its connection to another rank"
-            raise RunError(f"{whose}{self._when}: {what} ({str(error).splitlines()[0]})") from error
+            raise RunError(f"{whose}{self._when}: {what} ({_first_words(error)})") from error
 
     def _await(self, keys: list[str]) -> None:
         """Wait until every rank has given its value."""
-        watch = None
-        while True:
-            # not with the store's own long wait: a failure elsewhere, or silence, has to be noticed meanwhile
-            with contextlib.suppress(dist.DistStoreError):
-                self._store.wait(keys, timedelta(seconds=_LOOK_S))
-                return
+        watch = _Watch(self._store, range(self.size))
+        looked = 0.0
+        while not self._store.check(keys):  # the store's own wait would notice neither a failure elsewhere nor silence
+            time.sleep(min(_POLL_S, _POLL_S / 50 + watch.waited() / 20))
+            if watch.waited() - looked < _LOOK_S:
+                continue
+            looked = watch.waited()
             self._stop_with_peer()
-            watch = watch or _Watch(self._store, range(self.size))
             watch.look()
-            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
-            gone = [rank for rank in watch.silent(_GONE_S if self.hurried() else self.timeout_s) if rank in missing]
-            late = [rank for rank in watch.idle(self.timeout_s) if rank in missing]
-            if gone or late:
-                how = "gives no sign of life" if gone else "lives, but didn't come to where the others wait"
+            silent = watch.silent(min(_GONE_S, self.timeout_s / 2))
+            late = silent if self.hurried() else watch.idle(self.timeout_s)
+            missing = [rank for rank, key in enumerate(keys) if rank in late and not self._store.check([key])]
+            if missing:
+                dead = set(missing) <= set(silent)
+                how = "gives no sign of life" if dead else "lives, but didn't come to where the others wait"
                 limit = f"waited {watch.waited():.0f} s; parallel.timeout is {self.timeout_s:g}"
-                raise RunError(f"{_ranks(gone or late)}{self._when}: {how} ({limit})")
+                raise RunError(f"{_ranks(missing)}{self._when}: {how} ({limit})")
 
     def _stop_with_peer(self) -> None:
         if self._store.check(["failure"]):
-            said = self._store.get("failure").decode().splitlines()[0]
-            raise PeerError(f"{self._here}: stopped, because of {said}")
+            raise self._because_of(self._store.get("failure").decode())
+
+    def _because_of(self, failure: str) -> PeerError:
+        rank, text = json.loads(failure)
+        return PeerError(f"{self._here}: stopped, as rank {rank} has said: {text.splitlines()[0]}")
 
     def _lost_store(self, error: Exception) -> str:
         return (
             f"{self._here}: the store through which the ranks talk is gone: its launcher or rank 0 has ended "
-            f"({str(error).splitlines()[0]})\n  next: see what they say"
+            f"({_first_words(error)})\n  next: see what they say"
         )
 
     def _beat(self) -> None:
@@ -219,12 +258,13 @@ class World:
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
         if not text.startswith("rank "):
             text = f"{self._here}: {text.removeprefix(f'step {self.step}: ')}"
+        mine = json.dumps([self.rank, text])
         try:
-            first = self._store.compare_set("failure", "", text).decode()
+            first = self._store.compare_set("failure", "", mine).decode()
         except dist.DistError:
-            first = text
-        if first != text:
-            raise PeerError(f"{self._here}: stopped, because of {first.splitlines()[0]}") from error
+            first = mine
+        if first != mine:
+            raise self._because_of(first) from error
         if isinstance(error, UserError):
             raise RunError(text) from error
         error.add_note(self._here)
@@ -261,6 +301,10 @@ class _Watch:
     def idle(self, seconds: float) -> list[int]:
         """Ranks that weren't known to be busy for so long."""
         return [rank for rank, at in self._busy.items() if time.monotonic() - at >= seconds]
+
+
+def _first_words(error: Exception) -> str:
+    return str(error).splitlines()[0].partition(". ")[0]
 
 
 def _ranks(ranks: list[int]) -> str:

@@ -61,9 +61,9 @@ class Ranks:
         """Everything that a rank has written, to stdout and stderr."""
         return (self._folder / f"rank-{rank}.txt").read_text()
 
-    def wait(self, seconds: float = 120.0) -> list[int | None]:
-        """The exit codes; once one has failed the others are asked to end, as PyTorch's launcher does."""
-        end, asked = time.monotonic() + seconds, False
+    def wait(self, *, asks: bool = True) -> list[int | None]:
+        """The exit codes. asks: once one has failed the others are asked to end, as PyTorch's launcher does."""
+        end, asked = time.monotonic() + 120.0, not asks
         while any(process.is_alive() for process in self.processes):
             assert time.monotonic() < end, [self.said(rank) for rank in range(len(self.processes))]
             if not asked and any(process.exitcode for process in self.processes):
