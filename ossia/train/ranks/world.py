@@ -28,6 +28,7 @@ from ossia.errors import Interrupted, RunError, UserError
 from ossia.sizes import num_cores
 from ossia.train.ranks.launched import Launched, launched
 
+_STDERR = 2
 _BEAT_S = 1.0
 _POLL_S = 0.02
 _LOOK_S = 0.5  # between two looks at who is missing
@@ -58,6 +59,7 @@ class World:
         self.step, self.stop_agreed = 0, False
         self.hurried: Callable[[], bool] = lambda: False
         self._number, self._busy_with = 0, ""
+        self._asked_at: float | None = None
         limit = timedelta(seconds=timeout_s)
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
@@ -132,13 +134,16 @@ class World:
         """
         self._number += 1
         keys = [f"{self._number}/{rank}" for rank in range(self.size)]
+        self._asked_at = time.monotonic()
         try:
             self._store.set(keys[self.rank], json.dumps(value))
             self._await(keys)
             found = [json.loads(text) for text in self._store.multi_get(keys)]
             self._store.delete_key(f"{self._number - 1}/{self.rank}")  # whoever is here has read it
         except dist.DistError as error:
-            raise RunError(self._lost_store(error)) from error
+            raise RunError(f"{self._lost_store} ({_first_words(error)})\n  next: see what they say") from error
+        finally:
+            self._asked_at = None
         return found
 
     def from_first(self, value: Any) -> Any:
@@ -175,6 +180,7 @@ class World:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what gloo and NCCL raise
+            self._asked_at = time.monotonic()
             watch = _Watch(self._store, [rank for rank in range(self.size) if rank != self.rank])
             while not (gone := watch.silent(_GONE_S)) and watch.waited() < 2 * _GONE_S:
                 self._stop_with_peer()
@@ -189,6 +195,7 @@ class World:
         watch = _Watch(self._store, range(self.size))
         looked = 0.0
         while not self._store.check(keys):  # the store's own wait would notice neither a failure elsewhere nor silence
+            self._asked_at = time.monotonic()
             time.sleep(min(_POLL_S, _POLL_S / 50 + watch.waited() / 20))
             if watch.waited() - looked < _LOOK_S:
                 continue
@@ -212,15 +219,18 @@ class World:
         rank, text = json.loads(failure)
         return PeerError(f"{self._here}: stopped, as rank {rank} has said: {text.splitlines()[0]}")
 
-    def _lost_store(self, error: Exception) -> str:
-        return (
-            f"{self._here}: the store through which the ranks talk is gone: its launcher or rank 0 has ended "
-            f"({_first_words(error)})\n  next: see what they say"
-        )
+    @property
+    def _lost_store(self) -> str:
+        return f"{self._here}: the store through which the ranks talk, on the first host, is gone or out of reach"
 
     def _beat(self) -> None:
         number = 0
         while not self._ended.wait(_BEAT_S):
+            asked_at = self._asked_at
+            if asked_at is not None and time.monotonic() - asked_at > self.timeout_s:
+                # the main thread sits in a read that has no end where the connection is lost without a word
+                os.write(_STDERR, f"{self._lost_store}: no answer for {self.timeout_s:g} s\n".encode())
+                os._exit(RunError.exit_code)
             number += 1
             try:
                 self._own.set(f"beat/{self.rank}", f"{number} {self._busy_with}")
@@ -259,6 +269,7 @@ class World:
         if not text.startswith("rank "):
             text = f"{self._here}: {text.removeprefix(f'step {self.step}: ')}"
         mine = json.dumps([self.rank, text])
+        self._asked_at = time.monotonic()
         try:
             first = self._store.compare_set("failure", "", mine).decode()
         except dist.DistError:

@@ -36,7 +36,10 @@ class Ranks:
     """
 
     def __init__(self, size: int, folder: Path, *arguments: str, trouble: Trouble = nullcontext) -> None:
-        self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        here, there = forkserver().Pipe()
+        self.store = forkserver().Process(target=_keep_store, args=(there,), daemon=True)
+        self.store.start()
+        port = here.recv()
         self._folder = folder
         folder.mkdir(exist_ok=True)
         self.processes = []
@@ -47,7 +50,7 @@ class Ranks:
                 "LOCAL_RANK": rank,
                 "LOCAL_WORLD_SIZE": size,
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": self._store.port,
+                "MASTER_PORT": port,
                 "TORCHELASTIC_USE_AGENT_STORE": True,
                 "TORCHELASTIC_RESTART_COUNT": 0,
                 "GLOO_SOCKET_IFNAME": "lo",
@@ -70,6 +73,7 @@ class Ranks:
                 asked = True
                 self.signal(signal.SIGTERM)
             time.sleep(0.02)
+        self.store.kill()
         return [process.exitcode for process in self.processes]
 
     def signal(self, number: int, ranks: Sequence[int] | None = None) -> None:
@@ -80,10 +84,16 @@ class Ranks:
 
     def kill(self) -> None:
         """End them all at once."""
-        for process in self.processes:
+        for process in (self.store, *self.processes):
             process.kill()
         for process in self.processes:
             process.join()
+
+
+def _keep_store(answer: Any) -> None:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    answer.send(store.port)
+    signal.pause()
 
 
 def _be_rank(environment: dict[str, str], folder: Path, arguments: list[str], trouble: Trouble) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import signal
@@ -127,6 +128,21 @@ def test_a_rank_that_hangs_ends_the_job_within_the_timeout_and_is_named(
     words = r"^rank \d, step \d: stopped, as rank \d has said: rank 1, step \d"
     stopped = [text for text in said if re.search(words, text, re.M)]
     assert (len(named), len(stopped)) == (1, 1), said
+    check_saved(tmp_path / "run")
+
+
+def test_a_store_that_falls_silent_ends_every_rank_within_the_timeout(train_into: MakeRecipe, tmp_path: Path) -> None:
+    """As when the connection to the first host is lost: nothing is refused, nothing is answered."""
+    ranks = Ranks(2, tmp_path / "said", *train_into(tmp_path / "run", "parallel.timeout=3", "train.steps=500"))
+    end = time.monotonic() + 60
+    while steps_written(tmp_path / "run") < 3:
+        assert time.monotonic() < end
+        time.sleep(0.02)
+    os.kill(ranks.store.pid, signal.SIGSTOP)
+    assert ranks.wait(asks=False) == [2, 2]
+    for rank in (0, 1):
+        words = rf"^rank {rank}, step \d+: the store through which the ranks talk, .* out of reach: no answer for 3 s$"
+        assert re.search(words, ranks.said(rank), re.M), ranks.said(rank)
     check_saved(tmp_path / "run")
 
 
