@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -178,6 +179,36 @@ def test_a_rank_that_computes_nan_is_named_with_step_and_cause_and_nothing_is_up
         said
     )
     assert steps_written(tmp_path / "run") == 3
+
+
+class _FillsTheDisk:
+    """The first rank's disk is full when a file is flushed for the second time: in its first checkpoint."""
+
+    @contextmanager
+    def __call__(self, rank: int) -> Iterator[None]:
+        fsync, calls = os.fsync, 0
+
+        def refused(handle: int) -> None:
+            nonlocal calls
+            calls += 1
+            if rank == 0 and calls >= 2:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(handle)
+
+        os.fsync = refused
+        yield
+
+
+def test_a_full_disk_of_the_first_rank_ends_all_and_leaves_no_half_checkpoint(
+    train_into: MakeRecipe, tmp_path: Path
+) -> None:
+    ranks = Ranks(2, tmp_path / "said", *train_into(tmp_path / "run"), trouble=_FillsTheDisk())
+    assert ranks.wait(asks=False) == [2, 2]
+    assert re.search(r"^rank 0, step 2: can't save the checkpoint .*: No space left", ranks.said(0), re.M), ranks.said(
+        0
+    )
+    assert re.match(r"rank 1, step [23]: stopped, as rank 0 has said: rank 0, step 2: can't save", ranks.said(1))
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
 
 
 class _Differs:
