@@ -22,6 +22,7 @@ from ossia.harmony import Effort, Message, Renderer, Vocabulary, conversation_fr
 from ossia.model.open import DeviceChoice, DtypeName, WeightsChoice, open_model
 from ossia.model.transformer import Transformer
 from ossia.run.trained import RunResult
+from ossia.train.ranks.launched import launched
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,17 +147,18 @@ def load(
 def train(recipe: Recipe | Mapping[str, Any] | str | Path, *, resume: bool = False) -> RunResult:
     """Train as a recipe says: a Recipe, its keys as a dict, or its file.
 
-    resume   go on with the run in the recipe's output folder
+    resume   go on with the run in the recipe's output folder; so does a process that torchrun has restarted
     Returns  the run: `.folder`, `.step`, and `.trained`, the adapter's or the model's folder
     Raises   RecipeError for whatever is wrong with the recipe; what `ossia train` reports otherwise
     """
     if not isinstance(recipe, Recipe | Mapping | str | Path):
         found = type(recipe).__name__
         raise RecipeError(f"ossia.train takes a recipe's file, its keys as a dict, or a Recipe; found {found}")
+    lenient = resume or launched() is not None  # ranks that were started again go on; they know once they have met
     if isinstance(recipe, Recipe):
-        check_recipe(recipe, resume=resume)
+        check_recipe(recipe, resume=lenient)
     else:
-        recipe = checked_recipe(Path(recipe) if isinstance(recipe, str) else recipe, resume=resume)
+        recipe = checked_recipe(Path(recipe) if isinstance(recipe, str) else recipe, resume=lenient)
     return run_recipe(recipe, resume=resume)
 
 

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from ossia.config import Recipe
+from ossia.errors import RunError
 from ossia.rl.jail import Jails
 from ossia.rl.policy import Policy
 from ossia.rl.sampler import rollout_server
@@ -23,6 +24,7 @@ from ossia.run.start import adamw_of, job_of, say, settle, started
 from ossia.run.trained import RunResult, save_result
 from ossia.train.events import Sink
 from ossia.train.loop import run_loop
+from ossia.train.ranks.launched import launched
 from ossia.train.report import write_report
 
 
@@ -33,6 +35,12 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     sink    hears every event instead of the terminal
     Raises  UserError for what the user has to change; Interrupted, saved, after Ctrl-C
     """
+    place = launched()
+    if place is not None and place.size > 1:
+        raise RunError(
+            f"rank {place.rank}: `method: grpo` is one process as yet, and a launcher has started {place.size}\n"
+            "  next: start one; with `rl.rollout` a server on other GPUs can sample for it"
+        )
     settle(recipe)
     steps = recipe.train.steps
     assert steps is not None

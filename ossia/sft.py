@@ -10,6 +10,7 @@ report.html and either adapter/ (PEFT's format) or model/ (a checkpoint).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -22,10 +23,11 @@ from ossia.data.sample import Sample
 from ossia.data.tokenizer import open_vocabulary
 from ossia.model.transformer import Transformer
 from ossia.run.samples import questions_of, record_samples
-from ossia.run.start import adamw_of, job_of, say, settle, started
-from ossia.run.trained import RunResult, save_result
+from ossia.run.start import adamw_of, job_of, say, settle, started, tokens_of_rank
+from ossia.run.trained import RunResult, result_folder, save_result
 from ossia.train.events import Sink
 from ossia.train.loop import Job, run_loop
+from ossia.train.ranks.world import World, joined
 from ossia.train.report import write_report
 from ossia.train.step import (
     chunk_of_tokens,
@@ -46,6 +48,12 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     sink    hears every event instead of the terminal
     Raises  UserError for what the user has to change; Interrupted, saved, after Ctrl-C
     """
+    with joined(recipe.device, timeout_s=recipe.parallel.timeout) as world:
+        return _fine_tune(recipe, world, resume=resume or (world is not None and world.again), sink=sink)
+
+
+def _fine_tune(recipe: Recipe, world: World | None, *, resume: bool, sink: Sink | None) -> RunResult:
+    """The run, as one rank of `world` or alone."""
     settle(recipe)
     datasets = open_datasets(recipe, open_vocabulary(recipe.model), check=False)
     for note in datasets.notes:
@@ -53,8 +61,9 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
     held_out, lengths = read_rows(recipe, datasets, say)
     stream = open_stream(recipe, datasets, say)
     steps = recipe.train.steps or stream.count_steps(lengths)
-    folder = recipe.output
-    with started(recipe, steps, resume=resume, sink=sink) as begun:
+    folder, leads = recipe.output, world is None or world.leads
+    fingerprints = [dataset.fingerprint for dataset in (*datasets.train, *datasets.held_out)]
+    with started(recipe, steps, resume=resume, sink=sink, world=world, data=fingerprints) as begun:
         model = begun.model
         answer = partial(
             record_samples,
@@ -64,10 +73,13 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
             questions_of(held_out, recipe.eval.answers),
             max_tokens=recipe.eval.answer_tokens,
         )
-        if begun.saved is None:
-            answer(step=0)
+        if begun.saved is None and leads:
+            with nullcontext() if world is None else world.busy("answering"):
+                answer(step=0)
         packs = pack_samples(held_out, recipe.train.tokens_per_pack)
-        result = run_loop(make_job(recipe, model, stream, packs, steps), begun.log, begun.saved)
+        result = run_loop(make_job(recipe, model, stream, packs, steps, world), begun.log, begun.saved)
+        if not leads:
+            return RunResult(folder, result.step, result_folder(recipe))
         answer(step=result.step)
     trained = save_result(recipe, model)
     say(f"report: {write_report(folder)}")
@@ -111,12 +123,20 @@ def open_stream(recipe: Recipe, datasets: Datasets, say: Callable[[str], None]) 
     )
 
 
-def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out: Sequence[Pack], steps: int) -> Job:
+def make_job(
+    recipe: Recipe,
+    model: Transformer,
+    stream: PackedStream,
+    held_out: Sequence[Pack],
+    steps: int,
+    world: World | None = None,
+) -> Job:
     """The loop's job: AdamW over what is trainable, `train_step` on each step's packs."""
     train = recipe.train
     optimizer = adamw_of(recipe, model)
-    keep = keeps_activations(model, train.recompute, train.tokens_per_step, train.tokens_per_pack)
-    away = not keep and offloads(model, train.recompute, train.tokens_per_step)
+    tokens = tokens_of_rank(recipe, world)
+    keep = keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
+    away = not keep and offloads(model, train.recompute, tokens)
     at_once = None if keep else chunk_of_tokens(model)
     sizes = train.tokens_per_step, train.tokens_per_pack, recipe.max_length
     keep_attention = not (keep or away) and keeps_attention(model, *sizes)
@@ -135,11 +155,12 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
             tokens_at_once=at_once,
             keep_attention=keep_attention,
             dropout_seed=seed,
+            world=world,
         )
         return asdict(result)
 
     def evaluate() -> Mapping[str, float]:
-        result = evaluate_loss(model, held_out)
+        result = evaluate_loss(model, held_out, world)
         return {"eval_loss": result.loss, "eval_tokens": result.tokens, "eval_trained": result.trained}
 
     def counts() -> Mapping[str, int]:
@@ -161,4 +182,5 @@ def make_job(recipe: Recipe, model: Transformer, stream: PackedStream, held_out:
         step=step,
         evaluate=evaluate if held_out else None,
         counts=counts,
+        world=world,
     )

@@ -16,6 +16,7 @@ import typer
 from ossia.cli.app import command, importing
 from ossia.cli.attack import attack
 from ossia.cli.imports import import_recipe
+from ossia.cli.launch import launch, ranks_to_start
 from ossia.cli.llama import LlamaGiven, is_gguf, is_gguf_alone, with_llama_options
 from ossia.cli.plan import plan
 from ossia.cli.push import PrivateOption, PushOption, hub_for, push, push_result
@@ -142,14 +143,29 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in the recipe's output folder.")] = False,
+    nproc: Annotated[
+        int | None, typer.Option("--nproc", metavar="N", min=1, help="Processes that share the work on this machine.")
+    ] = None,
+    max_restarts: Annotated[
+        int, typer.Option("--max-restarts", metavar="K", min=0, help="With several: start again so often if one fails.")
+    ] = 0,
 ) -> None:
     """Train as the recipe says. Prints the run folder."""
-    checked = _recipe(recipe, overrides, resume=resume, writes=True)
+    from ossia.train.ranks.launched import launched
+
+    place = launched()
+    # a launcher may have started this before: then the ranks go on, which they know once they have met
+    checked = _recipe(recipe, overrides, resume=resume or place is not None, writes=True)
+    if (ranks := ranks_to_start(checked, nproc)) > 1:
+        flags = ["--resume"] if resume else []
+        launch(ranks, ["train", str(recipe), *(overrides or ()), *flags], max_restarts=max_restarts)
+        return
     with importing():
         from ossia.api import run_recipe
 
     result = run_recipe(checked, resume=resume)
-    print(result.folder)
+    if place is None or place.rank == 0:
+        print(result.folder)
 
 
 command("plan")(plan)

@@ -19,7 +19,13 @@ from ossia.errors import RecipeError, first_few
 
 DATA_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".json", ".parquet")
 RECIPE_IN_RUN = "recipe.yaml"
-_FREE_ON_RESUME = ("output", "train.save_every", "train.keep")  # they change no number of the run
+_FREE_ON_RESUME = (
+    "output",
+    "train.save_every",
+    "train.keep",
+    "parallel.ranks",
+    "parallel.timeout",
+)  # they change no number of the run
 _LENGTH = {"train.steps", "train.epochs"}
 
 

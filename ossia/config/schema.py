@@ -282,6 +282,18 @@ class LogConfig(Section):
     """Other places that events are sent to; each needs its extra."""
 
 
+class ParallelConfig(Section):
+    """Training by several processes, the ranks of a run, that share each step's packs (docs/parallel.md)."""
+
+    ranks: int | None = Field(
+        None, ge=1, le=1024, json_schema_extra=words("one for each GPU with `method: sft`, else one")
+    )
+    """Processes that `ossia train` starts on this machine; under torchrun it's torchrun that says how many."""
+    timeout: float = Field(600.0, ge=1)
+    """Seconds that ranks wait for one that doesn't come and isn't known to be busy, before the run ends with an error
+    that names it."""
+
+
 class Recipe(Section):
     """Everything that decides a run. `model` has to be given, and `data` or `env`; all other keys have a default that
     works."""
@@ -328,6 +340,8 @@ class Recipe(Section):
     """Held-out loss."""
     train: TrainConfig = TrainConfig()
     """The training loop and its optimizer."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Training by several processes."""
     log: LogConfig = LogConfig()
     """Where measurements go besides the run folder."""
     output: FolderPath = Field(Path("runs/run"), json_schema_extra=words("runs/NAME, of the recipe's file NAME.yaml"))
@@ -395,6 +409,9 @@ class Recipe(Section):
             if self.has_eval
             else None,
             Clash(("train.steps",), "`train.steps` is missing: `method: grpo` has no epochs") if no_steps else None,
+            Clash(("parallel.ranks", "method"), "`parallel.ranks` is for `method: sft`; `grpo` is one process as yet")
+            if (self.parallel.ranks or 1) > 1
+            else None,
             Clash(("rl.kl", "adapter"), "`rl.kl` needs an `adapter`: the reference is the model with it switched off")
             if rl.kl and self.adapter is None
             else None,

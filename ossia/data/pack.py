@@ -1,9 +1,9 @@
-"""Samples -> packs of a fixed token budget, in a seeded order that shards by rank and resumes at the same sample.
+"""Samples -> packs of a fixed token budget, in a seeded order that resumes at the same sample.
 
 Documents in a pack stay apart: `starts` bounds attention, positions restart, and no prediction crosses a boundary.
 The stream looks at a window of samples in shuffled order. A pack begins with the oldest of them, so that none waits for
-ever, and is filled with the longest that still fits. Every rank makes the same choice and keeps its own packs, so the
-ranks together train on what one would have; what is saved is the window's row numbers, never tokens.
+ever, and is filled with the longest that still fits. Of several processes each makes the same choice, so they divide
+what one would have had; what is saved is the window's row numbers, never tokens.
 Own code because a sampler that packs offline has to render everything first, and can't resume in the middle.
 Letters: T tokens of a pack, N tokens of a sample, D documents.
 """
@@ -185,8 +185,7 @@ class Window:
 class PackedStream:
     """Steps of packs from weighted datasets, in a shuffled order that only `seed` decides.
 
-    tokens_per_step  at most so many tokens in a step, over all ranks: tokens_per_step // tokens_per_pack packs
-    rank, world      this process gets every world-th pack of a step
+    tokens_per_step  at most so many tokens in a step: tokens_per_step // tokens_per_pack packs
     epochs           when to stop; None goes on for ever. A pack never mixes two epochs, a step may.
 
     Raises RecipeError where the sizes don't fit each other; reading may raise DataError.
@@ -199,8 +198,6 @@ class PackedStream:
         tokens_per_step: int,
         tokens_per_pack: int,
         seed: int,
-        rank: int = 0,
-        world: int = 1,
         epochs: float | None = None,
     ) -> None:
         if tokens_per_step < tokens_per_pack:
@@ -209,14 +206,8 @@ class PackedStream:
                 "  next: raise it, or lower train.tokens_per_pack"
             )
         self.packs_per_step = tokens_per_step // tokens_per_pack
-        if self.packs_per_step % world:
-            raise RecipeError(
-                f"train.tokens_per_step: {self.packs_per_step} packs a step can't be shared by {world} processes\n"
-                f"  allowed: a multiple of {world} packs, for example tokens_per_step: {world * tokens_per_pack}"
-            )
-        assert 0 <= rank < world
         self.datasets, self.tokens_per_pack, self.seed = tuple(datasets), tokens_per_pack, seed
-        self.rank, self.world, self.epochs = rank, world, epochs
+        self.epochs = epochs
         self.statistics = Statistics()
         self._epoch, self._cursor, self._steps = 0, 0, 0
         self._order = EpochOrder(self.datasets, seed, 0)
@@ -235,15 +226,15 @@ class PackedStream:
         return self._epoch + (self._cursor - len(waiting)) / len(self._order)
 
     def next_step(self) -> list[Pack]:
-        """This rank's packs of the next step.
+        """The packs of the next step.
 
-        The last step of a finite stream may hold fewer packs than the others, for some ranks none; once `finished`, []
+        The last step of a finite stream may hold fewer packs than the others; once `finished`, []
         """
         groups = []
         while len(groups) < self.packs_per_step and (group := self._next_group()):
             groups.append(group)
         self._steps += bool(groups)
-        return [Pack.from_samples([sample for _, sample in group]) for group in groups[self.rank :: self.world]]
+        return [Pack.from_samples([sample for _, sample in group]) for group in groups]
 
     def count_steps(self, lengths: Lengths) -> int:
         """How many steps the whole stream has, by the lengths of its datasets' samples; nothing is read for it.
@@ -265,7 +256,7 @@ class PackedStream:
         return -(-num_packs // self.packs_per_step)
 
     def state(self) -> dict[str, Any]:
-        """Where the stream stands, for JSON; the same for every rank, and good for another `world`."""
+        """Where the stream stands, for JSON."""
         return {
             **self._identity(),
             "epoch": self._epoch,
@@ -307,7 +298,7 @@ class PackedStream:
         }
 
     def _next_group(self) -> list[tuple[list[int], Sample]]:
-        """The samples of the next pack, over all ranks; [] at the end."""
+        """The samples of the next pack; [] at the end."""
         self._refill()
         return self._window.take_pack(self.tokens_per_pack)
 
@@ -347,7 +338,7 @@ class PackedStream:
 
 
 class _LengthPacker(PackedStream):
-    """The packs of a stream, all ranks' and from its beginning, made of lengths alone."""
+    """The packs of a stream, from its beginning, made of lengths alone."""
 
     def __init__(self, stream: PackedStream, lengths: Lengths) -> None:
         super().__init__(

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -23,13 +23,17 @@ from ossia.plan.memory import cache_bytes, footprint
 from ossia.plan.text import as_line
 from ossia.run.attention import settle_attention
 from ossia.run.trained import ADAPTER, MODEL, make_trainable, show_trainable
-from ossia.train.events import ENV, EVENTS, EventLog, Sink, environment, peak_bytes, write_env
+from ossia.train.events import ENV, EVENTS, EventLog, Log, NoLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, Stream, find_start
 from ossia.train.optim import AdamW, lr_at
+from ossia.train.ranks.agree import agree, code_identity, saved_of_first, tensors_identity, weights_identity
 from ossia.train.report.page import REPORT, SAMPLES
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import SavedState, checkpoint_paths, seed_generators, write_file
 from ossia.train.step import chunk_of_tokens, keeps_activations, keeps_attention, offloads, work_of
+
+if TYPE_CHECKING:
+    from ossia.train.ranks.world import World
 
 # What a run writes into its folder, besides its events.
 _WRITTEN = (ADAPTER, MODEL, ENV, RECIPE_IN_RUN, REPORT, SAMPLES)
@@ -40,7 +44,7 @@ _NAMED = 5
 class Started:
     """A run that can begin: its events, the checkpoint it goes on from (None: it begins), its model."""
 
-    log: EventLog
+    log: Log
     saved: SavedState | None
     model: Transformer
     vocab: Vocabulary
@@ -55,31 +59,63 @@ def settle(recipe: Recipe) -> None:
 
 
 @contextmanager
-def started(recipe: Recipe, steps: int, *, resume: bool, sink: Sink | None) -> Iterator[Started]:
+def started(
+    recipe: Recipe,
+    steps: int,
+    *,
+    resume: bool,
+    sink: Sink | None,
+    world: World | None = None,
+    data: Sequence[str] = (),
+) -> Iterator[Started]:
     """Open the run folder, which nobody else may write until this is left, and the model with what is trained of it.
 
     resume  go on from the newest whole checkpoint
     sink    hears every event instead of the terminal
-    Raises  RunError as `find_start`, and for a folder that holds what this run would write; what opening the model
-            raises
+    world   the ranks that train together: rank 0 alone has the folder, and all go on from its checkpoint
+    data    fingerprints of the data, which have to be the same on all ranks
+    Raises  RunError as `find_start`, where ranks differ (`train.ranks.agree`), and for a folder that holds what this
+            run would write; what opening the model raises
     """
     folder = recipe.output
-    _check_folder(folder, recipe)
-    with EventLog(folder) as log:
-        saved = find_start(folder, resume=resume, say=say)
+    leads = world is None or world.leads
+    if leads:
+        _check_folder(folder, recipe)
+    with EventLog(folder) if leads else nullcontext(NoLog()) as log:
+        saved = find_start(folder, resume=resume, say=say) if leads else None
         model, vocab = open_model(
             recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device, attention=recipe.attention
         )
         make_trainable(model, recipe)
         show_trainable(model)
         settle_attention(model, automatic=recipe.attention == "auto", say=say)
+        if world is not None:
+            agree(world, _identity(recipe, model, data))
+            saved = saved_of_first(world, saved)
+            world.has_begun()
+        if isinstance(log, NoLog):
+            yield Started(log, saved, model, vocab)
+            return
         write_file(folder / RECIPE_IN_RUN, recipe.to_yaml())
         start = saved.step if saved else 0
         now = datetime.now().astimezone()
-        write_env(folder, environment(model.device), now=now, resumed_from=saved.step if saved else None, say=say)
+        env = environment(model.device) | ({} if world is None else {"ranks": world.size})
+        write_env(folder, env, now=now, resumed_from=saved.step if saved else None, say=say)
         log.add(sink or TerminalSink(steps, step=start))
         log.add(*open_sinks(recipe.log.sinks, folder, recipe.model_dump(mode="json"), step=start))
         yield Started(log, saved, model, vocab)
+
+
+def _identity(recipe: Recipe, model: Transformer, data: Sequence[str]) -> dict[str, str]:
+    """What has to be the same on every rank, by the name that an error calls it by."""
+    return {
+        "recipe": recipe.to_yaml(),
+        "code": code_identity(),
+        "data": "; ".join(data),
+        "model (a hash of its weights)": weights_identity(model.weights.checkpoint),
+        "attention": model.backend,
+        "trained tensors (a checksum)": tensors_identity(model.trainable.tensors),
+    }
 
 
 def _check_folder(folder: Path, recipe: Recipe) -> None:
@@ -111,9 +147,15 @@ def adamw_of(recipe: Recipe, model: Transformer) -> AdamW:
     return AdamW(model.trainable.tensors, betas=betas, eps=train.eps, weight_decay=train.weight_decay)
 
 
-def predicted(recipe: Recipe, model: Transformer) -> str:
-    """The memory that a run's steps should take at most, in a line."""
-    tokens, train = recipe.tokens_of_step, recipe.train
+def tokens_of_rank(recipe: Recipe, world: World | None) -> int:
+    """Most tokens of a step that one process takes, if packs are full."""
+    tokens, pack = recipe.tokens_of_step, recipe.train.tokens_per_pack
+    return tokens if world is None else min(tokens, -(-(tokens // pack) // world.size) * pack)
+
+
+def predicted(recipe: Recipe, model: Transformer, world: World | None = None) -> str:
+    """The memory that a run's steps should take at most, in a line; of one of the ranks."""
+    tokens, train = tokens_of_rank(recipe, world), recipe.train
     keeps = keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
     pack = min(tokens, train.tokens_per_pack)
     work = work_of(model, pack=pack, packs=tokens // pack, recompute=not keeps)
@@ -123,6 +165,15 @@ def predicted(recipe: Recipe, model: Transformer) -> str:
         work = replace(work, keep_attention=not work.offload and keeps_attention(model, *sizes))
     cached = cache_bytes(recipe, model.arch, DTYPE_NAMES[model.dtype], default_cache_bytes(model))
     return as_line(work, footprint(work, cache_bytes=cached))
+
+
+def _resume_with(recipe: Recipe, world: World | None) -> str:
+    """What goes on with a run, by as many processes."""
+    if world is None:
+        return recipe.resume_command
+    if world.on_one_host:
+        return f"{recipe.resume_command} --nproc {world.size}"
+    return f"the same launcher on every host, with -m {recipe.resume_command}"
 
 
 def job_of(
@@ -135,11 +186,12 @@ def job_of(
     step: Callable[[list[Any], float], Mapping[str, Any]],
     evaluate: Callable[[], Mapping[str, float]] | None,
     counts: Callable[[], Mapping[str, int]],
+    world: World | None = None,
 ) -> Job:
     """The loop's job around a method's `step` and `evaluate`, announced with the memory that it should take; see
     `train.loop.Job`."""
     train = recipe.train
-    say(predicted(recipe, model))
+    say(predicted(recipe, model, world))
     return Job(
         run=recipe.output,
         steps=steps,
@@ -166,7 +218,8 @@ def job_of(
             "attention_backend": model.backend,
             "attention_probe": None if model.probed is None else asdict(model.probed),
         },
-        resume_with=recipe.resume_command,
+        resume_with=_resume_with(recipe, world),
         clock=time.perf_counter,
         memory=lambda: peak_bytes(model.device),
+        world=world,
     )

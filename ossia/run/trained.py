@@ -67,13 +67,17 @@ def show_trainable(model: Transformer) -> None:
     Console(stderr=True).print(table)
 
 
+def result_folder(recipe: Recipe) -> Path:
+    """Where a run leaves what it trained: RUN/adapter, in PEFT's format, or RUN/model, a checkpoint."""
+    return recipe.output / (MODEL if recipe.adapter is None else ADAPTER)
+
+
 def save_result(recipe: Recipe, model: Transformer) -> Path:
-    """Write RUN/adapter in PEFT's format, or RUN/model as a checkpoint; returns which."""
-    checkpoint = model.weights.checkpoint.path
+    """Write what was trained into `result_folder`; returns it."""
+    checkpoint, path = model.weights.checkpoint.path, result_folder(recipe)
     if model.lora is not None:
-        save_adapter(recipe.output / ADAPTER, model.lora, base_model=recipe.model)
-        return recipe.output / ADAPTER
-    path = recipe.output / MODEL
+        save_adapter(path, model.lora, base_model=recipe.model)
+        return path
     if not path.exists():  # it appears whole, at the end of a run: a finished run that is resumed has it already
         write_model(path, model, tokenizer_from=checkpoint, layout="bf16" if recipe.qat is None else recipe.qat)
     return path

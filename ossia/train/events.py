@@ -20,7 +20,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib import metadata
@@ -32,6 +31,7 @@ import torch
 from ossia.disk import locked
 from ossia.errors import RunError
 from ossia.ops.memory import machine_memory, peak_resident_bytes
+from ossia.sizes import num_cores
 from ossia.train.state import checkpoint_paths, storage_error, write_file
 
 EVENTS, ENV = "events.jsonl", "env.json"
@@ -46,6 +46,32 @@ class Sink(Protocol):
 
     def close(self) -> None:
         """Nothing more will come."""
+
+
+class Log(Protocol):
+    """What the loop needs of an event log; `EventLog` is the one that writes."""
+
+    def write(self, event: Event) -> None:
+        """Take one event."""
+
+    def sync(self) -> int:
+        """Bytes that are safe on the disk."""
+
+    def cut(self, length: int) -> None:
+        """Forget what came after these bytes."""
+
+
+class NoLog:
+    """The log of a rank that doesn't write the run folder."""
+
+    def write(self, event: Event) -> None:
+        """Nothing."""
+
+    def sync(self) -> int:
+        return 0
+
+    def cut(self, length: int) -> None:
+        """Nothing."""
 
 
 class EventLog:
@@ -160,7 +186,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+        "cores": num_cores(),
         "threads": torch.get_num_threads(),
         "memory_bytes": machine_memory()[0],
         **_commit(Path(__file__).parent),

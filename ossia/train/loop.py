@@ -21,14 +21,26 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 from torch import Tensor
 
 from ossia.errors import Interrupted, RunError
-from ossia.train.events import EVENTS, EventLog, read_events
+from ossia.train.events import EVENTS, Log, read_events
 from ossia.train.optim import AdamW
-from ossia.train.state import SavedState, check_room, checkpoint_paths, newest_checkpoint, prune, save_checkpoint
+from ossia.train.ranks.agree import agree, restore, tensors_identity
+from ossia.train.state import (
+    SavedState,
+    check_room,
+    checkpoint_path,
+    checkpoint_paths,
+    newest_checkpoint,
+    prune,
+    save_checkpoint,
+)
+
+if TYPE_CHECKING:
+    from ossia.train.ranks.world import World
 
 _STDERR = 2
 
@@ -66,6 +78,7 @@ class Job:
     resume_with the command that goes on with this run, told to whoever interrupts it
     clock       () -> seconds, never falling
     memory      () -> most bytes used so far
+    world       the ranks that drive this job together, each with its own Job; rank 0 writes. None: this process alone
     """
 
     run: Path
@@ -84,6 +97,12 @@ class Job:
     resume_with: str
     clock: Callable[[], float]
     memory: Callable[[], int]
+    world: World | None = None
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.world is None or self.world.leads
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +138,7 @@ def find_start(run: Path, *, resume: bool, say: Callable[[str], None]) -> SavedS
     return None
 
 
-def run_loop(job: Job, log: EventLog, saved: SavedState | None) -> LoopResult:
+def run_loop(job: Job, log: Log, saved: SavedState | None) -> LoopResult:
     """Train from `saved` (None: from the start) to the last step, evaluating and saving on the way.
 
     SIGINT or SIGTERM lets the step at hand finish and saves; a second one stops at once.
@@ -128,7 +147,7 @@ def run_loop(job: Job, log: EventLog, saved: SavedState | None) -> LoopResult:
     """
     step, evaluated, saved_at = _begin(job, log, saved)
     last = job.steps
-    with StopRequests() as stop:
+    with StopRequests(job.world) as stop:
         try:
             while True:
                 eval_due = job.evaluate is not None and _due(step, job.eval_every, last) and evaluated != step
@@ -140,7 +159,7 @@ def run_loop(job: Job, log: EventLog, saved: SavedState | None) -> LoopResult:
                     _save(job, log, step, evaluated)
                     saved_at = step
                 if step == last and not eval_due:
-                    return LoopResult(step, checkpoint_paths(job.run)[-1])
+                    return LoopResult(step, checkpoint_path(job.run, step))
                 if stop.asked:
                     raise Interrupted(f"stopped after step {step}, saved; to go on: {job.resume_with}")
                 if _take_step(job, log, step + 1):
@@ -153,9 +172,10 @@ def run_loop(job: Job, log: EventLog, saved: SavedState | None) -> LoopResult:
             raise Interrupted(f"stopped at once, during step {step + 1}; {safe}; {todo}") from error
 
 
-def _begin(job: Job, log: EventLog, saved: SavedState | None) -> tuple[int, int | None, int | None]:
+def _begin(job: Job, log: Log, saved: SavedState | None) -> tuple[int, int | None, int | None]:
     """Put everything where the run starts or goes on; the step done, the step evaluated last, the step saved last."""
-    check_room(job.run, job.params, job.optimizer)
+    if job.leads:
+        check_room(job.run, job.params, job.optimizer)
     if saved is None:
         log.cut(0)
         log.write({"event": "start", "step": 0, "steps": job.steps, **job.about})
@@ -164,10 +184,14 @@ def _begin(job: Job, log: EventLog, saved: SavedState | None) -> tuple[int, int 
         raise RunError(
             f"{saved.path} is past train.steps ({job.steps}); a run keeps its length: put it back, or start another run"
         )
-    saved.restore(job.params, job.optimizer)
+    if job.world is None:
+        saved.restore(job.params, job.optimizer)
+    else:
+        restore(job.world, saved, job.params, job.optimizer)
     job.data.load_state(saved.progress["data"])
     log.cut(saved.progress["events_bytes"])
-    prune(job.run, job.keep)
+    if job.leads:
+        prune(job.run, job.keep)
     return saved.step, saved.progress["evaluated"], saved.step
 
 
@@ -175,14 +199,17 @@ def _due(step: int, every: int, last: int) -> bool:
     return step == last or (every > 0 and step % every == 0)
 
 
-def _take_step(job: Job, log: EventLog, step: int) -> bool:
+def _take_step(job: Job, log: Log, step: int) -> bool:
     """Take step number `step` and write its event; False if the data has ended."""
+    if job.world is not None:
+        job.world.step = step
     started = job.clock()
     packs = job.data.next_step()
     if not packs:
         return False
     lr = job.lr_at(step)
     metrics = job.step(packs, lr)
+    of_ranks = {} if job.world is None else {"rank_peak_bytes": job.world.end_of_step(job.memory())}
     step_s = job.clock() - started
     log.write(
         {
@@ -193,34 +220,53 @@ def _take_step(job: Job, log: EventLog, step: int) -> bool:
             "step_s": step_s,
             "lr": lr,
             "peak_bytes": job.memory(),
+            **of_ranks,
             **job.counts(),
         }
     )
     return True
 
 
-def _evaluate(job: Job, log: EventLog, step: int) -> None:
+def _evaluate(job: Job, log: Log, step: int) -> None:
     assert job.evaluate is not None
     started = job.clock()
     metrics = job.evaluate()
     log.write({"event": "eval", "step": step, **metrics, "eval_s": job.clock() - started})
 
 
-def _save(job: Job, log: EventLog, step: int, evaluated: int | None) -> None:
+def _save(job: Job, log: Log, step: int, evaluated: int | None) -> None:
+    if job.world is not None:
+        agree(job.world, {"trained tensors (a checksum)": tensors_identity(job.params)})
+        if not job.leads:
+            return
+        with job.world.busy("saving"):
+            _write(job, log, step, evaluated)
+    else:
+        _write(job, log, step, evaluated)
+
+
+def _write(job: Job, log: Log, step: int, evaluated: int | None) -> None:
     # The events first: a checkpoint must never be ahead of them.
     progress = {"events_bytes": log.sync(), "evaluated": evaluated, "data": job.data.state()}
     save_checkpoint(job.run, step=step, params=job.params, optimizer=job.optimizer, progress=progress, keep=job.keep)
 
 
 class StopRequests:
-    """While entered, the first SIGINT or SIGTERM sets `asked`; the second raises KeyboardInterrupt.
+    """While entered, the first SIGINT or SIGTERM is a request to stop; the second raises KeyboardInterrupt.
 
+    Ranks stop together: what one was asked, all know at the end of a step.
     Outside the main thread, where Python delivers no signals, nothing is caught.
     """
 
-    def __init__(self) -> None:
-        self.asked = False
+    def __init__(self, world: World | None = None) -> None:
+        self._heard, self._world = False, world
         self._before: dict[int, Any] = {}
+        if world is not None:
+            world.hurried = lambda: self._heard
+
+    @property
+    def asked(self) -> bool:
+        return self._heard if self._world is None else self._world.stop_agreed
 
     def __enter__(self) -> Self:
         if threading.current_thread() is threading.main_thread():
@@ -232,8 +278,10 @@ class StopRequests:
             signal.signal(number, handler)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
-        if self.asked:
+        if self._heard:
             raise KeyboardInterrupt
-        self.asked = True
+        self._heard = True
+        if self._world is not None and not self._world.leads:
+            return
         # Not through a file object: the signal may have come in the middle of a write to it.
         os.write(_STDERR, b"\nfinishing this step, then saving; once more to stop at once\n")

@@ -182,14 +182,25 @@ class AdamW:
             state |= {f"{moment}.{name}": moments[moment] for moment in _MOMENTS}
         return state | {f"master.{name}": master for name, master in self._masters.items()}
 
+    def empty_state(self, num_updates: int) -> dict[str, Tensor]:
+        """A state after so many updates as `state_dict` names and shapes it, in tensors that take no memory."""
+        nothing = torch.zeros(())
+        state = {
+            f"{moment}.{name}": nothing.expand(param.shape)
+            for name, param in self.params.items()
+            for moment in _MOMENTS
+            if num_updates
+        }
+        state |= {f"master.{name}": nothing.expand(master.shape) for name, master in self._masters.items()}
+        return state | {_NUM_UPDATES: torch.tensor(num_updates)}
+
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over, by copy, a state that `state_dict()` of the same parameters gave.
 
         Raises RunError if a name or a shape is not what these parameters need; nothing has changed then.
         """
         num_updates = int(state[_NUM_UPDATES]) if _NUM_UPDATES in state else 0
-        wanted = {f"{moment}.{n}": p.shape for n, p in self.params.items() for moment in _MOMENTS if num_updates}
-        wanted |= {f"master.{n}": m.shape for n, m in self._masters.items()} | {_NUM_UPDATES: torch.Size([])}
+        wanted = {name: tensor.shape for name, tensor in self.empty_state(num_updates).items()}
         found = {name: tensor.shape for name, tensor in state.items()}
         if found != wanted:
             name = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))[0]

@@ -12,7 +12,7 @@ Letters: T tokens of a pack, D hidden, R rows whose prediction counts, M micro-b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -77,6 +77,7 @@ def forward_backward(
     tokens_at_once: int | None = None,
     keep_attention: bool = False,
     loss_scale: float = 1.0,
+    numbers: Sequence[int] | None = None,
 ) -> float:
     """Add the gradient of the step's loss to `model.trainable`; returns the loss.
 
@@ -89,9 +90,10 @@ def forward_backward(
                      those that are added to `model.trainable` are not
     tokens_at_once   of a pack, that go through a layer's experts together; None: all. Only with `recompute`
     keep_attention   and don't compute full attention over long documents again; only with `recompute`
+    numbers          the packs' numbers in the step, for `loss_of` and dropout, where others are another process's
     """
-    drops = [_dropout(model, dropout_seed, m) for m in range(len(packs))]
-    numbered = list(enumerate(packs))
+    numbered = list(zip(range(len(packs)) if numbers is None else numbers, packs, strict=True))
+    drops = {number: _dropout(model, dropout_seed, number) for number, _ in numbered}
     together = [numbered] if prepares_layers(model) else [[one] for one in numbered]
     if experts_at_once is None:
         tokens = sum(pack.num_tokens for pack in packs)
@@ -139,7 +141,7 @@ def _layer_major(
     packs: Sequence[tuple[int, Pack]],
     loss_of: LossOfLogprobs,
     plan: _Plan,
-    drops_of: Sequence[Dropout | None],
+    drops_of: Mapping[int, Dropout | None],
 ) -> float:
     """`forward_backward` of some of the micro-batches, each with its number."""
     numbers = [number for number, _ in packs]

@@ -75,13 +75,18 @@ class SavedState:
         with torch.no_grad():
             for name, param in params.items():
                 param.copy_(tensors[name])
-        _set_rng_state(json.loads((self.path / STATE).read_text())["rng"])
+        set_rng_state(json.loads((self.path / STATE).read_text())["rng"])
 
 
 def checkpoint_paths(run: Path) -> list[Path]:
     """The checkpoint folders of a run by step, oldest first; they are not verified."""
     found = [path for path in (run / "checkpoints").glob("step-*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=step_of)
+
+
+def checkpoint_path(run: Path, step: int) -> Path:
+    """The checkpoint folder of a step."""
+    return run / "checkpoints" / f"step-{step:08d}"
 
 
 def step_of(path: Path) -> int:
@@ -112,7 +117,7 @@ def save_checkpoint(
     progress  what else decides the next step; anything JSON can hold
     Raises    RunError if the disk is full or can't be written; earlier checkpoints are untouched then
     """
-    place = run / "checkpoints" / f"step-{step:08d}"
+    place = checkpoint_path(run, step)
     assert keep >= 1, keep
     assert not place.exists(), place
     partial = place.with_name(f".partial-{place.name}")
@@ -233,7 +238,7 @@ def _write_files(
     """Write and flush the four files of a checkpoint, the manifest last."""
     safetensors.torch.save_file({n: p.detach().contiguous() for n, p in params.items()}, folder / TRAINABLE)
     safetensors.torch.save_file(optimizer.state_dict(), folder / OPTIMIZER)
-    state = {"step": step, "progress": progress, "rng": _rng_state()}
+    state = {"step": step, "progress": progress, "rng": rng_state()}
     (folder / STATE).write_text(json.dumps(state, allow_nan=False))
     manifest = {"format": FORMAT, "step": step, "files": {name: _entry(folder / name) for name in sorted(_FILES)}}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
@@ -268,7 +273,7 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
 
 
-def _rng_state() -> dict[str, Any]:
+def rng_state() -> dict[str, Any]:
     """The state of every generator that a step may draw from, as JSON."""
     numpy_state = np.random.get_state(legacy=False)
     return {
@@ -279,7 +284,8 @@ def _rng_state() -> dict[str, Any]:
     }
 
 
-def _set_rng_state(saved: Mapping[str, Any]) -> None:
+def set_rng_state(saved: Mapping[str, Any]) -> None:
+    """Put every generator back where `rng_state` found it."""
     torch.set_rng_state(_from_hex(saved["torch"]))
     # A checkpoint may go on with fewer devices than it was made with; the generators of the missing ones have no use.
     for device, state in zip(range(torch.cuda.device_count()), saved["cuda"], strict=False):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -21,7 +21,11 @@ from ossia.model.transformer import Transformer
 from ossia.ops.loss import weighted_nll
 from ossia.ops.memory import return_freed_memory
 from ossia.train.optim import AdamW
+from ossia.train.ranks.gradients import share, sum_gradients
 from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs, prepares_layers
+
+if TYPE_CHECKING:
+    from ossia.train.ranks.world import World
 
 _STEPS_TO_TRIM = 16  # that a process may grow for; what a step gives back, the next one takes again page by page
 Recompute = Literal["auto", "always", "never", "offload"]
@@ -68,13 +72,16 @@ def train_step(
     keep_attention: bool = False,
     dropout_seed: int | None = None,
     loss_of: LossOfLogprobs | None = None,
+    world: World | None = None,
 ) -> StepResult:
     """Forward, backward and update over any number of micro-batches.
 
     loss_of  each micro-batch's part of the loss; None: of supervised fine-tuning, -ln p weighted by the packs' weights
+    world    the ranks that take the step together, each with its share of these packs; None: this process alone
     Raises  RunError before anything is changed if the loss or a gradient is missing or not finite
     """
     weight = float(sum(pack.weights.double().sum() for pack in packs))
+    numbers = list(range(len(packs))) if world is None else share(packs, world.size)[world.rank]
 
     def weighted(logp_R: Tensor, micro: int, rows_R: Tensor) -> Tensor:
         weights_R = packs[micro].weights.to(logp_R.device)[rows_R]
@@ -82,9 +89,11 @@ def train_step(
 
     def gradients(loss_scale: float) -> float:
         model.trainable.zero_grad()
+        if not numbers:
+            return 0.0
         return forward_backward(
             model,
-            packs,
+            [packs[number] for number in numbers],
             loss_of or weighted,
             recompute=recompute,
             offload=offload,
@@ -92,12 +101,15 @@ def train_step(
             keep_attention=keep_attention,
             dropout_seed=dropout_seed,
             loss_scale=loss_scale,
+            numbers=numbers,
         )
 
     loss = gradients(1.0) if model.dtype != torch.float16 else _without_overflow(model, packs, gradients)
+    if world is not None:
+        loss = sum_gradients(world, model.trainable.tensors, loss, step=optimizer.num_updates + 1)
     grad_norm = optimizer.update(loss=loss, lr=lr, clip=clip)
     # packs that went one after the other through the same memory will do so again
-    if len(packs) == 1 or prepares_layers(model) or optimizer.num_updates % _STEPS_TO_TRIM == 0:
+    if len(numbers) <= 1 or prepares_layers(model) or optimizer.num_updates % _STEPS_TO_TRIM == 0:
         return_freed_memory(model.device)
     tokens, trained = (sum(counts) for counts in zip(*((p.num_tokens, p.num_trained) for p in packs), strict=True))
     return StepResult(loss, weight, tokens, trained, grad_norm)
@@ -124,12 +136,15 @@ def _without_overflow(model: Transformer, packs: Sequence[Pack], gradients: Call
     return loss
 
 
-def evaluate_loss(model: Transformer, packs: Sequence[Pack]) -> EvalLoss:
-    """The loss that `train_step` would see, without gradients and without dropout."""
+def evaluate_loss(model: Transformer, packs: Sequence[Pack], world: World | None = None) -> EvalLoss:
+    """The loss that `train_step` would see, without gradients and without dropout; of ranks, each computes a share."""
     total = 0.0
-    for logp_R, pack in zip(forward_logprobs(model, packs), packs, strict=True):
+    own = packs if world is None else [packs[number] for number in share(packs, world.size)[world.rank]]
+    for logp_R, pack in zip(forward_logprobs(model, own) if own else (), own, strict=True):
         weights_R = pack.weights[pack.weights > 0].to(logp_R.device)
         total -= float((weights_R.double() * logp_R.double()).sum())
+    if world is not None:
+        total = math.fsum(world.gather(total))
     weight = float(sum(pack.weights.double().sum() for pack in packs))
     tokens, trained = (sum(counts) for counts in zip(*((p.num_tokens, p.num_trained) for p in packs), strict=True))
     return EvalLoss(total / weight, weight, tokens, trained)

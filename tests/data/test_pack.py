@@ -1,4 +1,4 @@
-"""Packs: aligned to predictions, full, each sample once an epoch, the same for any number of ranks and after a stop."""
+"""Packs: aligned to predictions, full, each sample once an epoch, the same after a stop."""
 
 from __future__ import annotations
 
@@ -164,28 +164,6 @@ def test_the_order_is_the_seeds_and_differs_from_epoch_to_epoch(open_lengths: Op
     assert in_file != sorted(in_file)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_the_ranks_together_get_the_packs_that_one_would(open_lengths: Open, world: int) -> None:
-    datasets = open_lengths(lognormal_lengths(300, 400))
-
-    def steps(rank: int, world: int) -> list[list[Pack]]:
-        stream = PackedStream(
-            datasets, tokens_per_step=2048, tokens_per_pack=512, seed=0, rank=rank, world=world, epochs=2
-        )
-        found = []
-        while not stream.finished:
-            found.append(stream.next_step())
-        return found
-
-    alone = steps(0, 1)
-    shared = [steps(rank, world) for rank in range(world)]
-    assert {len(part) for part in shared} == {len(alone)}
-    for number, step in enumerate(alone):
-        together = contents([pack for part in shared for pack in part[number]])
-        assert sorted(together) == sorted(contents(step))
-    assert all(len(part[0]) == 4 // world for part in shared)
-
-
 def test_a_stream_resumes_at_the_same_sample_from_every_step(
     write_rows: Callable[..., str], make_recipe: Callable[..., Recipe], vocab: Vocabulary
 ) -> None:
@@ -197,11 +175,9 @@ def test_a_stream_resumes_at_the_same_sample_from_every_step(
     path = write_rows([*rows, {"messages": "bad"}])
     recipe = make_recipe(path, max_length=512, on_bad_row="skip")
 
-    def stream(rank: int = 0, world: int = 1) -> PackedStream:
+    def stream() -> PackedStream:
         datasets = open_datasets(recipe, vocab).train
-        return PackedStream(
-            datasets, tokens_per_step=2048, tokens_per_pack=1024, seed=5, rank=rank, world=world, epochs=2.5
-        )
+        return PackedStream(datasets, tokens_per_step=2048, tokens_per_pack=1024, seed=5, epochs=2.5)
 
     whole, states = stream(), []
     expected = []
@@ -218,9 +194,6 @@ def test_a_stream_resumes_at_the_same_sample_from_every_step(
         if number % 7 == 0:
             assert resumed.finished
             assert resumed.statistics == whole.statistics
-    second = stream(rank=1, world=2)  # a state is good for another number of ranks
-    second.load_state(json.loads(states[3]))
-    assert contents(second.next_step()) == expected[3][1::2]
 
 
 def test_a_state_of_other_data_or_sizes_is_refused(open_lengths: Open) -> None:
@@ -247,14 +220,13 @@ def lengths_of(datasets: tuple[Dataset, ...]) -> Lengths:
 
 
 @pytest.mark.parametrize("epochs", [0.3, 1, 2])
-@pytest.mark.parametrize(("rank", "world"), [(0, 1), (1, 2)])
 def test_the_number_of_steps_is_known_before_the_first_and_still_in_the_middle(
-    open_lengths: Open, epochs: float, rank: int, world: int
+    open_lengths: Open, epochs: float
 ) -> None:
     datasets = (*open_lengths(lognormal_lengths(300, 400)), *open_lengths([90, 20] * 30, weight=1.5, name="b.jsonl"))
     lengths = lengths_of(datasets)
     sizes = {"tokens_per_step": 2048, "tokens_per_pack": 512}
-    stream = PackedStream(datasets, **sizes, seed=3, epochs=epochs, rank=rank, world=world)
+    stream = PackedStream(datasets, **sizes, seed=3, epochs=epochs)
     before = stream.count_steps(lengths)
     stream.next_step()
     assert stream.count_steps(lengths) == before
@@ -301,8 +273,6 @@ def test_sizes_that_do_not_fit_each_other_are_refused(open_lengths: Open) -> Non
     datasets = open_lengths([10] * 8)
     with pytest.raises(RecipeError, match=r"tokens_per_step: 63 is less than one pack of 64"):
         PackedStream(datasets, tokens_per_step=63, tokens_per_pack=64, seed=0)
-    with pytest.raises(RecipeError, match=r"3 packs a step can't be shared by 2 processes"):
-        PackedStream(datasets, tokens_per_step=200, tokens_per_pack=64, seed=0, world=2)
     with pytest.raises(RecipeError, match=r"rows.jsonl:\d: a sample of 10 tokens doesn't fit into a pack of 9"):
         PackedStream(datasets, tokens_per_step=9, tokens_per_pack=9, seed=0).next_step()
 

@@ -18,7 +18,7 @@ from tests.train.small_run import Death, forkserver
 
 RecipeFor = Callable[[Path], Path]
 Outcome = tuple[dict[str, bytes], list[dict[str, Any]]]
-TIMED = {"tokens_per_s", "step_s", "eval_s", "peak_bytes"}
+TIMED = {"tokens_per_s", "step_s", "eval_s", "peak_bytes", "rank_peak_bytes"}
 RECIPE = """
 model: {model}
 dtype: bfloat16

@@ -124,17 +124,21 @@ def left_behind(run: Path) -> dict[str, bytes]:
 
 @dataclass
 class Death:
-    """Kills this process at the `number`-th call of `kind` (from 1); kind "" only counts the calls."""
+    """Kills this process at the `number`-th call of `kind` (from 1); kind "" only counts the calls.
+
+    how  the signal: SIGKILL, or SIGSTOP to hang
+    """
 
     kind: str
     number: int
+    how: int = signal.SIGKILL
     calls: Counter[str] = field(default_factory=Counter)
 
     def maybe(self, kind: str, before: Callable[[], object] = lambda: None) -> None:
         self.calls[kind] += 1
         if kind == self.kind and self.calls[kind] == self.number:
             before()
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), self.how)
 
     @contextmanager
     def lurking(self) -> Iterator[None]:
@@ -183,7 +187,9 @@ def forkserver() -> Any:
     """Where all tests get new processes from: what takes seconds to import is imported there, once."""
     context = multiprocessing.get_context("forkserver")
     # torch imports _dynamo at the first use of an optimizer
-    context.set_forkserver_preload(["torch._dynamo", "safetensors.torch", "rich.progress", "pydantic", "tokenizers"])
+    context.set_forkserver_preload(
+        ["torch._dynamo", "safetensors.torch", "rich.progress", "pydantic", "tokenizers", "ossia.api", "ossia.cli"]
+    )
     return context
 
 

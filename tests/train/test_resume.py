@@ -72,6 +72,6 @@ def test_a_resumed_run_differs_if_the_generators_are_left_as_they_are(
     """The comparison above can fail: without the saved generators the dropout of later steps is another."""
     killed = train_in_process(tmp_path / "run", kind="before an update", number=4)
     killed.join()
-    monkeypatch.setattr("ossia.train.state._set_rng_state", lambda saved: None)
+    monkeypatch.setattr("ossia.train.state.set_rng_state", lambda saved: None)
     train(tmp_path / "run", resume=True)
     assert left_behind(tmp_path / "run") != untouched

@@ -1,0 +1,77 @@
+"""Starting the ranks of a run on this machine, with PyTorch's own launcher."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ossia.cli.app import importing
+from ossia.errors import UserError
+
+if TYPE_CHECKING:
+    from ossia.config import Recipe
+
+_TO_SAVE_S = 60  # that ranks have to finish a step and save, once they are asked to stop
+
+
+def ranks_to_start(recipe: Recipe, nproc: int | None) -> int:
+    """How many processes a run is to be: of the command, of the recipe, or one for each GPU; 1: this one alone.
+
+    Raises  UserError where a launcher has started this process, or `nproc` doesn't go with the recipe
+    """
+    from ossia.train.ranks.launched import launched
+
+    if launched() is not None:
+        if nproc is not None:
+            raise UserError("--nproc: a launcher has started this process already; say there how many there are to be")
+        return 1
+    if nproc is not None and nproc > 1 and recipe.method != "sft":
+        raise UserError(f"--nproc: {nproc}, but `method: {recipe.method}` is one process as yet; leave it out")
+    if nproc is None and recipe.parallel.ranks is None:
+        if recipe.method != "sft" or recipe.device == "cpu":
+            return 1
+        with importing():
+            import torch
+
+        return max(1, torch.cuda.device_count())
+    return nproc or recipe.parallel.ranks or 1
+
+
+def launch(ranks: int, arguments: Sequence[str], *, max_restarts: int) -> None:
+    """Run `ossia ARGUMENTS` in so many processes; back when all are done.
+
+    max_restarts  after a failure all are started again so often; they go on from the last checkpoint
+    Raises        SystemExit with a rank's exit code where one failed, 130 where this process was asked to stop
+    """
+    with importing():
+        from torch.distributed.elastic.multiprocessing.api import SignalException
+        from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+        from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=max_restarts,
+        shutdown_timeout=_TO_SAVE_S,
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "ossia", *arguments)
+    except SignalException:
+        raise SystemExit(130) from None
+    except ChildFailedError as error:
+        rank, failure = error.get_first_failure()
+        if failure.exitcode < 0:  # a process that was killed has said nothing itself
+            name = signal.Signals(-failure.exitcode).name
+            print(
+                f"rank {rank}: its process was ended by {name}; to go on: the same command with --resume",
+                file=sys.stderr,
+            )
+        raise SystemExit(max(failure.exitcode, 1)) from None

@@ -1,0 +1,1 @@
+"""Training by several processes: which rank this is, what the ranks tell each other, and their sums."""
