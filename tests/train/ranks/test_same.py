@@ -35,6 +35,7 @@ def farthest(one: list[float], other: list[float]) -> float:
     return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trains", ["adapters", "all weights"])
 def test_two_and_three_ranks_have_the_losses_of_one_over_fifty_steps(
     trains: str, train_into: MakeRecipe, tmp_path: Path
@@ -69,6 +70,7 @@ def test_ranks_without_a_pack_take_part_and_only_the_first_talks(train_into: Mak
     assert (tmp_path / "3" / "adapter" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_other_numbers_of_ranks_and_the_same_losses(train_into: MakeRecipe, tmp_path: Path) -> None:
     arguments = train_into(tmp_path / "run", "train.steps=8")
     train(1, tmp_path / "said", train_into(tmp_path / "alone", "train.steps=8"))
