@@ -18,7 +18,7 @@ _TO_SAVE_S = 60  # that ranks have to finish a step and save, once they are aske
 
 
 def ranks_to_start(recipe: Recipe, nproc: int | None) -> int:
-    """How many processes a run is to be: of the command, of the recipe, or one for each GPU; 1: this one alone.
+    """How many processes a run is to be: of the command, of the recipe, or 1: this one alone.
 
     Raises  UserError where a launcher has started this process, or `nproc` doesn't go with the recipe
     """
@@ -30,14 +30,7 @@ def ranks_to_start(recipe: Recipe, nproc: int | None) -> int:
         return 1
     if nproc is not None and nproc > 1 and recipe.method != "sft":
         raise UserError(f"--nproc: {nproc}, but `method: {recipe.method}` is one process as yet; leave it out")
-    if nproc is None and recipe.parallel.ranks is None:
-        if recipe.method != "sft" or recipe.device == "cpu":
-            return 1
-        with importing():
-            import torch
-
-        return max(1, torch.cuda.device_count())
-    return nproc or recipe.parallel.ranks or 1
+    return nproc or recipe.parallel.ranks
 
 
 def launch(ranks: int, arguments: Sequence[str], *, max_restarts: int) -> None:

@@ -285,10 +285,9 @@ class LogConfig(Section):
 class ParallelConfig(Section):
     """Training by several processes, the ranks of a run, that share each step's packs (docs/parallel.md)."""
 
-    ranks: int | None = Field(
-        None, ge=1, le=1024, json_schema_extra=words("one for each GPU with `method: sft`, else one")
-    )
-    """Processes that `ossia train` starts on this machine; under torchrun it's torchrun that says how many."""
+    ranks: int = Field(1, ge=1, le=1024)
+    """Processes that `ossia train` starts on this machine, on GPUs one for each; under torchrun it's torchrun that says
+    how many."""
     timeout: float = Field(600.0, ge=1)
     """Seconds that ranks wait for one that doesn't come and isn't known to be busy, before the run ends with an error
     that names it."""
@@ -410,7 +409,7 @@ class Recipe(Section):
             else None,
             Clash(("train.steps",), "`train.steps` is missing: `method: grpo` has no epochs") if no_steps else None,
             Clash(("parallel.ranks", "method"), "`parallel.ranks` is for `method: sft`; `grpo` is one process as yet")
-            if (self.parallel.ranks or 1) > 1
+            if self.parallel.ranks > 1
             else None,
             Clash(("rl.kl", "adapter"), "`rl.kl` needs an `adapter`: the reference is the model with it switched off")
             if rl.kl and self.adapter is None
