@@ -109,6 +109,8 @@ class Grpo:
     new: int
     placement: Placement
     steps: int = 2
+    pack: int = 16384
+    on_host: tuple[str, ...] = ()
 
 
 # a case of the peer has the weights, ids and settings of the one before it
@@ -145,6 +147,7 @@ CASES: dict[str, Train | Decode | Grpo] = {
     "train-120b-host": Train("120b", 2048, 2048, 1, "resident", steps=2, on_host=(EMBEDDING,)),
     "train-120b-stream": Train("120b", 8192, 4096, 1, "stream", steps=2, tokens_at_once=4096),
     "grpo": Grpo("20b", 8, 8, 1024, "resident"),
+    "grpo-lean": Grpo("20b", 8, 8, 1024, "resident", pack=4096, on_host=(EMBEDDING,)),  # with --memory-gb 16
 }
 
 
@@ -354,14 +357,15 @@ class Noise:
 
 def grpo(case: Grpo, profile: Path | None) -> dict[str, Any]:
     """Steps from prompts to the update; seconds of sampling, the reward beside it, and of training."""
-    model = build(case.shape, case.placement, None)
+    model = build(case.shape, case.placement, None, on_host=case.on_host)
     with TemporaryDirectory() as scratch:
         vocab = Vocabulary.from_file(write_o200k_harmony(Path(scratch)))
         changes = (
             "model=openai/gpt-oss-20b", "dtype=bfloat16", "weights=resident", f"rl.prompts={case.prompts}",
             f"rl.group={case.group}", f"rl.max_new={case.new}", "rl.mask_truncated=false", "rl.max_mismatch=1",
             "rl.eval_tasks=0", "eval.every=0", f"max_length={case.new + 256}", f"adapter.targets={[*ATTENTION]}",
-            "adapter.rank=16", f"output={scratch}/run", "train.tokens_per_pack=16384", "train.tokens_per_step=16384",
+            "adapter.rank=16", f"output={scratch}/run", f"train.tokens_per_pack={case.pack}",
+            f"train.tokens_per_step={case.pack}",
         )  # fmt: skip
         recipe = load_recipe(ROOT / "recipes" / "grpo-sort.yaml", changes)
         recipe.output.mkdir()
@@ -393,9 +397,13 @@ def main() -> None:
     parser.add_argument("--all", action="store_true")
     parser.add_argument("--profiles", type=Path, help="a folder for a table of kernels of each case")
     parser.add_argument("--name", default="gpu", help="of the result's file")
+    parser.add_argument("--memory-gb", type=float, help="as on a GPU of so much: all else of this one is left alone")
     options = parser.parse_args()
+    if options.memory_gb is not None:
+        share = options.memory_gb * 1e9 / torch.cuda.mem_get_info()[1]
+        torch.cuda.set_per_process_memory_fraction(share)
     result: dict[str, Any] = {
-        "where": where(("torch", "numpy")) | {"gpu": torch.cuda.get_device_name()},
+        "where": where(("torch", "numpy")) | {"gpu": torch.cuda.get_device_name(), "memory_gb": options.memory_gb},
         "cases": {},
     }
     for name in CASES if options.all else options.case:

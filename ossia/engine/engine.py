@@ -14,8 +14,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
-import torch
-
 from ossia.engine.cache import Cache
 from ossia.engine.decode import Decoder, TorchDecoder, fuses
 from ossia.engine.graphs import GraphDecoder
@@ -27,7 +25,7 @@ from ossia.harmony.vocab import Vocabulary
 from ossia.kernels.cpu.native import Unavailable
 from ossia.model.lora import Lora
 from ossia.model.transformer import Transformer
-from ossia.ops.memory import machine_memory
+from ossia.ops.memory import gpu_memory, machine_memory
 
 CacheDtype = Literal["model", "int8"]
 DecoderChoice = Literal["auto", "torch", "native"]
@@ -132,7 +130,7 @@ class Engine:
 def default_cache_bytes(model: Transformer) -> int:
     """What the cache of an engine may grow to if nothing is said: see `Engine`."""
     if model.device.type == "cuda":
-        return torch.cuda.mem_get_info(model.device)[0] // 2
+        return gpu_memory(model.device)[1] // 2
     return machine_memory()[0] // 4
 
 

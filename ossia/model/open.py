@@ -21,7 +21,7 @@ from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
 from ossia.ops.attention import Backend, Place, check_backend
-from ossia.ops.memory import machine_memory
+from ossia.ops.memory import gpu_memory, machine_memory
 
 WeightsChoice = Literal["auto", "resident", "stream", "mmap", "bf16"]
 DeviceChoice = Literal["auto", "cpu", "cuda"]
@@ -139,7 +139,7 @@ def choose_placement(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.d
 
 def memory_of(device: torch.device) -> budget.Memory:
     """Memory of the machine, and of the device where it is a GPU."""
-    gpu_free, gpu = torch.cuda.mem_get_info(device) if device.type == "cuda" else (0, 0)
+    gpu, gpu_free = gpu_memory(device) if device.type == "cuda" else (0, 0)
     return budget.Memory(*machine_memory(), gpu=gpu, gpu_free=gpu_free)
 
 

@@ -23,6 +23,15 @@ _GROUP_FILES = {
 }
 
 
+def gpu_memory(device: torch.device) -> tuple[int, int]:
+    """A GPU's memory in bytes, all and free; of a process that torch holds to a share of it, that share."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info(device)
+    held = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return min(total, held), max(0, min(free, held - torch.cuda.memory_reserved(device)))
+
+
 def machine_memory(root: Path = Path("/")) -> tuple[int, int]:
     """Memory in bytes, all and free: the machine's, or that of the control group where the process is held to less.
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
-from ossia.ops.memory import machine_memory
+from ossia.ops.memory import gpu_memory, machine_memory
 
 GIB = 2**30
 
@@ -70,3 +71,16 @@ def test_this_machines_memory_is_a_sensible_number_of_bytes(tmp_path: Path) -> N
     assert total > 100 * 2**20
     unsaid, free = machine_memory(tmp_path)  # no /proc/meminfo, as on macOS
     assert free == unsaid >= total
+
+
+@pytest.mark.parametrize(
+    ("share", "reserved", "expected"),
+    [(1.0, 3 << 30, (80 << 30, 70 << 30)), (0.25, 3 << 30, (20 << 30, 17 << 30)), (0.25, 21 << 30, (20 << 30, 0))],
+)
+def test_a_gpu_of_which_a_process_may_use_a_share_is_that_share(
+    monkeypatch: pytest.MonkeyPatch, share: float, reserved: int, expected: tuple[int, int]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (70 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: share)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    assert gpu_memory(torch.device("cuda")) == expected
