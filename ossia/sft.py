@@ -138,7 +138,7 @@ def make_job(
     keep = keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
     away = not keep and offloads(model, train.recompute, tokens)
     at_once = None if keep else chunk_of_tokens(model)
-    sizes = train.tokens_per_step, train.tokens_per_pack, recipe.max_length
+    sizes = tokens, train.tokens_per_pack, recipe.max_length
     keep_attention = not (keep or away) and keeps_attention(model, *sizes)
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
 
