@@ -29,14 +29,7 @@ from ossia.train.events import Sink
 from ossia.train.loop import Job, run_loop
 from ossia.train.ranks.world import World, joined
 from ossia.train.report import write_report
-from ossia.train.step import (
-    chunk_of_tokens,
-    evaluate_loss,
-    keeps_activations,
-    keeps_attention,
-    offloads,
-    train_step,
-)
+from ossia.train.step import evaluate_loss, how_to_step, train_step
 
 ROWS_TO_CHECK = 50_000
 
@@ -134,12 +127,8 @@ def make_job(
     """The loop's job: AdamW over what is trainable, `train_step` on each step's packs."""
     train = recipe.train
     optimizer = adamw_of(recipe, model)
-    tokens = tokens_of_rank(recipe, world)
-    keep = keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
-    away = not keep and offloads(model, train.recompute, tokens)
-    at_once = None if keep else chunk_of_tokens(model)
-    sizes = tokens, train.tokens_per_pack, recipe.max_length
-    keep_attention = not (keep or away) and keeps_attention(model, *sizes)
+    sizes = tokens_of_rank(recipe, world), train.tokens_per_pack, recipe.max_length
+    how = how_to_step(model, train.recompute, *sizes)
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
 
     def step(packs: list[Pack], lr: float) -> Mapping[str, float]:
@@ -150,10 +139,7 @@ def make_job(
             packs,
             lr=lr,
             clip=train.clip,
-            recompute=not keep,
-            offload=away,
-            tokens_at_once=at_once,
-            keep_attention=keep_attention,
+            **how._asdict(),
             dropout_seed=seed,
             world=world,
         )

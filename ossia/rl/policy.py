@@ -27,7 +27,7 @@ from ossia.rl.sampler.served import Served
 from ossia.rl.tasks import NamedEnv, TaskStream
 from ossia.train.optim import AdamW
 from ossia.train.schedule import forward_logprobs
-from ossia.train.step import chunk_of_tokens, keeps_activations, keeps_attention, offloads, train_step
+from ossia.train.step import how_to_step, train_step
 
 _PROBED = 4  # prompts that a rollout server is tried with
 
@@ -93,12 +93,8 @@ class Policy:
         self.alarm, self.number = Alarm(), 0  # steps taken
         self._next: Next | None = None
         self.tokens_per_pack = train.tokens_per_pack
-        tokens = recipe.tokens_of_step
-        self.recompute = not keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
-        self.offload = self.recompute and offloads(model, train.recompute, tokens)
-        self.tokens_at_once = chunk_of_tokens(model) if self.recompute else None
-        sizes = tokens, train.tokens_per_pack, recipe.max_length
-        self.keep_attention = self.recompute and not self.offload and keeps_attention(model, *sizes)
+        sizes = recipe.tokens_of_step, train.tokens_per_pack, recipe.max_length
+        self.how = how_to_step(model, train.recompute, *sizes)
         self.counts = {"rollouts": 0, "reward_failures": 0, "truncated": 0, "equal_groups": 0, "skipped_updates": 0}
 
     # --- the loop's data: tasks
@@ -216,10 +212,7 @@ class Policy:
                 batch.packs,
                 lr=lr,
                 clip=self.recipe.train.clip,
-                recompute=self.recompute,
-                offload=self.offload,
-                tokens_at_once=self.tokens_at_once,
-                keep_attention=self.keep_attention,
+                **self.how._asdict(),
                 loss_of=loss,
             )
             result = result or updated

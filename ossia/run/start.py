@@ -30,7 +30,7 @@ from ossia.train.ranks.agree import agree, code_identity, saved_of_first, tensor
 from ossia.train.report.page import REPORT, SAMPLES
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import SavedState, checkpoint_paths, seed_generators, write_file
-from ossia.train.step import chunk_of_tokens, keeps_activations, keeps_attention, offloads, work_of
+from ossia.train.step import how_to_step, work_of
 
 if TYPE_CHECKING:
     from ossia.train.ranks.world import World
@@ -156,13 +156,10 @@ def tokens_of_rank(recipe: Recipe, world: World | None) -> int:
 def predicted(recipe: Recipe, model: Transformer, world: World | None = None) -> str:
     """The memory that a run's steps should take at most, in a line; of one of the ranks."""
     tokens, train = tokens_of_rank(recipe, world), recipe.train
-    keeps = keeps_activations(model, train.recompute, tokens, train.tokens_per_pack)
+    how = how_to_step(model, train.recompute, tokens, train.tokens_per_pack, recipe.max_length)
     pack = min(tokens, train.tokens_per_pack)
-    work = work_of(model, pack=pack, packs=tokens // pack, recompute=not keeps)
-    if not keeps:
-        work = replace(work, offload=offloads(model, train.recompute, tokens), chunk=chunk_of_tokens(model))
-        sizes = tokens, train.tokens_per_pack, recipe.max_length
-        work = replace(work, keep_attention=not work.offload and keeps_attention(model, *sizes))
+    work = work_of(model, pack=pack, packs=tokens // pack, recompute=how.recompute)
+    work = replace(work, offload=how.offload, chunk=how.tokens_at_once, keep_attention=how.keep_attention)
     cached = cache_bytes(recipe, model.arch, DTYPE_NAMES[model.dtype], default_cache_bytes(model))
     return as_line(work, footprint(work, cache_bytes=cached))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,6 +148,24 @@ def evaluate_loss(model: Transformer, packs: Sequence[Pack], world: World | None
     weight = float(sum(pack.weights.double().sum() for pack in packs))
     tokens, trained = (sum(counts) for counts in zip(*((p.num_tokens, p.num_trained) for p in packs), strict=True))
     return EvalLoss(total / weight, weight, tokens, trained)
+
+
+class How(NamedTuple):
+    """How a step goes, by the names that `train_step` has for it."""
+
+    recompute: bool
+    offload: bool
+    tokens_at_once: int | None
+    keep_attention: bool
+
+
+def how_to_step(model: Transformer, recompute: Recompute, tokens: int, tokens_per_pack: int, longest: int) -> How:
+    """What a run decides before its first step, of steps of `tokens` tokens and documents of up to `longest`."""
+    if keeps_activations(model, recompute, tokens, tokens_per_pack):
+        return How(recompute=False, offload=False, tokens_at_once=None, keep_attention=False)
+    offload = offloads(model, recompute, tokens)
+    keep_attention = not offload and keeps_attention(model, tokens, tokens_per_pack, longest)
+    return How(True, offload, chunk_of_tokens(model), keep_attention)
 
 
 def keeps_activations(model: Transformer, recompute: Recompute, tokens: int, tokens_per_pack: int) -> bool:
