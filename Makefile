@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV   ?= .venv
 PIP    := $(VENV)/bin/python -m pip --disable-pip-version-check
-# Two threads: the suite's models are small, and more threads only wait for each other.
+# Two threads: the demo's model is small, and more threads only wait for each other. Tests run one a core, up to four.
 OMP_NUM_THREADS ?= 2
+test: OMP_NUM_THREADS = 1
 export OMP_NUM_THREADS
 # Waiting threads sleep instead of spinning on cores that others need.
 export OMP_WAIT_POLICY ?= PASSIVE
@@ -24,7 +25,7 @@ demo: $(VENV)/.demo-installed
 	@echo "The command itself: source $(VENV)/bin/activate"
 
 test: $(VENV)/.dev-installed
-	$(VENV)/bin/python -m pytest $(T)
+	$(VENV)/bin/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(T)
 
 lint: $(VENV)/.dev-installed
 	$(VENV)/bin/ruff check

@@ -55,8 +55,11 @@ def trained_fixture(cache_dir: Path, *, seed: int = 0, plan: Plan = FIXTURE_PLAN
             _, recipe_file = prepare(partial, seed=seed, plan=plan)
             sft.run(load_recipe(recipe_file), sink=_Silent())
             shutil.rmtree(partial / "checkpoints")
-            if not folder.is_dir():  # another session may have been faster; its weights are the same
+            try:
                 partial.rename(folder)
+            except OSError:  # another session may have been faster; its weights are the same
+                if not folder.is_dir():
+                    raise
         finally:
             shutil.rmtree(partial, ignore_errors=True)
     folder.touch()

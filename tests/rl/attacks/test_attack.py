@@ -199,6 +199,8 @@ def in_a_thread(call: Callable[[], int]) -> Iterator[int]:
     finally:
         end.set()
         thread.join()
+        while Path(f"/proc/self/task/{thread.native_id}").exists():  # Python's end of it comes before the kernel's
+            time.sleep(0.001)
 
 
 def test_what_is_left_with_the_kernel_is_told(outside: Outside) -> None:
