@@ -94,20 +94,18 @@ def ossia_worker(case: Case, folder: Path, threads: int) -> None:
     from ossia.model.transformer import Transformer
     from ossia.model.weights import Weights
     from ossia.train.optim import AdamW
-    from ossia.train.step import keeps_activations, keeps_attention, train_step
+    from ossia.train.step import how_to_step, train_step
 
     pack = Pack.from_samples(samples_of(case, folder))
     model = Transformer(Weights(Checkpoint.open(folder), "bf16", torch.bfloat16, torch.device("cpu")))
     targets = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (RANK, ALPHA))
     model.use_adapter(Lora.fresh(model.arch, LoraSpec(targets), seed=0, device=model.device))
     optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
-    recompute = not keeps_activations(model, "auto", pack.num_tokens, pack.num_tokens)
-    attention = recompute and keeps_attention(model, *[pack.num_tokens] * 2, int(pack.starts.diff().max()))
+    how = how_to_step(model, "auto", *[pack.num_tokens] * 2, int(pack.starts.diff().max()))
 
     def step() -> dict[str, float]:
         start = time.perf_counter()
-        how = {"recompute": recompute, "keep_attention": attention}
-        result = train_step(model, optimizer, [pack], lr=LEARNING_RATE, clip=1.0, **how)
+        result = train_step(model, optimizer, [pack], lr=LEARNING_RATE, clip=1.0, **how._asdict())
         return {"loss": result.loss, "step_s": time.perf_counter() - start, "peak_bytes": peak_resident_bytes()}
 
     serve({"trained": pack.num_trained, "tokens": pack.num_tokens, "documents": len(pack.starts) - 1}, step)

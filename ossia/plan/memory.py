@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from ossia.config import Recipe
 from ossia.model.arch import Arch
+from ossia.model.budget.gpu import around_gpu
 from ossia.model.budget.layer import LayerBytes
 from ossia.model.budget.step import StepBytes, step_bytes
 from ossia.model.budget.weights import WeightBytes, pinned_bytes, trained_numbers
@@ -18,17 +19,12 @@ PROCESS = 232 * MIB  # Python, torch with what its optimizer loads, and this pac
 LIBRARIES = 170 * MIB  # pages of their files
 TOKENIZER = 90 * MIB  # of the released vocabulary; smaller ones take less
 GPU_PROCESS = 1200 * MIB  # the same in the machine's memory where a CUDA context is there
-GPU_CONTEXT = 520 * MIB  # on the device, outside of what torch counts
 _FAULT = 64 * 1024  # bytes of a file that come with a page of it
 _PRODUCT = 850 * 1024  # bytes that oneDNN keeps for a bfloat16 product in a size that it hasn't met
 _SIZES = 40  # that experts' rows come in: eight in every doubling, over five doublings
 _MOST_PRODUCTS = 1024  # that it keeps
 # Holes in the C library's heap, measured (docs/plan.md): a share of what lives in a step, and a layer's part so often
 _HOLES, _HOLES_LAYER, _HOLES_LAYER_AGAIN = 0.1, 1.4, 2.4  # the last where layers are computed again
-# On a GPU, measured with an H200 (docs/plan.md): what libraries keep for themselves, the same in every case; and
-# torch's holes, fitted to seventeen steps: some of any size, and more where a pack's activations are large
-_GPU_LIBRARIES = 240_000_000
-_GPU_HOLES, _GPU_HOLES_FIXED, _GPU_HOLES_ACTIVATIONS = 0.03, 300_000_000, 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,16 +91,6 @@ def footprint(work: Work, *, cache_bytes: int = 0, process: int | None = None, t
     host["products' code"] = _products(work)
     host["allocator"] = _holes(work, step)
     return Footprint({}, {name: size for name, size in host.items() if size}, files + LIBRARIES, step.moment)
-
-
-def around_gpu(work: Work, living: int) -> dict[str, int]:
-    """What a GPU holds beside the bytes that are asked for, of which a step makes and lets go `living`."""
-    activations = work.pack * work.arch.hidden_size * work.residual_size
-    return {
-        "libraries' own": _GPU_LIBRARIES,
-        "allocator": int(_GPU_HOLES * living) + _GPU_HOLES_FIXED + _GPU_HOLES_ACTIVATIONS * activations,
-        "CUDA context": GPU_CONTEXT,
-    }
 
 
 def weights_on_gpu(work: Work) -> int:

@@ -17,6 +17,7 @@ from ossia.errors import CheckpointError, RecipeError
 from ossia.model.arch import SHAPES, Arch, Layout
 from ossia.model.budget.choose import (
     Choice,
+    Fits,
     Memory,
     choose_placement,
     keeps_activations,
@@ -24,10 +25,11 @@ from ossia.model.budget.choose import (
     offloads,
     waits_on_host,
 )
+from ossia.model.budget.gpu import GPU_CONTEXT, ON_A_GPU
 from ossia.model.budget.weights import trained_numbers
 from ossia.model.budget.work import Work, tokens_at_once
 from ossia.plan.machine import Machine
-from ossia.plan.memory import GPU_CONTEXT, Footprint, cache_bytes, footprint, weights_on_gpu
+from ossia.plan.memory import Footprint, cache_bytes, footprint, weights_on_gpu
 from ossia.plan.speed import Speed, speed
 
 _RELEASED = {
@@ -36,7 +38,6 @@ _RELEASED = {
     "openai/gpt-oss-safeguard-20b": "20b",
     "openai/gpt-oss-safeguard-120b": "120b",
 }
-ON_A_GPU = 0.97  # of its memory: a driver keeps some
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,19 +176,22 @@ def _work(recipe: Recipe, machine: Machine, arch: Arch, layout: Layout, choice: 
 
 def _decided(work: Work, recipe: Recipe, memory: Memory) -> Work:
     """With what is left to `train.recompute`, as a run decides it once its weights are where they belong."""
-    taken = weights_on_gpu(work) + GPU_CONTEXT if work.device == "cuda" else 0
+    taken = weights_on_gpu(work) + 12 * trained_numbers(work) + GPU_CONTEXT if work.device == "cuda" else 0
     return decide(work, recipe, replace(memory, gpu_free=max(memory.gpu_free - taken, 0)))
 
 
-def decide(work: Work, recipe: Recipe, left: Memory) -> Work:
-    """What `train.recompute` comes to with the memory that is `left` once everything that stays is there."""
+def decide(work: Work, recipe: Recipe, left: Memory, fits: Fits | None = None) -> Work:
+    """What `train.recompute` comes to with the memory that is `left` once everything that stays is there.
+
+    fits  as of `budget.choose.offloads`
+    """
     choice = recipe.train.recompute
     if choice == "never" or (choice == "auto" and keeps_activations(work, left)):
         return replace(work, recompute=False)
-    away = choice == "offload" or (choice == "auto" and offloads(work, left))
     chunk = tokens_at_once(work.arch, work.size, left.gpu_free) if work.device == "cuda" else None
-    work = replace(work, offload=away, chunk=chunk)
-    return replace(work, keep_attention=keeps_attention(work, left))
+    work = replace(work, chunk=chunk)
+    work = replace(work, offload=choice == "offload" or (choice == "auto" and offloads(work, left, fits)))
+    return replace(work, keep_attention=keeps_attention(work, left, fits))
 
 
 def _longest(plan: Plan, arch: Arch, layout: Layout) -> int:

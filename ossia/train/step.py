@@ -163,9 +163,13 @@ def how_to_step(model: Transformer, recompute: Recompute, tokens: int, tokens_pe
     """What a run decides before its first step, of steps of `tokens` tokens and documents of up to `longest`."""
     if keeps_activations(model, recompute, tokens, tokens_per_pack):
         return How(recompute=False, offload=False, tokens_at_once=None, keep_attention=False)
-    offload = offloads(model, recompute, tokens)
-    keep_attention = not offload and keeps_attention(model, tokens, tokens_per_pack, longest)
-    return How(True, offload, chunk_of_tokens(model), keep_attention)
+    chunk, left = chunk_of_tokens(model), _left_for_steps(model)
+    pack = min(tokens, tokens_per_pack)
+    work = work_of(model, pack=pack, packs=max(tokens // tokens_per_pack, 1), recompute=True)
+    work = replace(work, longest=min(longest, pack), chunk=chunk)
+    offload = recompute == "offload" or (recompute == "auto" and budget.offloads(work, left))
+    keep_attention = budget.keeps_attention(replace(work, offload=offload), left)
+    return How(True, offload, chunk, keep_attention)
 
 
 def keeps_activations(model: Transformer, recompute: Recompute, tokens: int, tokens_per_pack: int) -> bool:
@@ -180,21 +184,10 @@ def keeps_activations(model: Transformer, recompute: Recompute, tokens: int, tok
     return budget.keeps_activations(work, memory_of(model.device))
 
 
-def offloads(model: Transformer, recompute: Recompute, tokens: int) -> bool:
-    """Whether layers' inputs wait in the machine's memory; asked where `keeps_activations` says no.
-
-    `auto` decides by what they take, see `budget.choose.offloads`. The numbers are the same.
-    """
-    if recompute != "auto":
-        return recompute == "offload"
-    return budget.offloads(work_of(model, pack=tokens, packs=1, recompute=True), memory_of(model.device))
-
-
-def keeps_attention(model: Transformer, tokens: int, tokens_per_pack: int, longest: int) -> bool:
-    """Whether full attention over documents of up to `longest` tokens is computed once; asked where layers are computed
-    again and their inputs stay. `budget.choose.keeps_attention` decides; the numbers are the same."""
-    work = work_of(model, pack=min(tokens, tokens_per_pack), packs=max(tokens // tokens_per_pack, 1), recompute=True)
-    return budget.keeps_attention(replace(work, longest=min(longest, work.pack)), memory_of(model.device))
+def _left_for_steps(model: Transformer) -> budget.Memory:
+    """What is free before the first step, but for what the optimizer will take then: two moments, float32."""
+    memory = memory_of(model.device)
+    return replace(memory, gpu_free=max(memory.gpu_free - 8 * model.trainable.num_parameters, 0))
 
 
 def chunk_of_tokens(model: Transformer) -> int | None:

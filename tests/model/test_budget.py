@@ -17,7 +17,7 @@ from ossia.data.sample import Sample
 from ossia.kernels import pick_kernels
 from ossia.model.arch import SHAPES, Arch, alternating_layers
 from ossia.model.budget import step as budget_step
-from ossia.model.budget.choose import Memory, choose_placement, keeps_activations, keeps_attention
+from ossia.model.budget.choose import Memory, choose_placement, keeps_activations, keeps_attention, offloads
 from ossia.model.budget.step import step_bytes
 from ossia.model.budget.weights import WeightBytes, pinned_bytes
 from ossia.model.budget.work import Placement, Work
@@ -154,15 +154,27 @@ def test_attention_that_is_kept_takes_the_bytes_that_its_budget_says(
 
 
 def test_attention_is_kept_for_long_documents_where_there_is_room() -> None:
-    work = Work(
-        SHAPES["20b"], "mxfp4", "resident", "cuda", "triton", "bfloat16", {"q_proj": 16}, pack=65_536, longest=65_536
-    )
+    here = Work(SHAPES["20b"], "mxfp4", "resident", "cuda", "triton", "bfloat16", {"q_proj": 16}, pack=1, chunk=1024)
+    work = dataclasses.replace(here, pack=65_536, longest=65_536)
     needed = 11 * 65_536 * 64 * (64 * 2 + 4)  # the last of twelve full layers isn't computed again
     room = Memory(machine=64 << 30, machine_free=64 << 30, gpu=80 << 30, gpu_free=4 * needed)
     assert keeps_attention(work, room)
     assert not keeps_attention(work, dataclasses.replace(room, gpu_free=4 * needed - 4))
     assert not keeps_attention(dataclasses.replace(work, longest=4096), room)
     assert not keeps_attention(dataclasses.replace(work, offload=True), room)
+    assert not keeps_attention(work, dataclasses.replace(room, gpu=20 * room.gpu_free))  # of which a driver keeps some
+
+
+@pytest.mark.parametrize("gpu_gb", [16, 24, 40])
+def test_inputs_wait_in_the_machine_just_where_a_step_does_not_fit_with_them(gpu_gb: int) -> None:
+    here = Work(SHAPES["20b"], "mxfp4", "resident", "cuda", "triton", "bfloat16", {"q_proj": 16}, pack=1, chunk=1024)
+    room = Memory(machine=64 << 30, machine_free=64 << 30, gpu=gpu_gb << 30, gpu_free=(gpu_gb - 13) << 30)
+    found = [offloads(dataclasses.replace(here, pack=pack, longest=pack), room) for pack in range(4096, 2**18, 4096)]
+    assert found == sorted(found)
+    assert {True, False} == set(found)
+    most = 4096 * found.index(True)  # that stays on the GPU
+    needed = step_bytes(dataclasses.replace(here, pack=most, longest=most)).total
+    assert 0.5 * room.gpu_free < needed < room.gpu_free
 
 
 @pytest.mark.parametrize("name", GPU_RESULTS)

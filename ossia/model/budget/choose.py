@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from ossia.model.arch import Arch, Layout
+from ossia.model.budget.gpu import fits_beside
 from ossia.model.budget.step import attention_bytes, graph_bytes_per_token
 from ossia.model.budget.weights import EMBEDDING, HEAD, WeightBytes
 from ossia.model.budget.work import DeviceKind, Placement, Work
 
+Fits = Callable[[Work], bool]
 WORKING_BYTES = 2 << 30  # a step of a few thousand tokens, and what a CUDA context takes
 
 
@@ -93,25 +96,30 @@ def keeps_activations(work: Work, memory: Memory) -> bool:
     return work.placement == "bf16" and needed < memory.machine // 5
 
 
-def offloads(work: Work, memory: Memory) -> bool:
+def offloads(work: Work, memory: Memory, fits: Fits | None = None) -> bool:
     """Whether layers' inputs wait in the machine's memory, where a recipe says `auto` and layers are computed again.
 
-    They do where those of a step take more than half of the GPU's free memory, `memory` as of `keeps_activations`.
+    They do where a step doesn't fit on the GPU with them.
+    memory  what is there once weights, what is trained and the optimizer's state are where they belong
+    fits    whether a step does; None: as one process's, which has all of the weights
     """
-    needed = work.pack * work.packs * work.arch.num_layers * work.arch.hidden_size * work.residual_size
-    return work.device == "cuda" and needed > memory.gpu_free // 2
+    fits = fits or (lambda step: fits_beside(step, memory.gpu, memory.gpu_free))
+    return work.device == "cuda" and not fits(replace(work, offload=False, keep_attention=False))
 
 
-def keeps_attention(work: Work, memory: Memory) -> bool:
+def keeps_attention(work: Work, memory: Memory, fits: Fits | None = None) -> bool:
     """Whether full attention over long documents is computed once where layers are computed again.
 
-    It is where what it finds takes at most a quarter of the GPU's free memory, `memory` as of `keeps_activations`, or a
-    tenth of the machine's.
+    It is where what it finds takes at most a quarter of the GPU's free memory and the step fits with it, `memory` and
+    `fits` as of `offloads`; on a CPU at most a tenth of the machine's.
     """
-    if work.offload or work.attention == "reference":
+    if work.offload or not work.recompute or work.attention == "reference":
         return False
     needed = attention_bytes(work, work.arch.num_layers - 1)
-    return 0 < needed <= (memory.gpu_free // 4 if work.device == "cuda" else memory.machine // 10)
+    if work.device == "cpu":
+        return 0 < needed <= memory.machine // 10
+    fits = fits or (lambda step: fits_beside(step, memory.gpu, memory.gpu_free))
+    return 0 < needed <= memory.gpu_free // 4 and fits(replace(work, keep_attention=True))
 
 
 def gib(num_bytes: float) -> str:

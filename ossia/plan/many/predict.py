@@ -9,6 +9,7 @@ from typing import Any
 from ossia.config import Recipe
 from ossia.errors import UserError
 from ossia.model.arch import Arch, Layout
+from ossia.model.budget.gpu import GPU_CONTEXT, ON_A_GPU, around_gpu
 from ossia.model.budget.many.division import Division, Spread
 from ossia.model.budget.many.links import Link, inner_link
 from ossia.model.budget.many.ranks import RankBytes, Whole, rank_bytes, trained_state
@@ -16,8 +17,7 @@ from ossia.model.budget.many.traffic import traffic
 from ossia.model.budget.work import Work
 from ossia.plan.machine import Machine
 from ossia.plan.many.times import Rates, StepTime, step_time
-from ossia.plan.memory import GPU_CONTEXT, around_gpu
-from ossia.plan.predict import ON_A_GPU, decide, read_shape
+from ossia.plan.predict import decide, read_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +126,12 @@ def _why(shards: int, base: Division, *, adapters: bool) -> str:
     return f"divided over {over}, the fewest that it fits on{', adapters too' if adapters else ''}"
 
 
+def _on_gpu(work: Work, division: Division) -> RankBytes:
+    """A rank's bytes, with what its GPU holds beside them."""
+    rank = rank_bytes(work, division)
+    return replace(rank, device=rank.device | around_gpu(work, rank.living))
+
+
 def _plan(
     recipe: Recipe, machine: Machine, arch: Arch, layout: Layout, wanted: Wanted, division: Division, why: str
 ) -> ManyPlan:
@@ -136,8 +142,10 @@ def _plan(
         held = max(division.shards, division.experts)
         fixed += whole.layers * whole.layer_experts // held + whole.layers * whole.layer_dense // division.shards
     left = max(machine.memory.gpu_free - fixed - GPU_CONTEXT, 0)
-    work = decide(work, recipe, replace(machine.memory, gpu_free=left))
-    rank = rank_bytes(work, division)
+    room = int(machine.memory.gpu_free * ON_A_GPU)
+    work = decide(
+        work, recipe, replace(machine.memory, gpu_free=left), lambda step: _on_gpu(step, division).device_peak <= room
+    )
     assert machine.host_bytes_s is not None
     rates = Rates(
         machine.flops, inner_link(machine.name, machine.host_bytes_s / 1e9), wanted.outer, machine.host_bytes_s
@@ -149,8 +157,8 @@ def _plan(
         why,
         work,
         idle,
-        replace(rank, device=rank.device | around_gpu(work, rank.living)),
-        int(machine.memory.gpu_free * ON_A_GPU),
+        _on_gpu(work, division),
+        room,
         machine.memory.machine_free or None,
         rates,
         traffic(work, division).parts,
