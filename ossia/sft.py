@@ -61,7 +61,7 @@ def _fine_tune(recipe: Recipe, world: World | None, *, resume: bool, sink: Sink 
         answer = partial(
             record_samples,
             folder / "samples.jsonl",
-            model,
+            model.whole(),
             begun.vocab,
             questions_of(held_out, recipe.eval.answers),
             max_tokens=recipe.eval.answer_tokens,

@@ -172,9 +172,22 @@ class Transformer:
         """Whether experts are in memory expanded anyway: placement `bf16`, or all weights trainable."""
         return self.weights.placement == "bf16" or "model.layers.0.mlp.experts.down_proj" in self.trainable
 
+    @property
+    def cut(self) -> bool:
+        """Whether its weights are cut over the ranks of a run: whoever goes through the layers takes all along."""
+        return self.weights.parts is not None
+
     def with_adapter(self, lora: Lora | None) -> Transformer:
         """The same weights, computed in the same way, with another adapter, or with none."""
         return Transformer(self.weights, lora=lora, backend=self.backend, kernels=self.kernels, qat=self.qat)
+
+    def whole(self) -> Transformer:
+        """The same model for one process alone: where weights are cut over ranks, another that reads them from the
+        file as it needs them."""
+        if not self.cut:
+            return self
+        weights = Weights(self.weights.checkpoint, "mmap", self.dtype, self.device)
+        return Transformer(weights, lora=self.lora, backend=self.backend, kernels=self.kernels, qat=self.qat)
 
     def use_adapter(self, lora: Lora) -> None:
         """Put an adapter on the model; only its tensors are trainable then."""

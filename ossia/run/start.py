@@ -84,7 +84,12 @@ def started(
     with EventLog(folder) if leads else nullcontext(NoLog()) as log:
         saved = find_start(folder, resume=resume, say=say) if leads else None
         model, vocab = open_model(
-            recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device, attention=recipe.attention
+            recipe.model,
+            dtype=recipe.dtype,
+            weights=recipe.weights,
+            device=recipe.device,
+            attention=recipe.attention,
+            ranks=world if world is not None and recipe.parallel.shard == "all" else None,
         )
         make_trainable(model, recipe)
         show_trainable(model)

@@ -89,7 +89,7 @@ def train_step(
 
     def gradients(loss_scale: float) -> float:
         model.trainable.zero_grad()
-        if not numbers:
+        if not numbers and not model.cut:
             return 0.0
         return forward_backward(
             model,
@@ -104,6 +104,8 @@ def train_step(
             numbers=numbers,
         )
 
+    if world is not None and model.cut:
+        world.gather(None)  # who isn't here yet may be busy, and is waited for as long as that takes
     loss = gradients(1.0) if model.dtype != torch.float16 else _without_overflow(model, packs, gradients)
     if world is not None:
         loss = sum_gradients(world, model.trainable.tensors, loss, step=optimizer.num_updates + 1)
@@ -140,7 +142,9 @@ def evaluate_loss(model: Transformer, packs: Sequence[Pack], world: World | None
     """The loss that `train_step` would see, without gradients and without dropout; of ranks, each computes a share."""
     total = 0.0
     own = packs if world is None else [packs[number] for number in share(packs, world.size)[world.rank]]
-    for logp_R, pack in zip(forward_logprobs(model, own) if own else (), own, strict=True):
+    if world is not None and model.cut:
+        world.gather(None)
+    for logp_R, pack in zip(forward_logprobs(model, own) if own or model.cut else (), own, strict=True):
         weights_R = pack.weights[pack.weights > 0].to(logp_R.device)
         total -= float((weights_R.double() * logp_R.double()).sum())
     if world is not None:
@@ -175,8 +179,11 @@ def how_to_step(model: Transformer, recompute: Recompute, tokens: int, tokens_pe
 def keeps_activations(model: Transformer, recompute: Recompute, tokens: int, tokens_per_pack: int) -> bool:
     """Whether a step of `tokens` tokens keeps every layer's graph instead of computing each layer twice.
 
-    `auto` decides by what the graphs take, see `budget.choose.keeps_activations`.
+    `auto` decides by what the graphs take, see `budget.choose.keeps_activations`. Of cut weights a graph would keep
+    every gathered layer, so their layers are always computed again.
     """
+    if model.cut:
+        return False
     if recompute != "auto":
         return recompute == "never"
     packs = max(tokens // tokens_per_pack, 1)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,26 +12,7 @@ from ossia.data.pack import Pack
 from ossia.train.ranks.gradients import share
 from tests.train.conftest import outcome
 from tests.train.ranks.conftest import MakeRecipe
-from tests.train.ranks.support import Ranks, Suffers
-
-
-def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == kind]
-
-
-def losses(run: Path) -> list[float]:
-    return [e["loss"] for e in events_of(run, "step")] + [e["eval_loss"] for e in events_of(run, "eval")]
-
-
-def train(size: int, folder: Path, arguments: list[str], **how: Any) -> Ranks:
-    ranks = Ranks(size, folder, *arguments, **how)
-    codes = ranks.wait()
-    assert codes == [0] * size, [ranks.said(rank) for rank in range(size)]
-    return ranks
-
-
-def farthest(one: list[float], other: list[float]) -> float:
-    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+from tests.train.ranks.support import Ranks, Suffers, events_of, farthest, losses, train
 
 
 @pytest.mark.slow
