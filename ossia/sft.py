@@ -27,6 +27,7 @@ from ossia.run.start import adamw_of, job_of, say, settle, started, tokens_of_ra
 from ossia.run.trained import RunResult, result_folder, save_result
 from ossia.train.events import Sink
 from ossia.train.loop import Job, run_loop
+from ossia.train.ranks.members import Group, check_heads, group_of
 from ossia.train.ranks.world import World, joined
 from ossia.train.report import write_report
 from ossia.train.step import evaluate_loss, how_to_step, train_step
@@ -48,6 +49,7 @@ def run(recipe: Recipe, *, resume: bool = False, sink: Sink | None = None) -> Ru
 def _fine_tune(recipe: Recipe, world: World | None, *, resume: bool, sink: Sink | None) -> RunResult:
     """The run, as one rank of `world` or alone."""
     settle(recipe)
+    group = group_of(world, recipe.parallel.context)
     datasets = open_datasets(recipe, open_vocabulary(recipe.model), check=False)
     for note in datasets.notes:
         say(note)
@@ -58,6 +60,7 @@ def _fine_tune(recipe: Recipe, world: World | None, *, resume: bool, sink: Sink 
     fingerprints = [dataset.fingerprint for dataset in (*datasets.train, *datasets.held_out)]
     with started(recipe, steps, resume=resume, sink=sink, world=world, data=fingerprints) as begun:
         model = begun.model
+        check_heads(group, model.arch.num_kv_heads)
         answer = partial(
             record_samples,
             folder / "samples.jsonl",
@@ -70,7 +73,7 @@ def _fine_tune(recipe: Recipe, world: World | None, *, resume: bool, sink: Sink 
             with nullcontext() if world is None else world.busy("answering"):
                 answer(step=0)
         packs = pack_samples(held_out, recipe.train.tokens_per_pack)
-        result = run_loop(make_job(recipe, model, stream, packs, steps, world), begun.log, begun.saved)
+        result = run_loop(make_job(recipe, model, stream, packs, steps, world, group), begun.log, begun.saved)
         if not leads:
             return RunResult(folder, result.step, result_folder(recipe))
         answer(step=result.step)
@@ -123,11 +126,12 @@ def make_job(
     held_out: Sequence[Pack],
     steps: int,
     world: World | None = None,
+    group: Group | None = None,
 ) -> Job:
     """The loop's job: AdamW over what is trainable, `train_step` on each step's packs."""
     train = recipe.train
     optimizer = adamw_of(recipe, model)
-    sizes = tokens_of_rank(recipe, world), train.tokens_per_pack, recipe.max_length
+    sizes = tokens_of_rank(recipe, world), -(-train.tokens_per_pack // recipe.parallel.context), recipe.max_length
     how = how_to_step(model, train.recompute, *sizes)
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0
 
@@ -142,11 +146,12 @@ def make_job(
             **how._asdict(),
             dropout_seed=seed,
             world=world,
+            group=group,
         )
         return asdict(result)
 
     def evaluate() -> Mapping[str, float]:
-        result = evaluate_loss(model, held_out, world)
+        result = evaluate_loss(model, held_out, world, group)
         return {"eval_loss": result.loss, "eval_tokens": result.tokens, "eval_trained": result.trained}
 
     def counts() -> Mapping[str, int]:

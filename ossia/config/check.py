@@ -24,6 +24,7 @@ _FREE_ON_RESUME = (
     "train.save_every",
     "train.keep",
     "parallel.ranks",
+    "parallel.context",
     "parallel.timeout",
 )  # they change no number of the run
 _LENGTH = {"train.steps", "train.epochs"}

@@ -291,6 +291,9 @@ class ParallelConfig(Section):
     shard: Literal["auto", "none", "all"] = "auto"
     """Whether each rank holds only a part of every weight, and of what is trained without an adapter (`all`), or
     everything (`none`); `auto`: parts where all weights are trained, or where everything doesn't fit."""
+    context: int = Field(1, ge=1, le=64)
+    """Ranks that share each pack's tokens, for sequences that don't fit one GPU; divides the ranks, and the model's
+    key-value heads (8)."""
     timeout: float = Field(600.0, ge=1)
     """Seconds that ranks wait for one that doesn't come and isn't known to be busy, before the run ends with an error
     that names it."""
@@ -413,6 +416,11 @@ class Recipe(Section):
             Clash(("train.steps",), "`train.steps` is missing: `method: grpo` has no epochs") if no_steps else None,
             Clash(("parallel.ranks", "method"), "`parallel.ranks` is for `method: sft`; `grpo` is one process as yet")
             if self.parallel.ranks > 1
+            else None,
+            Clash(
+                ("parallel.context", "method"), "`parallel.context` is for `method: sft`; `grpo` is one process as yet"
+            )
+            if self.parallel.context > 1
             else None,
             Clash(("rl.kl", "adapter"), "`rl.kl` needs an `adapter`: the reference is the model with it switched off")
             if rl.kl and self.adapter is None

@@ -32,6 +32,7 @@ from ossia.model.weights import (
     split_gate_up,
 )
 from ossia.ops.attention import Backend, Kept, Place, Segments, check_backend, pick_backend, sink_attention
+from ossia.ops.attention.divided import Attend, Members, divided, tokens_of
 from ossia.ops.attention.probe import Probed
 from ossia.ops.fused import Mixture, parts_for
 from ossia.ops.linear import Dropout, Linear, linear, wide_linear
@@ -49,8 +50,6 @@ def router_logits(normed_TD: Tensor, router: Linear, lora_x_TD: Tensor | None = 
 
 
 _MASKS_APART = 1 << 20  # between the names of two chunks' dropout masks: more than a model has
-Attend = Callable[[Tensor, Tensor, Tensor, Tensor, int | None], Tensor]
-"""(q_THd, k_TKd, v_TKd, sinks_H, window) -> (T, H, d)"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +101,7 @@ class Context:
     segments: Segments
     cos_TF: Tensor
     sin_TF: Tensor
+    members: Members | None = None  # that share its tokens; the tables are of this one's
 
 
 class Transformer:
@@ -218,10 +218,14 @@ class Transformer:
             return F.embedding(ids_T, self.tensor("model.embed_tokens.weight")).to(self.residual_dtype)
         return F.embedding(ids_T.to(table_VD.device), table_VD).to(device=self.device, dtype=self.residual_dtype)
 
-    def context(self, pack: PackedTokens) -> Context:
-        """Positions, document boundaries and rotary tables of a pack."""
+    def context(self, pack: PackedTokens, members: Members | None = None) -> Context:
+        """Positions, document boundaries and rotary tables of a pack, of which `members` share the tokens."""
         segments = Segments(pack.starts.cpu(), self.device, None if pack.unfold is None else pack.unfold.cpu())
-        return Context(segments, *rope_tables(self.yarn, segments.positions_T, self.dtype))
+        positions = segments.positions_T
+        if members is not None:
+            assert segments.shared is None, "documents that share rows aren't divided"
+            positions = positions[tokens_of(len(positions), members.rank, members.size)]
+        return Context(segments, *rope_tables(self.yarn, positions, self.dtype), members)
 
     def fetch(self, index: int, *, experts_at_once: int | None = None) -> Layer:
         """Layer `index` ready to compute with; gradients on its trainable parts where they are on.
@@ -351,7 +355,7 @@ class Transformer:
         k = linear(normed, layer.k, adapted(normed, 1)).view(num_tokens, a.num_kv_heads, a.head_dim)
         v = linear(normed, layer.v, adapted(normed, 2)).view(num_tokens, a.num_kv_heads, a.head_dim)
         q, k = (self._parts.apply_rope(x, context.cos_TF, context.sin_TF) for x in (q, k))
-        attended = (attend or self.attention(context))(q, k, v, layer.sinks_H, layer.window).reshape(num_tokens, -1)
+        attended = (attend or self.attention(context))(q, k, v, layer.sinks_H, layer.window).flatten(1)
         if rows is not None:
             attended, x_TD = attended[rows], x_TD[rows]
         x_TD = x_TD + wide_linear(attended, layer.o, adapted(attended, 3))
@@ -385,7 +389,9 @@ class Transformer:
                 kept=kept if window is None else None,
             )  # fmt: skip
 
-        return attend
+        if context.members is None:
+            return attend
+        return divided(attend, context.members, context.segments.num_tokens)
 
     def head(self, *, where_it_is: bool = False) -> Linear:
         """The output projection: (V, D), no bias, with its adapter where it has one.

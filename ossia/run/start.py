@@ -155,14 +155,17 @@ def adamw_of(recipe: Recipe, model: Transformer) -> AdamW:
 def tokens_of_rank(recipe: Recipe, world: World | None) -> int:
     """Most tokens of a step that one process takes, if packs are full."""
     tokens, pack = recipe.tokens_of_step, recipe.train.tokens_per_pack
-    return tokens if world is None else min(tokens, -(-(tokens // pack) // world.size) * pack)
+    if world is None:
+        return tokens
+    context = recipe.parallel.context
+    return -(-min(tokens, -(-(tokens // pack) // (world.size // context)) * pack) // context)
 
 
 def predicted(recipe: Recipe, model: Transformer, world: World | None = None) -> str:
     """The memory that a run's steps should take at most, in a line; of one of the ranks."""
     tokens, train = tokens_of_rank(recipe, world), recipe.train
-    how = how_to_step(model, train.recompute, tokens, train.tokens_per_pack, recipe.max_length)
-    pack = min(tokens, train.tokens_per_pack)
+    pack = min(tokens, -(-train.tokens_per_pack // recipe.parallel.context))
+    how = how_to_step(model, train.recompute, tokens, pack, recipe.max_length)
     work = work_of(model, pack=pack, packs=tokens // pack, recompute=how.recompute)
     work = replace(work, offload=how.offload, chunk=how.tokens_at_once, keep_attention=how.keep_attention)
     cached = cache_bytes(recipe, model.arch, DTYPE_NAMES[model.dtype], default_cache_bytes(model))

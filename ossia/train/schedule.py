@@ -23,6 +23,7 @@ from ossia.data.pack import Pack
 from ossia.model.transformer import Context, Layer, Transformer
 from ossia.model.weights import expert_module
 from ossia.ops.attention import Kept as KeptAttention
+from ossia.ops.attention.divided import Members, tokens_of
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.loss import linear_logprob
 from ossia.ops.memory import return_freed_memory
@@ -30,33 +31,47 @@ from ossia.sizes import ATTENTION_KEPT_FROM
 from ossia.train.offload import Away, Offload
 
 LossOfLogprobs = Callable[[Tensor, int, Tensor], Tensor]
-"""(logp_R float32, micro-batch, rows_R) -> its part of the step's loss, ()."""
+"""(logp_R float32, micro-batch, rows_R of its pack) -> its part of the step's loss, ()."""
 
 
 @dataclass(frozen=True, slots=True)
 class Micro:
-    """A pack on its way through the layers."""
+    """A pack on its way through the layers, or the part of it that this process computes.
 
-    pack: Pack
-    context: Context
+    ids, targets  of its tokens
+    routes        of its tokens, or None, see `Pack.routes`
+    rows_R        of its tokens, those whose prediction counts
+    first         the pack's token that is its first
+    """
+
+    ids: Tensor
+    targets: Tensor
+    routes: Tensor | None
     rows_R: Tensor
+    first: int
+    context: Context
 
     @classmethod
-    def of(cls, model: Transformer, pack: Pack) -> Micro:
+    def of(cls, model: Transformer, pack: Pack, members: Members | None = None) -> Micro:
+        """members  who share the pack's tokens; None: all are this process's"""
         pack = pack.to(model.device)
-        return cls(pack, model.context(pack), pack.weights.nonzero()[:, 0])
+        own = slice(0, pack.num_tokens)
+        if members is not None:
+            own = tokens_of(pack.num_tokens, members.rank, members.size)
+        routes, rows = None if pack.routes is None else pack.routes[own], pack.weights[own].nonzero()[:, 0]
+        return cls(pack.ids[own], pack.targets[own], routes, rows, own.start, model.context(pack, members))
 
     def in_layer(self, index: int, last: int) -> dict[str, Tensor | None]:
         """What layer `index` needs to know of the pack beside its activations; of the last layer only rows count."""
         rows = self.rows_R if index == last else None
-        replay = None if self.pack.routes is None else self.pack.routes[:, index].to(torch.int64)
+        replay = None if self.routes is None else self.routes[:, index].to(torch.int64)
         return {"rows": rows, "replay": replay if rows is None or replay is None else replay[rows]}
 
 
 def logprobs(model: Transformer, micro: Micro, x_RD: Tensor, head: Linear, dropout: Dropout | None = None) -> Tensor:
     """ln p of each counted target from the last layer's output. Returns (R,) float32."""
     hidden_RD = model.final_norm(x_RD)
-    targets_R = micro.pack.targets[micro.rows_R]
+    targets_R = micro.targets[micro.rows_R]
     if head.lora_a is None or head.lora_b is None:
         return linear_logprob(hidden_RD, head.weight, targets_R)
     # the adapter widens the inner dimension, so head and adapter are one matrix and nothing is merged
@@ -78,6 +93,7 @@ def forward_backward(
     keep_attention: bool = False,
     loss_scale: float = 1.0,
     numbers: Sequence[int] | None = None,
+    members: Members | None = None,
 ) -> float:
     """Add the gradient of the step's loss to `model.trainable`; returns the loss.
 
@@ -91,16 +107,17 @@ def forward_backward(
     tokens_at_once   of a pack, that go through a layer's experts together; None: all. Only with `recompute`
     keep_attention   and don't compute full attention over long documents again; only with `recompute`
     numbers          the packs' numbers in the step, for `loss_of` and dropout, where others are another process's
+    members          who share these packs' tokens; then loss and gradients are this one's part. None: nobody
     """
     numbered = list(zip(range(len(packs)) if numbers is None else numbers, packs, strict=True))
-    drops = {number: _dropout(model, dropout_seed, number) for number, _ in numbered}
+    drops = {number: _dropout(model, dropout_seed, number, members) for number, _ in numbered}
     together = [numbered] if prepares_layers(model) else [[one] for one in numbered]
     if experts_at_once is None:
         tokens = sum(pack.num_tokens for pack in packs)
         experts_at_once = model.experts_at_once(tokens if tokens_at_once is None else min(tokens, tokens_at_once))
     assert recompute or not (offload or tokens_at_once or keep_attention)
     away = Offload(model.device) if offload else None
-    plan = _Plan(recompute, away, experts_at_once, tokens_at_once, keep_attention)
+    plan = _Plan(recompute, away, experts_at_once, tokens_at_once, keep_attention, members)
     if loss_scale == 1.0:
         return sum(_layer_major(model, some, loss_of, plan, drops) for some in together)
     loss = sum(_layer_major(model, some, lambda *given: loss_of(*given) * loss_scale, plan, drops) for some in together)
@@ -119,6 +136,7 @@ class _Plan:
     experts_at_once: int | None
     tokens_at_once: int | None
     keep_attention: bool
+    members: Members | None
 
     def attention_of(self, layer: Layer, micro: Micro) -> KeptAttention | None:
         """Where the layer's attention leaves what it found, if that is to be kept."""
@@ -145,7 +163,7 @@ def _layer_major(
 ) -> float:
     """`forward_backward` of some of the micro-batches, each with its number."""
     numbers = [number for number, _ in packs]
-    micros = [Micro.of(model, pack) for _, pack in packs]
+    micros = [Micro.of(model, pack, plan.members) for _, pack in packs]
     drops = [drops_of[number] for number in numbers]
     last = model.arch.num_layers - 1
     embedded = _Embedding(model, micros)
@@ -258,10 +276,13 @@ class _Kept:
 
 
 @torch.no_grad()
-def forward_logprobs(model: Transformer, packs: Sequence[Pack]) -> list[Tensor]:
-    """ln p of every counted target, no gradient, layer-major too: M times (R,) float32, in the packs' order."""
-    micros = [Micro.of(model, pack) for pack in packs]
-    xs = [model.embed(micro.pack.ids) for micro in micros]
+def forward_logprobs(model: Transformer, packs: Sequence[Pack], members: Members | None = None) -> list[Tensor]:
+    """ln p of every counted target, no gradient, layer-major too: M times (R,) float32, in the packs' order.
+
+    members  who share these packs' tokens; each gets what it finds of its own
+    """
+    micros = [Micro.of(model, pack, members) for pack in packs]
+    xs = [model.embed(micro.ids) for micro in micros]
     last = model.arch.num_layers - 1
     experts_at_once = model.experts_at_once(sum(pack.num_tokens for pack in packs))
     for index in range(model.arch.num_layers):
@@ -278,7 +299,7 @@ class _Embedding:
     def __init__(self, model: Transformer, micros: Sequence[Micro]) -> None:
         self.trained = "model.embed_tokens.weight" in model.trainable
         with torch.set_grad_enabled(self.trained):
-            self.outputs = [model.embed(micro.pack.ids) for micro in micros]
+            self.outputs = [model.embed(micro.ids) for micro in micros]
 
     def backward(self, grads: Sequence[Tensor | None]) -> None:
         if self.trained:
@@ -286,11 +307,12 @@ class _Embedding:
                 torch.autograd.backward(output, grad)
 
 
-def _dropout(model: Transformer, seed: int | None, micro: int) -> Dropout | None:
+def _dropout(model: Transformer, seed: int | None, micro: int, members: Members | None) -> Dropout | None:
     share = 0.0 if model.lora is None else model.lora.spec.dropout
     if not share or seed is None:
         return None
-    return Dropout(share, seed * 65_537 + micro)
+    part = 0 if members is None else members.rank * 7_919  # no member's mask is another's
+    return Dropout(share, (seed * 65_537 + micro) + (part << 20))
 
 
 def _head_backward(
@@ -306,7 +328,7 @@ def _head_backward(
     for m, (micro, x) in enumerate(zip(micros, xs, strict=True)):
         leaf = x.detach().requires_grad_()
         if len(micro.rows_R):
-            part = loss_of(logprobs(model, micro, leaf, head, drops[m]), m, micro.rows_R)
+            part = loss_of(logprobs(model, micro, leaf, head, drops[m]), m, micro.rows_R + micro.first)
             part.backward()
             loss += float(part.detach())
         grads.append(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad)

@@ -18,6 +18,7 @@ from ossia.model.budget import choose as budget
 from ossia.model.budget.work import Work, tokens_at_once
 from ossia.model.open import DTYPE_NAMES, memory_of
 from ossia.model.transformer import Transformer
+from ossia.ops.attention.divided import tokens_of
 from ossia.ops.loss import weighted_nll
 from ossia.ops.memory import return_freed_memory
 from ossia.train.optim import AdamW
@@ -25,6 +26,7 @@ from ossia.train.ranks.gradients import share, sum_gradients
 from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs, prepares_layers
 
 if TYPE_CHECKING:
+    from ossia.train.ranks.members import Group
     from ossia.train.ranks.world import World
 
 _STEPS_TO_TRIM = 16  # that a process may grow for; what a step gives back, the next one takes again page by page
@@ -73,15 +75,17 @@ def train_step(
     dropout_seed: int | None = None,
     loss_of: LossOfLogprobs | None = None,
     world: World | None = None,
+    group: Group | None = None,
 ) -> StepResult:
     """Forward, backward and update over any number of micro-batches.
 
     loss_of  each micro-batch's part of the loss; None: of supervised fine-tuning, -ln p weighted by the packs' weights
     world    the ranks that take the step together, each with its share of these packs; None: this process alone
+    group    of them, those that share packs' tokens with this one; None: each has packs of its own
     Raises  RunError before anything is changed if the loss or a gradient is missing or not finite
     """
     weight = float(sum(pack.weights.double().sum() for pack in packs))
-    numbers = list(range(len(packs))) if world is None else share(packs, world.size)[world.rank]
+    numbers = _own(packs, world, group)
 
     def weighted(logp_R: Tensor, micro: int, rows_R: Tensor) -> Tensor:
         weights_R = packs[micro].weights.to(logp_R.device)[rows_R]
@@ -102,9 +106,10 @@ def train_step(
             dropout_seed=dropout_seed,
             loss_scale=loss_scale,
             numbers=numbers,
+            members=group,
         )
 
-    if world is not None and model.cut:
+    if world is not None and (model.cut or group is not None):
         world.gather(None)  # who isn't here yet may be busy, and is waited for as long as that takes
     loss = gradients(1.0) if model.dtype != torch.float16 else _without_overflow(model, packs, gradients)
     if world is not None:
@@ -138,14 +143,25 @@ def _without_overflow(model: Transformer, packs: Sequence[Pack], gradients: Call
     return loss
 
 
-def evaluate_loss(model: Transformer, packs: Sequence[Pack], world: World | None = None) -> EvalLoss:
+def _own(packs: Sequence[Pack], world: World | None, group: Group | None) -> list[int]:
+    """The numbers of those packs that are this rank's, or its group's."""
+    if world is None:
+        return list(range(len(packs)))
+    number, size = (world.rank, world.size) if group is None else (group.number, group.num_groups)
+    return share(packs, size)[number]
+
+
+def evaluate_loss(
+    model: Transformer, packs: Sequence[Pack], world: World | None = None, group: Group | None = None
+) -> EvalLoss:
     """The loss that `train_step` would see, without gradients and without dropout; of ranks, each computes a share."""
     total = 0.0
-    own = packs if world is None else [packs[number] for number in share(packs, world.size)[world.rank]]
-    if world is not None and model.cut:
+    own = [packs[number] for number in _own(packs, world, group)]
+    if world is not None and (model.cut or group is not None):
         world.gather(None)
-    for logp_R, pack in zip(forward_logprobs(model, own) if own or model.cut else (), own, strict=True):
-        weights_R = pack.weights[pack.weights > 0].to(logp_R.device)
+    for logp_R, pack in zip(forward_logprobs(model, own, group) if own or model.cut else (), own, strict=True):
+        weights_R = pack.weights if group is None else pack.weights[tokens_of(pack.num_tokens, group.rank, group.size)]
+        weights_R = weights_R[weights_R > 0].to(logp_R.device)
         total -= float((weights_R.double() * logp_R.double()).sum())
     if world is not None:
         total = math.fsum(world.gather(total))

@@ -14,12 +14,13 @@ from torch import Tensor
 from ossia.data.pack import Pack, pack_samples
 from ossia.data.sample import Sample
 from ossia.errors import RunError
-from ossia.model.arch import SHAPES
+from ossia.model.arch import SHAPES, Arch
 from ossia.model.budget.work import experts_at_once, tokens_at_once
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import TARGETS, Lora, LoraSpec
 from ossia.model.transformer import Context, Layer, Transformer
 from ossia.model.weights import EMBEDDING, HEAD, Placement, Stream, Weights
+from ossia.ops.attention.divided import Members
 from ossia.ops.linear import Dropout
 from ossia.ops.loss import weighted_nll
 from ossia.train import schedule
@@ -52,9 +53,10 @@ def model_of(
     spec: LoraSpec | None = ALL_TARGETS,
     placement: Placement = "mmap",
     dtype: torch.dtype = torch.float32,
+    shape: Arch = SHAPE,
 ) -> Transformer:
     """Seeded model; its adapter's B is not zero, so that every gradient has something to say."""
-    model = Transformer(Weights(Checkpoint.open(tiny(SHAPE)), placement, dtype, torch.device("cpu")))
+    model = Transformer(Weights(Checkpoint.open(tiny(shape)), placement, dtype, torch.device("cpu")))
     if spec is None:
         model.train_all_weights()
         return model
@@ -77,6 +79,7 @@ def gradients(
     experts_at_once: int | None = None,
     tokens_at_once: int | None = None,
     keep_attention: bool = False,
+    members: Members | None = None,
 ) -> tuple[float, dict[str, Tensor]]:
     total = float(sum(pack.weights.sum() for pack in packs))
     model.trainable.zero_grad()
@@ -90,8 +93,12 @@ def gradients(
         experts_at_once=experts_at_once,
         tokens_at_once=tokens_at_once,
         keep_attention=keep_attention,
+        members=members,
     )
-    return loss, {name: tensor.grad.clone() for name, tensor in model.trainable.tensors.items()}
+    tensors = model.trainable.tensors.items()
+    if members is not None:  # of whom not everybody has part in everything
+        return loss, {name: torch.zeros_like(t) if t.grad is None else t.grad.clone() for name, t in tensors}
+    return loss, {name: tensor.grad.clone() for name, tensor in tensors}
 
 
 def plain_autograd(model: Transformer, packs: list[Pack]) -> tuple[float, dict[str, Tensor]]:

@@ -15,7 +15,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -184,6 +184,12 @@ class World:
     def sum_parts(self, part: Tensor, whole: Tensor) -> None:
         """Into `part` this rank's of the equal parts of the sum over ranks of `whole`."""
         self._together([part], lambda part: dist.reduce_scatter_tensor(part, whole))
+
+    def exchange(
+        self, rows: Tensor, given: Sequence[int], into: Tensor, taken: Sequence[int], among: dist.ProcessGroup | None
+    ) -> None:
+        """Give each rank of a group (None: of all) so many rows, contiguous, and put theirs into `into`, by rank."""
+        self._together([into], lambda into: dist.all_to_all_single(into, rows, [*taken], [*given], group=among))
 
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor, contiguous, by rank 0's."""
