@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
@@ -176,14 +178,31 @@ class World:
         begun = list[Any]()
 
         def begin(part: Tensor) -> None:
-            begun.append(dist.all_gather_into_tensor(whole, part, async_op=True))
+            with _old_names():
+                begun.append(dist.all_gather_into_tensor(whole, part, async_op=True))
 
         self._together([part], begin)
         return lambda: self._together(begun, lambda work: work.wait())
 
     def sum_parts(self, part: Tensor, whole: Tensor) -> None:
         """Into `part` this rank's of the equal parts of the sum over ranks of `whole`."""
-        self._together([part], lambda part: dist.reduce_scatter_tensor(part, whole))
+        with _old_names():
+            self._together([part], lambda part: dist.reduce_scatter_tensor(part, whole))
+
+    def to_first(self, part: Tensor) -> list[Tensor] | None:
+        """On rank 0 every rank's part, all of one size."""
+        rows = [torch.empty_like(part) for _ in range(self.size)] if self.leads else None
+        self._together([part], lambda part: dist.gather(part, rows, dst=0))
+        return rows
+
+    def part_from_first(self, part: Tensor, rows: list[Tensor] | None) -> Tensor:
+        """`part`, which becomes the row that rank 0 has for this rank."""
+        self._together([part], lambda part: dist.scatter(part, rows, src=0))
+        return part
+
+    def total(self, value: float) -> float:
+        """The sum over ranks, the same number on each."""
+        return math.fsum(self.gather(value))
 
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor, contiguous, by rank 0's."""
@@ -328,6 +347,14 @@ class _Watch:
     def idle(self, seconds: float) -> list[int]:
         """Ranks that weren't known to be busy for so long."""
         return [rank for rank, at in self._busy.items() if time.monotonic() - at >= seconds]
+
+
+@contextlib.contextmanager
+def _old_names() -> Iterator[None]:
+    """torch 2.13 has new names for these collectives, and 2.11 doesn't know them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _first_words(error: Exception) -> str:
