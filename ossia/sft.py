@@ -21,10 +21,12 @@ from ossia.data.pack import Pack, PackedStream, pack_samples
 from ossia.data.preview import row_bar
 from ossia.data.sample import Sample
 from ossia.data.tokenizer import open_vocabulary
+from ossia.model.checkpoint import Checkpoint
+from ossia.model.open import model_folder
 from ossia.model.transformer import Transformer
 from ossia.run.samples import questions_of, record_samples
 from ossia.run.start import adamw_of, job_of, say, settle, started, tokens_of_rank
-from ossia.run.trained import RunResult, result_folder, save_result
+from ossia.run.trained import RunResult, result_folder, save_result, whole_model
 from ossia.train.events import Sink
 from ossia.train.loop import Job, run_loop
 from ossia.train.ranks.members import Group, check_heads, group_of
@@ -50,6 +52,8 @@ def _fine_tune(recipe: Recipe, world: World | None, *, resume: bool, sink: Sink 
     """The run, as one rank of `world` or alone."""
     settle(recipe)
     group = group_of(world, recipe.parallel.context)
+    if group is not None:
+        check_heads(group, Checkpoint.open(model_folder(recipe.model)).arch.num_kv_heads)
     datasets = open_datasets(recipe, open_vocabulary(recipe.model), check=False)
     for note in datasets.notes:
         say(note)
@@ -60,24 +64,22 @@ def _fine_tune(recipe: Recipe, world: World | None, *, resume: bool, sink: Sink 
     fingerprints = [dataset.fingerprint for dataset in (*datasets.train, *datasets.held_out)]
     with started(recipe, steps, resume=resume, sink=sink, world=world, data=fingerprints) as begun:
         model = begun.model
-        check_heads(group, model.arch.num_kv_heads)
         answer = partial(
             record_samples,
             folder / "samples.jsonl",
-            model.whole(),
-            begun.vocab,
-            questions_of(held_out, recipe.eval.answers),
+            vocab=begun.vocab,
+            questions=questions_of(held_out, recipe.eval.answers),
             max_tokens=recipe.eval.answer_tokens,
         )
         if begun.saved is None and leads:
             with nullcontext() if world is None else world.busy("answering"):
-                answer(step=0)
+                answer(model.whole(), step=0)
         packs = pack_samples(held_out, recipe.train.tokens_per_pack)
         result = run_loop(make_job(recipe, model, stream, packs, steps, world, group), begun.log, begun.saved)
         if not leads:
             return RunResult(folder, result.step, result_folder(recipe))
-        answer(step=result.step)
-    trained = save_result(recipe, model)
+        trained = save_result(recipe, model, result.checkpoint)
+        answer(whole_model(model, trained), step=result.step)
     say(f"report: {write_report(folder)}")
     return RunResult(folder, result.step, trained)
 
@@ -130,7 +132,7 @@ def make_job(
 ) -> Job:
     """The loop's job: AdamW over what is trainable, `train_step` on each step's packs."""
     train = recipe.train
-    optimizer = adamw_of(recipe, model)
+    optimizer = adamw_of(recipe, model, world)
     sizes = tokens_of_rank(recipe, world), -(-train.tokens_per_pack // recipe.parallel.context), recipe.max_length
     how = how_to_step(model, train.recompute, *sizes)
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0

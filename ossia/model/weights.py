@@ -10,8 +10,7 @@ Letters: E experts, I expert width, O out, D in, G groups of 32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -23,8 +22,8 @@ from ossia.model.budget.work import Placement
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.cut.frozen import FrozenParts
 from ossia.model.cut.ranks import Ranks
+from ossia.model.cut.slots import TwoSlots
 from ossia.model.packed import Base, Packed
-from ossia.model.slots import TwoSlots
 from ossia.ops.memory import leave_to_the_file
 from ossia.ops.mxfp4 import dequantize_mxfp4
 
@@ -45,60 +44,6 @@ def interleave_gate_up(x: Tensor) -> Tensor:
     """The inverse of `split_gate_up`."""
     gate, up = x.chunk(2, dim=1)
     return torch.stack((gate, up), dim=2).flatten(1, 2)
-
-
-def passing_on(copy: Tensor, pass_on: Callable[[Tensor], None]) -> Tensor:
-    """Where gradients are on, `copy` as a leaf that hands each gradient that reaches it on and keeps none."""
-    if not torch.is_grad_enabled():
-        return copy
-
-    def hand_over(leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        grad, leaf.grad = leaf.grad, None
-        pass_on(grad)
-
-    leaf = copy.detach().requires_grad_()
-    leaf.register_post_accumulate_grad_hook(hand_over)
-    return leaf
-
-
-@dataclass(slots=True)
-class Trainable:
-    """The tensors that an optimizer changes: float32, by name, in the computation's layout.
-
-    The computation gets copies in its own dtype; a gradient that reaches a copy is added to the tensor's `.grad` in
-    float32, so micro-batches don't round each other away.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def use(self, name: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        """`scale` times the tensor in `dtype`: where gradients are on, a leaf that passes its gradient on."""
-        master = self.tensors[name]
-        copy = (master.detach() * scale if scale != 1.0 else master.detach()).to(dtype)
-
-        def pass_on(grad: Tensor) -> None:
-            grad = grad.to(torch.float32)
-            self.add_grad(name, grad * scale if scale != 1.0 else grad)
-
-        return passing_on(copy, pass_on)
-
-    def add_grad(self, name: str, grad: Tensor) -> None:
-        """Add to a tensor's gradient, which may take the float32 tensor given as its own."""
-        master = self.tensors[name]
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for tensor in self.tensors.values():
-            tensor.grad = None
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors.values())
 
 
 class Weights:

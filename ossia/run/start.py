@@ -17,11 +17,14 @@ from ossia.config import RECIPE_IN_RUN, Recipe
 from ossia.engine.engine import default_cache_bytes
 from ossia.errors import RunError
 from ossia.harmony.vocab import Vocabulary
+from ossia.model.cut.trained import TrainedParts
 from ossia.model.open import DTYPE_NAMES, open_model
 from ossia.model.transformer import Transformer
+from ossia.plan.many.shard import cut_footprint
 from ossia.plan.memory import cache_bytes, footprint
 from ossia.plan.text import as_line
 from ossia.run.attention import settle_attention
+from ossia.run.shard import ranks_to_cut_over
 from ossia.run.trained import ADAPTER, MODEL, make_trainable, show_trainable
 from ossia.train.events import ENV, EVENTS, EventLog, Log, NoLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, Stream, find_start
@@ -83,15 +86,16 @@ def started(
         _check_folder(folder, recipe)
     with EventLog(folder) if leads else nullcontext(NoLog()) as log:
         saved = find_start(folder, resume=resume, say=say) if leads else None
+        ranks = ranks_to_cut_over(recipe, world, say)
         model, vocab = open_model(
             recipe.model,
             dtype=recipe.dtype,
-            weights=recipe.weights,
+            weights="mmap" if ranks is not None and recipe.adapter is None else recipe.weights,
             device=recipe.device,
             attention=recipe.attention,
-            ranks=world if world is not None and recipe.parallel.shard == "all" else None,
+            ranks=None if recipe.adapter is None else ranks,
         )
-        make_trainable(model, recipe)
+        make_trainable(model, recipe, ranks)
         show_trainable(model)
         settle_attention(model, automatic=recipe.attention == "auto", say=say)
         if world is not None:
@@ -119,7 +123,8 @@ def _identity(recipe: Recipe, model: Transformer, data: Sequence[str]) -> dict[s
         "data": "; ".join(data),
         "model (a hash of its weights)": weights_identity(model.weights.checkpoint),
         "attention": model.backend,
-        "trained tensors (a checksum)": tensors_identity(model.trainable.tensors),
+        # of cut tensors there is one copy, of a model that was compared
+        "trained tensors (a checksum)": "" if model.trainable.cut else tensors_identity(model.trainable.tensors),
     }
 
 
@@ -145,11 +150,24 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def adamw_of(recipe: Recipe, model: Transformer) -> AdamW:
-    """The recipe's optimizer over what is trained of the model."""
+def adamw_of(recipe: Recipe, model: Transformer, world: World | None = None) -> AdamW:
+    """The recipe's optimizer over what is trained of the model; where that is cut, over this rank's parts."""
     train = recipe.train
     betas = (train.beta1, train.beta2)
-    return AdamW(model.trainable.tensors, betas=betas, eps=train.eps, weight_decay=train.weight_decay)
+    shapes, total = shapes_of(model), float if world is None or not model.trainable.cut else world.total
+    return AdamW(
+        model.trainable.tensors,
+        betas=betas,
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        shapes=shapes,
+        total=total,
+    )
+
+
+def shapes_of(model: Transformer) -> Mapping[str, Sequence[int]] | None:
+    """Of trained tensors that are cut over the ranks; None: they are whole."""
+    return model.trainable.shapes if isinstance(model.trainable, TrainedParts) else None
 
 
 def tokens_of_rank(recipe: Recipe, world: World | None) -> int:
@@ -168,6 +186,8 @@ def predicted(recipe: Recipe, model: Transformer, world: World | None = None) ->
     how = how_to_step(model, train.recompute, tokens, pack, recipe.max_length)
     work = work_of(model, pack=pack, packs=tokens // pack, recompute=how.recompute)
     work = replace(work, offload=how.offload, chunk=how.tokens_at_once, keep_attention=how.keep_attention)
+    if world is not None and model.cut:
+        return as_line(work, cut_footprint(work, world.size))
     cached = cache_bytes(recipe, model.arch, DTYPE_NAMES[model.dtype], default_cache_bytes(model))
     return as_line(work, footprint(work, cache_bytes=cached))
 
@@ -220,6 +240,7 @@ def job_of(
         about={
             "parameters_trained": model.trainable.num_parameters,
             "placement": model.weights.placement,
+            "shards": world.size if world is not None and model.cut else 1,
             "attention_backend": model.backend,
             "attention_probe": None if model.probed is None else asdict(model.probed),
         },
@@ -227,4 +248,5 @@ def job_of(
         clock=time.perf_counter,
         memory=lambda: peak_bytes(model.device),
         world=world,
+        shapes=shapes_of(model),
     )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,7 +29,9 @@ from ossia.errors import Interrupted, RunError
 from ossia.train.events import EVENTS, Log, read_events
 from ossia.train.optim import AdamW
 from ossia.train.ranks.agree import agree, restore, tensors_identity
+from ossia.train.ranks.whole import WholeState, restore_parts, stand_ins, whole
 from ossia.train.state import (
+    HasState,
     SavedState,
     check_room,
     checkpoint_path,
@@ -79,6 +81,7 @@ class Job:
     clock       () -> seconds, never falling
     memory      () -> most bytes used so far
     world       the ranks that drive this job together, each with its own Job; rank 0 writes. None: this process alone
+    shapes      of the trained tensors where `params` are parts of them, which are cut over the ranks
     """
 
     run: Path
@@ -98,6 +101,7 @@ class Job:
     clock: Callable[[], float]
     memory: Callable[[], int]
     world: World | None = None
+    shapes: Mapping[str, Sequence[int]] | None = None
 
     @property
     def leads(self) -> bool:
@@ -175,7 +179,7 @@ def run_loop(job: Job, log: Log, saved: SavedState | None) -> LoopResult:
 def _begin(job: Job, log: Log, saved: SavedState | None) -> tuple[int, int | None, int | None]:
     """Put everything where the run starts or goes on; the step done, the step evaluated last, the step saved last."""
     if job.leads:
-        check_room(job.run, job.params, job.optimizer)
+        check_room(job.run, *((job.params, job.optimizer) if job.shapes is None else stand_ins(job.shapes)))
     if saved is None:
         log.cut(0)
         log.write({"event": "start", "step": 0, "steps": job.steps, **job.about})
@@ -186,6 +190,8 @@ def _begin(job: Job, log: Log, saved: SavedState | None) -> tuple[int, int | Non
         )
     if job.world is None:
         saved.restore(job.params, job.optimizer)
+    elif job.shapes is not None:
+        restore_parts(job.world, saved, job.params, job.optimizer, job.shapes)
     else:
         restore(job.world, saved, job.params, job.optimizer)
     job.data.load_state(saved.progress["data"])
@@ -235,20 +241,27 @@ def _evaluate(job: Job, log: Log, step: int) -> None:
 
 
 def _save(job: Job, log: Log, step: int, evaluated: int | None) -> None:
-    if job.world is not None:
-        agree(job.world, {"trained tensors (a checksum)": tensors_identity(job.params)})
-        if not job.leads:
-            return
-        with job.world.busy("saving"):
-            _write(job, log, step, evaluated)
-    else:
-        _write(job, log, step, evaluated)
+    params, optimizer, world = job.params, job.optimizer, job.world
+    if world is None:
+        _write(job, log, step, evaluated, params, optimizer)
+        return
+    if job.shapes is None:
+        agree(world, {"trained tensors (a checksum)": tensors_identity(params)})
+    else:  # of which there is one copy, so that none can drift apart
+        agree(world, {"number of updates": str(optimizer.num_updates)})
+        params = whole(world, params, job.shapes)
+        optimizer = WholeState(whole(world, optimizer.state_dict(), job.shapes))
+    if job.leads:
+        with world.busy("saving"):
+            _write(job, log, step, evaluated, params, optimizer)
 
 
-def _write(job: Job, log: Log, step: int, evaluated: int | None) -> None:
+def _write(
+    job: Job, log: Log, step: int, evaluated: int | None, params: Mapping[str, Tensor], optimizer: HasState
+) -> None:
     # The events first: a checkpoint must never be ahead of them.
     progress = {"events_bytes": log.sync(), "evaluated": evaluated, "data": job.data.state()}
-    save_checkpoint(job.run, step=step, params=job.params, optimizer=job.optimizer, progress=progress, keep=job.keep)
+    save_checkpoint(job.run, step=step, params=params, optimizer=optimizer, progress=progress, keep=job.keep)
 
 
 class StopRequests:

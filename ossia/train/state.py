@@ -25,7 +25,7 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import safetensors.torch
@@ -49,6 +49,13 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STATE_JSON_BYTES = 64 * 1024
 
 
+class HasState(Protocol):
+    """An optimizer, or what one process has in its place, as `AdamW`."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+    def state_bytes(self) -> int: ...
+
+
 @dataclass(frozen=True, slots=True)
 class SavedState:
     """A checkpoint whose files were found to be what its manifest says."""
@@ -62,20 +69,31 @@ class SavedState:
 
         Raises RunError, with nothing changed, if names, shapes or dtypes are not those of this run.
         """
+        tensors, state = self.load({name: (tuple(p.shape), str(p.dtype)) for name, p in params.items()})
+        optimizer.load_state_dict(state)
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(tensors[name])
+        set_rng_state(self.generators())
+
+    def load(self, wanted: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The saved parameters and the optimizer's state.
+
+        wanted  shape and dtype of each parameter; RunError if they aren't those of the checkpoint
+        """
         tensors = safetensors.torch.load_file(self.path / TRAINABLE)
         found = {name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()}
-        wanted = {name: (tuple(p.shape), str(p.dtype)) for name, p in params.items()}
         if found != wanted:
             name = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))[0]
             raise RunError(
                 f"{self.path}: `{name}` is {found.get(name, 'missing')} there, {wanted.get(name, 'missing')} in this "
                 "run; was the adapter, the dtype or the model of the recipe changed since?"
             )
-        optimizer.load_state_dict(safetensors.torch.load_file(self.path / OPTIMIZER))
-        with torch.no_grad():
-            for name, param in params.items():
-                param.copy_(tensors[name])
-        set_rng_state(json.loads((self.path / STATE).read_text())["rng"])
+        return tensors, safetensors.torch.load_file(self.path / OPTIMIZER)
+
+    def generators(self) -> Any:
+        """The state of the random number generators, for `set_rng_state`."""
+        return json.loads((self.path / STATE).read_text())["rng"]
 
 
 def checkpoint_paths(run: Path) -> list[Path]:
@@ -94,12 +112,12 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def checkpoint_bytes(params: Mapping[str, Tensor], optimizer: AdamW) -> int:
+def checkpoint_bytes(params: Mapping[str, Tensor], optimizer: HasState) -> int:
     """About how large a checkpoint of these parameters is, in bytes."""
     return sum(p.numel() * p.element_size() for p in params.values()) + optimizer.state_bytes() + _STATE_JSON_BYTES
 
 
-def check_room(run: Path, params: Mapping[str, Tensor], optimizer: AdamW) -> None:
+def check_room(run: Path, params: Mapping[str, Tensor], optimizer: HasState) -> None:
     """Raise RunError if the disk couldn't hold even one checkpoint: known now rather than when the first is due."""
     need, free = checkpoint_bytes(params, optimizer), shutil.disk_usage(run).free
     if free < need:
@@ -110,7 +128,7 @@ def check_room(run: Path, params: Mapping[str, Tensor], optimizer: AdamW) -> Non
 
 
 def save_checkpoint(
-    run: Path, *, step: int, params: Mapping[str, Tensor], optimizer: AdamW, progress: Mapping[str, Any], keep: int
+    run: Path, *, step: int, params: Mapping[str, Tensor], optimizer: HasState, progress: Mapping[str, Any], keep: int
 ) -> Path:
     """Write RUN/checkpoints/step-<step>, then remove all but the newest `keep` (at least 1); the new folder.
 
@@ -233,7 +251,7 @@ _FILES = {TRAINABLE, OPTIMIZER, STATE}
 
 
 def _write_files(
-    folder: Path, step: int, params: Mapping[str, Tensor], optimizer: AdamW, progress: Mapping[str, Any]
+    folder: Path, step: int, params: Mapping[str, Tensor], optimizer: HasState, progress: Mapping[str, Any]
 ) -> None:
     """Write and flush the four files of a checkpoint, the manifest last."""
     safetensors.torch.save_file({n: p.detach().contiguous() for n, p in params.items()}, folder / TRAINABLE)

@@ -16,13 +16,14 @@ from torch import Tensor
 from ossia.data.pack import Pack
 from ossia.model.budget import choose as budget
 from ossia.model.budget.work import Work, tokens_at_once
+from ossia.model.cut.trained import TrainedParts
 from ossia.model.open import DTYPE_NAMES, memory_of
 from ossia.model.transformer import Transformer
 from ossia.ops.attention.divided import tokens_of
 from ossia.ops.loss import weighted_nll
 from ossia.ops.memory import return_freed_memory
 from ossia.train.optim import AdamW
-from ossia.train.ranks.gradients import share, sum_gradients
+from ossia.train.ranks.gradients import agree_on_parts, share, sum_gradients
 from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs, prepares_layers
 
 if TYPE_CHECKING:
@@ -111,8 +112,14 @@ def train_step(
 
     if world is not None and (model.cut or group is not None):
         world.gather(None)  # who isn't here yet may be busy, and is waited for as long as that takes
-    loss = gradients(1.0) if model.dtype != torch.float16 else _without_overflow(model, packs, gradients)
-    if world is not None:
+    if model.dtype == torch.float16:
+        loss = _without_overflow(model, packs, gradients, world if model.cut else None)
+    else:
+        loss = gradients(1.0)
+    if isinstance(model.trainable, TrainedParts):
+        assert world is not None
+        loss = agree_on_parts(world, model.trainable, loss, step=optimizer.num_updates + 1)
+    elif world is not None:
         loss = sum_gradients(world, model.trainable.tensors, loss, step=optimizer.num_updates + 1)
     grad_norm = optimizer.update(loss=loss, lr=lr, clip=clip)
     # packs that went one after the other through the same memory will do so again
@@ -125,19 +132,23 @@ def train_step(
 _MOST_HALVINGS = 24
 
 
-def _without_overflow(model: Transformer, packs: Sequence[Pack], gradients: Callable[[float], float]) -> float:
+def _without_overflow(
+    model: Transformer, packs: Sequence[Pack], gradients: Callable[[float], float], world: World | None
+) -> float:
     """Gradients in float16, which holds numbers from 6e-8 to 65,504: with a loss scaled up, and less if one overflows.
 
     The scale begins at the number of predictions, which makes each of them count as much as it would alone; while a
     gradient isn't finite, the step is computed again with half of it. It doesn't depend on the steps before. Where no
     scale helps, the gradients are left as they are, for the optimizer to refuse.
     gradients  (scale) -> loss; puts gradients that are free of the scale on what is trained
+    world      ranks that gather weights from each other, so that what one computes again all do
     """
     scale = 2.0 ** math.ceil(math.log2(max(1, sum(pack.num_trained for pack in packs))))
     for _ in range(_MOST_HALVINGS):
         loss = gradients(scale)
         grads = [tensor.grad for tensor in model.trainable.tensors.values() if tensor.grad is not None]
-        if not math.isfinite(loss) or all(bool(grad.isfinite().all()) for grad in grads):
+        done = not math.isfinite(loss) or all(bool(grad.isfinite().all()) for grad in grads)
+        if done if world is None else all(world.gather(done)):
             break
         scale /= 2
     return loss

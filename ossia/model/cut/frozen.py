@@ -17,7 +17,7 @@ from ossia.model.arch import TensorSpec
 from ossia.model.budget.weights import HEAD
 from ossia.model.checkpoint import TORCH_DTYPES, Checkpoint
 from ossia.model.cut.ranks import Ranks
-from ossia.model.slots import TwoSlots
+from ossia.model.cut.slots import TwoSlots
 from ossia.ops.memory import leave_to_the_file
 
 ALIGNED = 16  # bytes: of tensors in a row, and of parts

@@ -59,9 +59,9 @@ def group_of(world: World | None, size: int) -> Group | None:
     return Group(world, size)
 
 
-def check_heads(group: Group | None, num_kv_heads: int) -> None:
+def check_heads(group: Group, num_kv_heads: int) -> None:
     """Refuses a group that a model's attention can't be divided over. Raises RecipeError."""
-    if group is not None and num_kv_heads % group.size:
+    if num_kv_heads % group.size:
         allowed = ", ".join(str(n) for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0)
         raise RecipeError(
             f"parallel.context: {group.size} ranks divide a pack by attention's heads, of which this model has "

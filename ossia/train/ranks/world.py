@@ -11,10 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import timedelta
 from types import TracebackType
@@ -44,6 +46,7 @@ class World:
     """All ranks, as one of them sees them. Left by an error, it leaves the reason for the others.
 
     rank, size   this one's number, and how many there are
+    local_size   of them on this machine
     on_one_host  whether all of them are on this machine
     again        whether the launcher has started them once more, after they had begun: they go on where they were
     device       where its tensors are
@@ -56,7 +59,7 @@ class World:
     def __init__(self, place: Launched, device: torch.device, timeout_s: float) -> None:
         """Meet the other ranks. Raises RunError if they don't come in time."""
         self.rank, self.size, self.device, self.timeout_s = place.rank, place.size, device, timeout_s
-        self.on_one_host = place.local_size == place.size
+        self.local_size, self.on_one_host = place.local_size, place.local_size == place.size
         self.step, self.stop_agreed = 0, False
         self.hurried: Callable[[], bool] = lambda: False
         self._number, self._busy_with = 0, ""
@@ -176,14 +179,31 @@ class World:
         begun = list[Any]()
 
         def begin(part: Tensor) -> None:
-            begun.append(dist.all_gather_into_tensor(whole, part, async_op=True))
+            with _old_names():
+                begun.append(dist.all_gather_into_tensor(whole, part, async_op=True))
 
         self._together([part], begin)
         return lambda: self._together(begun, lambda work: work.wait())
 
     def sum_parts(self, part: Tensor, whole: Tensor) -> None:
         """Into `part` this rank's of the equal parts of the sum over ranks of `whole`."""
-        self._together([part], lambda part: dist.reduce_scatter_tensor(part, whole))
+        with _old_names():
+            self._together([part], lambda part: dist.reduce_scatter_tensor(part, whole))
+
+    def to_first(self, part: Tensor) -> list[Tensor] | None:
+        """On rank 0 every rank's part, all of one size."""
+        rows = [torch.empty_like(part) for _ in range(self.size)] if self.leads else None
+        self._together([part], lambda part: dist.gather(part, rows, dst=0))
+        return rows
+
+    def part_from_first(self, part: Tensor, rows: list[Tensor] | None) -> Tensor:
+        """`part`, which becomes the row that rank 0 has for this rank."""
+        self._together([part], lambda part: dist.scatter(part, rows, src=0))
+        return part
+
+    def total(self, value: float) -> float:
+        """The sum over ranks, the same number on each."""
+        return math.fsum(self.gather(value))
 
     def exchange(
         self, rows: Tensor, given: Sequence[int], into: Tensor, taken: Sequence[int], among: dist.ProcessGroup | None
@@ -334,6 +354,14 @@ class _Watch:
     def idle(self, seconds: float) -> list[int]:
         """Ranks that weren't known to be busy for so long."""
         return [rank for rank, at in self._busy.items() if time.monotonic() - at >= seconds]
+
+
+@contextlib.contextmanager
+def _old_names() -> Iterator[None]:
+    """torch 2.13 has new names for these collectives, and 2.11 doesn't know them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _first_words(error: Exception) -> str:

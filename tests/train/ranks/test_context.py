@@ -17,15 +17,16 @@ LORA = "adapter={rank: 2, targets: [attention, experts, router]}"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("trains", ["adapters", "all weights"])
+@pytest.mark.parametrize("trains", ["adapters", "all weights", "adapters beside a cut base"])
 def test_packs_whose_tokens_ranks_share_have_the_losses_of_one_process(
     trains: str, train_into: MakeRecipe, tiny: MakeTiny, tmp_path: Path
 ) -> None:
-    adapter = LORA if trains == "adapters" else None
+    adapter = None if trains == "all weights" else LORA
+    cut = "parallel.shard=all" if trains == "adapters beside a cut base" else "parallel.shard=auto"
     lasting = ("train.steps=30", "train.save_every=0", f"model={tiny(HEADS)}")
     for ranks, context in ((1, 1), (2, 2), (4, 2)):
         name = f"{ranks}-{context}"
-        keys = (*lasting, f"parallel.context={context}")
+        keys = (*lasting, cut, f"parallel.context={context}")
         train(ranks, tmp_path / f"said-{name}", train_into(tmp_path / name, *keys, adapter=adapter))
     alone = losses(tmp_path / "1-1")
     assert alone[-1] < alone[-6] - 0.1  # something was learnt
