@@ -24,7 +24,7 @@ from ossia.model.budget.many.fleet import Sync, adapter_bytes, merged_bytes, nee
 from ossia.model.budget.many.links import ETHERNET, INFINIBAND, NETWORKS, NVLINK_3, NVLINK_4, NVLINK_5, Link
 from ossia.model.budget.work import Work
 from ossia.plan.machine import named_gpu
-from ossia.plan.many.pays import context_parallel_tokens, expert_parallel_tokens, hiding_tokens, most_ranks
+from ossia.plan.many.pays import context_parallel_share, expert_parallel_tokens, hiding_tokens, most_ranks
 from ossia.plan.many.predict import ManyPlan, Wanted, make_many_plan
 from ossia.plan.many.times import StepTime, step_time
 
@@ -162,14 +162,16 @@ def _time(plan: ManyPlan, tokens: int) -> StepTime:
 
 
 def context_rows() -> Iterator[str]:
-    """From how many tokens of a part on keys and values hide."""
-    yield "| keys and values over | hides from tokens a part | 131,072 tokens over at most |"
-    yield "|---|---|---|"
+    """What exchanges take of a full layer's forward, eight ranks sharing a sequence."""
+    lengths = (4096, 16_384, 65_536, 131_072)
+    yield "| exchanged over | " + " | ".join(f"{length:,} tokens" for length in lengths) + " |"
+    yield "|---|" + "---|" * len(lengths)
     plan = planned("20b", 8, adapter=True, tokens=PACK)
     ways = {"NVLink": plan.rates.inner.bytes_s(8), "InfiniBand": INFINIBAND.bytes_s(8), "Ethernet": ETHERNET.bytes_s(8)}
     for name, bytes_s in ways.items():
-        tokens = context_parallel_tokens(plan.work, plan.rates, bytes_s)
-        yield f"| {name}, {bytes_s / GB:g} GB/s a GPU | {tokens:,.0f} | {max(int(131_072 // tokens), 1):,} ranks |"
+        works = [replace(plan.work, longest=length) for length in lengths]
+        shares = [f"{context_parallel_share(work, plan.rates, bytes_s, 8):.0%}" for work in works]
+        yield f"| {name}, {bytes_s / GB:g} GB/s a GPU | {' | '.join(shares)} |"
 
 
 TOKENS = (1024, 2048, 4096, 8192, 16_384, 32_768, 65_536)

@@ -51,7 +51,10 @@ def plan(
         int, typer.Option("--expert-parallel", metavar="N", min=1, help="Ranks that experts are divided over for good.")
     ] = 1,
     context_parallel: Annotated[
-        int, typer.Option("--context-parallel", metavar="N", min=1, help="Ranks that share one sequence.")
+        int | None,
+        typer.Option(
+            "--context-parallel", metavar="N", min=1, help="Ranks that share one sequence; else the recipe's."
+        ),
     ] = 1,
     offload: Annotated[
         bool | None, typer.Option("--offload/--no-offload", help="What is trained waits in the machine's memory.")

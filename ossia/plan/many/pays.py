@@ -8,9 +8,9 @@ sends (gathered, or summed), B a link's bytes a second.
   layer before the next (layer-major), so T is of the whole step and not of a micro-batch.
 - Experts that stay put send rows instead of weights: from the tokens on that make these more bytes than a gather and a
   sum of the layer's experts, they cost more to send. (And gathers hide behind products, rows don't.)
-- Context parallel: a full layer's keys and values of all other parts hide behind the attention over them where a part
-  has more than F k size / (q B) tokens, k and q its heads of keys and of queries: a part of t tokens of a causal
-  sequence of n computes 2 q n t for 2 k n size bytes (times a head's numbers), so the length doesn't count.
+- Context parallel: a token's queries, keys, values and results cross in a layer, 2 (q + k) d size bytes of which all
+  but one rank's part are sent (q and k heads of queries and keys, d a head's numbers), whatever the sequence's length.
+  Nothing hides them, so what they cost is a share of the step, which falls as attention over the sequence grows.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from ossia.model.budget.many.ranks import GRADIENT_SIZE, Whole
 from ossia.model.budget.many.traffic import traffic
 from ossia.model.budget.work import Work
 from ossia.plan.many.times import Rates, layer_products
+from ossia.plan.speed import layer_flops
 
 
 def hiding_tokens(work: Work, division: Division, rates: Rates) -> float:
     """Tokens of a rank in a step from which on gathers and sums hide behind products: a mean layer's."""
-    moved = traffic(work, division).full
+    moved = traffic(work, division).layer
     gather, reduce = (division.seconds(spread, rates.inner, rates.outer) for spread in (moved.gather, moved.reduce))
     products = layer_products(work, rates)[:-1]  # the last isn't computed again
     tokens = work.pack * work.packs
@@ -47,10 +48,13 @@ def expert_parallel_tokens(work: Work, ranks: int) -> float:
     return weights / each  # both are (ranks - 1) / ranks of what they are
 
 
-def context_parallel_tokens(work: Work, rates: Rates, bytes_s: float) -> float:
-    """Tokens of a part of a sequence from which on keys and values hide behind a full layer's attention, forward."""
+def context_parallel_share(work: Work, rates: Rates, bytes_s: float, ranks: int) -> float:
+    """The share that exchanges have of a full layer's forward, where so many ranks share a sequence of `work.longest`
+    tokens."""
     a = work.arch
-    return rates.flops * a.num_kv_heads * work.size / (a.num_heads * bytes_s)
+    sent = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim * work.size * (ranks - 1) / ranks / bytes_s
+    products = sum(layer_flops(a, "full_attention", work.longest)) / rates.flops
+    return sent / (sent + products)
 
 
 def most_ranks(tokens_of_step: int, hiding: float) -> int:

@@ -25,6 +25,7 @@ class Wanted:
     """What the user says of the machines; None: what fits is taken.
 
     shards   ranks that a layer is divided over; offload  what is trained waits in the machine's memory
+    context  ranks that share a sequence; None: as the recipe says
     """
 
     gpus: int
@@ -32,7 +33,7 @@ class Wanted:
     per_machine: int = 8
     shards: int | None = None
     experts: int = 1
-    context: int = 1
+    context: int | None = None
     offload: bool | None = None
 
 
@@ -84,15 +85,25 @@ def make_many_plan(recipe: Recipe, machine: Machine, wanted: Wanted) -> ManyPlan
             f"  next: ossia plan RECIPE --gpus {wanted.gpus} weights=auto"
         )
     arch, layout = read_shape(recipe.model)
+    context = _context(recipe, wanted)
+    if arch.num_kv_heads % context:
+        raise UserError(
+            f"context: {context}; allowed: a divisor of the model's key-value heads, {arch.num_kv_heads}, which the ranks "
+            "of a sequence divide among them"
+        )
     plans = [
         plan_of(recipe, machine, arch, layout, wanted, division, why) for division, why in _divisions(recipe, wanted)
     ]
     return next((plan for plan in plans if plan.fits), plans[-1])
 
 
+def _context(recipe: Recipe, wanted: Wanted) -> int:
+    return recipe.parallel.context if wanted.context is None else wanted.context
+
+
 def _divisions(recipe: Recipe, wanted: Wanted) -> Iterator[tuple[Division, str]]:
     """Those to try, the one with the least to send first."""
-    base = Division(wanted.gpus, wanted.per_machine, experts=wanted.experts, context=wanted.context)
+    base = Division(wanted.gpus, wanted.per_machine, experts=wanted.experts, context=_context(recipe, wanted))
     full = recipe.adapter is None
     offload = bool(wanted.offload)
     asked, said = wanted.shards, "as you say"

@@ -8,7 +8,7 @@ from ossia.model.budget.many.division import Division, Spread
 from ossia.model.budget.many.links import Link
 from ossia.model.budget.many.overlap import Stage, Timeline, simulate, step_stages
 from ossia.model.budget.many.ranks import GRADIENT_SIZE, Whole
-from ossia.model.budget.many.traffic import LayerTraffic, Traffic, traffic
+from ossia.model.budget.many.traffic import Traffic, traffic
 from ossia.model.budget.work import Work
 from ossia.plan.speed import flops_per_token, layer_flops
 
@@ -32,7 +32,7 @@ class Rates:
 class StepTime:
     """Of a step, in seconds.
 
-    products  of one rank; exchanged is what stands in their way: tokens to experts, keys and values
+    products  of one rank; exchanged is what stands in their way: tokens to experts and to heads
     exposed   the rest of the step, in which a GPU waits
     """
 
@@ -80,17 +80,16 @@ def _stages(work: Work, division: Division, rates: Rates, moved: Traffic) -> tup
     def seconds(spread: Spread) -> float:
         return division.seconds(spread, rates.inner, rates.outer)
 
-    products = layer_products(work, rates)
+    products, exchanged = layer_products(work, rates), seconds(moved.layer.exchanged)
     last = work.arch.num_layers - 1
     forward, backward = [], []
     for index, (there, back) in enumerate(products):
-        layer: LayerTraffic = moved.full if work.arch.layer_types[index] == "full_attention" else moved.sliding
-        again = seconds(layer.forward) if work.recompute and index != last else 0.0
-        forward.append(there + seconds(layer.forward))
-        backward.append(back + seconds(layer.backward) + again)
+        again = exchanged if work.recompute and index != last else 0.0
+        forward.append(there + exchanged)
+        backward.append(back + exchanged + again)
     fetch, give = _host_seconds(work, division, rates)
     join = sum if rates.inner.is_pcie else max  # one way for both, or two at once
-    gather, reduce = join((seconds(moved.full.gather), fetch)), join((seconds(moved.full.reduce), give))
+    gather, reduce = join((seconds(moved.layer.gather), fetch)), join((seconds(moved.layer.reduce), give))
     head_flops = work.packs * work.rows * flops_per_token(work.arch, work.longest)[2]
     head = head_flops * (2.0 if work.ranks is not None else 3.0) / rates.flops
     tables = seconds(moved.reduce_tables) / 2

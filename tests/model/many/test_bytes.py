@@ -71,7 +71,7 @@ def test_experts_that_stay_put_are_divided_and_never_gathered() -> None:
     whole = Whole.of(LARGE)
     put = Division(64, shards=64, trained_shards=64, experts=64)
     assert rank_bytes(LARGE, put).device["gathered layers"] == 2 * (whole.layer_dense + whole.layer_experts // 64)
-    gather = traffic(LARGE, put).full.gather
+    gather = traffic(LARGE, put).layer.gather
     assert gather.total == pytest.approx(whole.layer_dense * 63 / 64)
     rows = 16_384 * 4 * 2880 * 2
     assert traffic(LARGE, put).parts["tokens to experts and back"].total == pytest.approx(
@@ -131,23 +131,20 @@ def test_trained_weights_are_summed_in_float32_once_and_between_replicas_in_part
 
 def test_a_divided_adapter_travels_as_much_as_its_gradients_are_summed() -> None:
     whole, division = Whole.of(LORA), Division(8, shards=8, trained_shards=8)
-    gather = traffic(LORA, division).full.gather.total
+    gather = traffic(LORA, division).layer.gather.total
     layer = whole.layer_dense + whole.layer_experts + 2 * (whole.trained_dense + whole.trained_experts)
     assert gather == pytest.approx(7 / 8 * layer)
-    assert traffic(LORA, division).full.reduce.total == pytest.approx(
+    assert traffic(LORA, division).layer.reduce.total == pytest.approx(
         7 / 8 * 4 * (whole.trained_dense + whole.trained_experts)
     )
 
 
-def test_a_full_layer_needs_all_keys_and_values_and_a_sliding_one_its_window() -> None:
+def test_ranks_that_share_a_sequence_send_what_attention_needs_of_their_tokens_and_get_its_results() -> None:
     moved = traffic(LORA, Division(4, context=4))
-    slot = 2 * 8 * 64
-    assert moved.full.forward.total == pytest.approx(slot * 2 * 16_384 * 4 * 3 / 4)
-    assert moved.full.backward.total == pytest.approx(slot * 4 * 16_384 * 4 * 3 / 4)
-    assert moved.sliding.forward.total == slot * 2 * 127
-    layers = [moved.sliding, moved.full] * 12
-    each = sum(layer.forward.total * (2 - (i == 23)) + layer.backward.total for i, layer in enumerate(layers))
-    assert moved.parts["keys and values"].total == pytest.approx(each)
+    there, back = (64 + 2 * 8) * 64, 64 * 64
+    assert moved.layer.exchanged.total == pytest.approx(16_384 * (there + back) * 2 * 3 / 4)
+    assert moved.parts["tokens to heads and back"].total == pytest.approx(moved.layer.exchanged.total * (2 * 24 + 23))
+    assert rank_bytes(LORA, Division(4, context=4)).device["heads on their way"] == 2 * 16_384 * there * 2
 
 
 def test_a_shared_port_is_divided_by_the_gpus_of_a_machine() -> None:

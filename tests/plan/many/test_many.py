@@ -17,7 +17,7 @@ from ossia.errors import UserError
 from ossia.model.budget.many.links import ETHERNET, INFINIBAND, inner_link
 from ossia.model.budget.many.traffic import traffic
 from ossia.plan.machine import named_gpu
-from ossia.plan.many.pays import context_parallel_tokens, expert_parallel_tokens, hiding_tokens, most_ranks
+from ossia.plan.many.pays import context_parallel_share, expert_parallel_tokens, hiding_tokens, most_ranks
 from ossia.plan.many.predict import ManyPlan, Wanted, as_json, make_many_plan
 from ossia.plan.many.times import layer_products, step_time
 from ossia.plan.speed import speed
@@ -103,14 +103,14 @@ def test_where_rows_to_experts_cost_more_than_the_experts_they_do(tmp_path: Path
     assert lead[0] > 0 > lead[1]
 
 
-def test_keys_and_values_hide_from_the_tokens_on_that_the_closed_form_gives(tmp_path: Path) -> None:
+def test_exchanges_have_the_share_of_a_layers_forward_that_the_schedule_gives_them(tmp_path: Path) -> None:
     plan = planned(tmp_path, "train.tokens_per_step=16384", context=8, gpus=8)
-    bytes_s = plan.rates.inner.bytes_s(8)
-    tokens = context_parallel_tokens(plan.work, plan.rates, bytes_s)
-    whole = 8 * tokens
-    keys = 2 * 8 * 64 * 2 * whole / bytes_s
-    attention = 4 * 64 * 64 * tokens * whole / 2 / plan.rates.flops
-    assert keys == pytest.approx(attention)
+    share = context_parallel_share(plan.work, plan.rates, plan.rates.inner.bytes_s(8), 8)
+    sent = traffic(plan.work, plan.division).layer.exchanged.total / plan.rates.inner.bytes_s(8)
+    full = plan.work.arch.layer_types.index("full_attention")
+    assert share == pytest.approx(sent / (sent + layer_products(plan.work, plan.rates)[full][0]))
+    longer = context_parallel_share(replace(plan.work, longest=131_072), plan.rates, plan.rates.inner.bytes_s(8), 8)
+    assert longer < share
 
 
 def test_a_step_keeps_as_many_ranks_busy_as_it_has_tokens_to_hide_behind() -> None:
@@ -202,13 +202,16 @@ def test_gpus_without_nvlink_meet_over_pcie_and_share_it_with_what_waits_in_memo
     few = planned(tmp_path, *sizes, adapter="", gpu="3090", gpus=2, per_machine=2, offload=True)
     assert few.time is not None
     one = few.time.timeline.gathers[1]
-    layer = traffic(few.work, few.division).full.gather.total  # half of it comes from the other, half from the memory
+    layer = traffic(few.work, few.division).layer.gather.total  # half of it comes from the other, half from the memory
     assert one.end - one.begin == pytest.approx(2 * layer / 24e9, rel=1e-3)
 
 
 def test_tokens_per_rank_of_a_context_parallel_sequence_are_its_part(tmp_path: Path) -> None:
     plan = planned(tmp_path, "train.tokens_per_step=16384", context=8, gpus=8)
     assert (plan.work.pack, plan.work.packs, plan.idle, plan.tokens) == (2048, 1, 0, 16_384)
-    assert "keys and values" in as_json(plan)["received_bytes"]
-    with pytest.raises(UserError, match="context: 3; allowed"):
-        planned(tmp_path, context=3)
+    assert "tokens to heads and back" in as_json(plan)["received_bytes"]
+    said = planned(tmp_path, "train.tokens_per_step=16384", "parallel.context=8", gpus=8)
+    assert said.work == plan.work
+    for uneven in (3, 16):
+        with pytest.raises(UserError, match=f"context: {uneven}; allowed: a divisor of the model's key-value heads, 8"):
+            planned(tmp_path, gpus=48, context=uneven)

@@ -155,6 +155,6 @@ def _buffers(work: Work, whole: Whole, division: Division) -> dict[str, int]:
         found["layers' gradients"] = 2 * GRADIENT_SIZE * max(mine, whole.trained_tables // 2)
     if division.context > 1:
         a = work.arch
-        keys = 2 * a.num_kv_heads * a.head_dim * work.pack * (division.context - 1)
-        found["others' keys and values"] = keys * (work.size + GRADIENT_SIZE)  # and their gradients
+        rows = (a.num_heads + 2 * a.num_kv_heads) * a.head_dim * work.pack
+        found["heads on their way"] = 2 * rows * work.size  # as they are sent, and as they come
     return found

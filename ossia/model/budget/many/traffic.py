@@ -1,7 +1,7 @@
 """Bytes that a rank receives in a step, by what they are for, and when.
 
-`behind` a layer's products go gathers and sums; in their way go tokens to experts that stay put, and keys and values of
-the other parts of a sequence, since the layer goes on with what arrives. (Some of that could be hidden too: not here.)
+Behind a layer's products go gathers and sums; in their way go tokens to experts that stay put, and to the ranks that
+attend with some of the heads, since the layer goes on with what arrives. (Some of that could be hidden too: not here.)
 """
 
 from __future__ import annotations
@@ -18,28 +18,26 @@ from ossia.model.budget.work import Work
 class LayerTraffic:
     """Of a layer in a step.
 
-    gather    of its weights, in one direction
-    reduce    sum of its gradients, behind its backward
-    forward   of tokens, keys and values, in one forward; backward in one backward
+    gather     of its weights, in one direction
+    reduce     sum of its gradients, behind its backward
+    exchanged  rows of tokens in one forward, and as many in one backward
     """
 
     gather: Spread
     reduce: Spread
-    forward: Spread
-    backward: Spread
+    exchanged: Spread
 
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
     """Of a step of one rank.
 
-    sliding, full  of a layer of each kind
+    layer          of each layer
     gather_table   of the head, and once more of the embedding where it is trained
     reduce_tables  sum of the gradients of both, or of the head's adapter
     """
 
-    sliding: LayerTraffic
-    full: LayerTraffic
+    layer: LayerTraffic
     gather_table: Spread
     reduce_tables: Spread
     parts: Mapping[str, Spread]
@@ -81,11 +79,8 @@ def traffic(work: Work, division: Division) -> Traffic:
     table = d.gathered(whole.table, d.shards)
     tables = _summed(whole.trained_tables, 0, division)
     tokens = _tokens(work, division)
-    exchanges = [_sequence(work, division, full=full) for full in (False, True)]
-    layers = [
-        LayerTraffic(gather, reduce, tokens.times(2).plus(there), tokens.times(2).plus(back))
-        for there, back in exchanges
-    ]
+    heads = _heads(work, division)
+    layer = LayerTraffic(gather, reduce, tokens.times(2).plus(heads))
     number, again = work.arch.num_layers, work.arch.num_layers - 1 if work.recompute else 0
     adapts = "gradients, summed" if work.ranks is None else "adapters' gradients, summed"
     parts = {
@@ -96,9 +91,9 @@ def traffic(work: Work, division: Division) -> Traffic:
         ),
         adapts: reduce.times(number).plus(tables),
         "tokens to experts and back": tokens.times(2 * (2 * number + again)),
-        "keys and values": _all_sequences(work, exchanges),
+        "tokens to heads and back": heads.times(2 * number + again),
     }
-    return Traffic(*layers, table, tables, {name: spread for name, spread in parts.items() if spread.total})
+    return Traffic(layer, table, tables, {name: spread for name, spread in parts.items() if spread.total})
 
 
 def _summed(dense: float, experts: float, d: Division) -> Spread:
@@ -118,26 +113,8 @@ def _tokens(work: Work, d: Division) -> Spread:
     return d.exchanged(rows * work.arch.hidden_size * work.size, d.experts)
 
 
-def _sequence(work: Work, d: Division, *, full: bool) -> tuple[Spread, Spread]:
-    """Keys and values that a rank needs for a forward, and their gradients that come back from the others.
-
-    A sliding layer needs what its window reaches back into the part before.
-    """
-    if d.context == 1:
-        return NOTHING, NOTHING
-    a, tokens = work.arch, work.pack * work.packs
-    slot = 2 * a.num_kv_heads * a.head_dim
-    if full:
-        all_of_it = slot * tokens * d.context
-        return d.gathered(all_of_it * work.size, d.context), d.gathered(all_of_it * GRADIENT_SIZE, d.context)
-    reach = slot * min(a.sliding_window - 1, tokens)
-    return Spread(reach * work.size, 0.0), Spread(reach * GRADIENT_SIZE, 0.0)
-
-
-def _all_sequences(work: Work, exchanges: list[tuple[Spread, Spread]]) -> Spread:
-    found = NOTHING
-    for index, kind in enumerate(work.arch.layer_types):
-        there, back = exchanges[kind == "full_attention"]
-        again = work.recompute and index < work.arch.num_layers - 1
-        found = found.plus(there.times(2 if again else 1)).plus(back)
-    return found
+def _heads(work: Work, d: Division) -> Spread:
+    """One direction of a layer: own tokens' queries, keys and values for the others' heads, and the results back."""
+    a = work.arch
+    numbers = 2 * (a.num_heads + a.num_kv_heads) * a.head_dim
+    return d.exchanged(work.pack * work.packs * numbers * work.size, d.context)
