@@ -55,7 +55,7 @@ def plan(
         typer.Option(
             "--context-parallel", metavar="N", min=1, help="Ranks that share one sequence; else the recipe's."
         ),
-    ] = 1,
+    ] = None,
     offload: Annotated[
         bool | None, typer.Option("--offload/--no-offload", help="What is trained waits in the machine's memory.")
     ] = None,

@@ -88,8 +88,8 @@ def make_many_plan(recipe: Recipe, machine: Machine, wanted: Wanted) -> ManyPlan
     context = _context(recipe, wanted)
     if arch.num_kv_heads % context:
         raise UserError(
-            f"context: {context}; allowed: a divisor of the model's key-value heads, {arch.num_kv_heads}, which the ranks "
-            "of a sequence divide among them"
+            f"context: {context}; allowed: a divisor of the model's key-value heads, {arch.num_kv_heads}, which the "
+            "ranks of a sequence divide among them"
         )
     plans = [
         plan_of(recipe, machine, arch, layout, wanted, division, why) for division, why in _divisions(recipe, wanted)
