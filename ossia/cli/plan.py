@@ -48,8 +48,11 @@ def plan(
         int | None, typer.Option("--shards", metavar="N", min=1, help="Ranks that a layer is divided over.")
     ] = None,
     expert_parallel: Annotated[
-        int, typer.Option("--expert-parallel", metavar="N", min=1, help="Ranks that experts are divided over for good.")
-    ] = 1,
+        int | None,
+        typer.Option(
+            "--expert-parallel", metavar="N", min=1, help="Ranks that experts stay on for good; else the recipe's."
+        ),
+    ] = None,
     context_parallel: Annotated[
         int | None,
         typer.Option(

@@ -25,6 +25,7 @@ _FREE_ON_RESUME = (
     "train.keep",
     "parallel.ranks",
     "parallel.context",
+    "parallel.experts",
     "parallel.timeout",
 )  # they change no number of the run
 _LENGTH = {"train.steps", "train.epochs"}

@@ -291,6 +291,9 @@ class ParallelConfig(Section):
     shard: Literal["auto", "none", "all"] = "auto"
     """Whether each rank holds only a part of every weight, and of what is trained without an adapter (`all`), or
     everything (`none`); `auto`: parts where all weights are trained, or where everything doesn't fit."""
+    experts: Literal["gather", "stay"] = "gather"
+    """Whether experts travel to the tokens, a layer's at a time (`gather`, where weights are cut), or tokens to the
+    experts, of which each rank has some for good (`stay`; the ranks have to divide the experts)."""
     context: int = Field(1, ge=1, le=64)
     """Ranks that share each pack's tokens, for sequences that don't fit one GPU; divides the ranks, and the model's
     key-value heads (8)."""
@@ -461,15 +464,23 @@ class Recipe(Section):
         return Clash(("weights", "adapter"), f"{why}; add an `adapter` or write `weights: bf16`")
 
     def _shard_clashes(self) -> tuple[Clash | None, ...]:
-        if self.parallel.shard != "all":
+        p = self.parallel
+        if p.shard != "all" and p.experts != "stay":
             return ()
+        said = "parallel.experts" if p.experts == "stay" else "parallel.shard"
         if self.method == "grpo":
-            why = "`parallel.shard` is for `method: sft`; `grpo` is one process as yet"
-            return (Clash(("parallel.shard", "method"), why),)
+            why = f"`{said}` is for `method: sft`; `grpo` is one process as yet"
+            return (Clash((said, "method"), why),)
+        if p.shard == "none":
+            why = "`parallel.experts` is stay, which cuts weights, and `parallel.shard` is none; leave one of them out"
+            return (Clash((said, "parallel.shard"), why),)
+        if p.experts == "stay" and self.qat is not None:
+            return (Clash((said, "qat"), "`parallel.experts` is stay, and `qat` needs the experts gathered"),)
         if (key := self.keeps_weights_whole) is None:
             return ()
-        why = f"`parallel.shard` is all, which cuts weights, and `{key}` goes with whole ones; leave one of them out"
-        return (Clash(("parallel.shard", key.partition(":")[0]), why),)
+        word = p.experts if p.experts == "stay" else p.shard
+        why = f"`{said}` is {word}, which cuts weights, and `{key}` goes with whole ones; leave one of them out"
+        return (Clash((said, key.partition(":")[0]), why),)
 
     def _qat_clashes(self) -> tuple[Clash | None, ...]:
         if self.qat is None:

@@ -22,6 +22,7 @@ from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
 from ossia.ops.attention import Backend, Place, check_backend
+from ossia.ops.attention.divided import Members
 from ossia.ops.memory import gpu_memory, machine_memory
 
 WeightsChoice = Literal["auto", "resident", "stream", "mmap", "bf16"]
@@ -43,6 +44,7 @@ def open_model(
     device: DeviceChoice = "auto",
     attention: Backend | Literal["auto"] = "auto",
     ranks: Ranks | None = None,
+    experts_over: Members | None = None,
 ) -> tuple[Transformer, Vocabulary]:
     """Open a checkpoint and its tokenizer, with an adapter on it if one is named.
 
@@ -54,6 +56,7 @@ def open_model(
     device   auto: a CUDA device if there is one
     attention  its backend, see `ops.attention.backends`
     ranks    over which the weights are cut, in the checkpoint's own bytes, whatever `weights` says; see `model.cut`
+    experts_over  processes that each have some experts for good, with `ranks` or where all weights are to be trained
     Raises   CheckpointError, TokenizerError, AdapterError, MissingExtraError; UserError for a device that isn't there,
              or attention that it can't compute in that way
     """
@@ -82,8 +85,8 @@ def open_model(
         backend = check_backend(attention, Place.of(place, activations, checkpoint.arch.head_dim))
     kind: DeviceKind = "cuda" if place.type == "cuda" else "cpu"
     on_host = budget.waits_on_host(checkpoint.arch, checkpoint.layout, placement, kind, memory_of(place))
-    placed = Weights(checkpoint, placement, activations, place, on_host, ranks)
-    return Transformer(placed, lora=lora, backend=backend, qat=qat), vocabulary
+    placed = Weights(checkpoint, placement, activations, place, on_host, ranks, staying=experts_over is not None)
+    return Transformer(placed, lora=lora, backend=backend, qat=qat, experts_over=experts_over), vocabulary
 
 
 def model_folder(model: str) -> Path:

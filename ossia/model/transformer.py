@@ -21,7 +21,7 @@ from torch import Tensor
 from ossia.kernels import Kernels, pick_kernels
 from ossia.model.arch import Arch
 from ossia.model.budget.work import experts_at_once
-from ossia.model.cut.ranks import Ranks, part_of
+from ossia.model.cut.ranks import Ranks, experts_of, part_of
 from ossia.model.cut.trained import TrainedParts
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed, packed_experts
@@ -35,6 +35,7 @@ from ossia.ops.linear import Dropout, Linear, linear, wide_linear
 from ossia.ops.memory import leave_to_the_file
 from ossia.ops.moe import Expanding, Expert, in_chunks, route
 from ossia.ops.rope import Yarn, rope_tables
+from ossia.ops.staying import with_rows_sent
 
 
 def router_logits(normed_TD: Tensor, router: Linear, lora_x_TD: Tensor | None = None) -> Tensor:
@@ -108,6 +109,7 @@ class Transformer:
                is only used
     backend    of attention; None: the fastest that is exact here
     kernels    of what stands between the matrix products; None: the fastest that is there
+    experts_over  the processes that each have some of its experts for good, this one those of `own_experts`
     qat        experts are computed as an MXFP4 export would hold them, what training changed merged in; gradients pass
                through the rounding as if it weren't there
     probed     what trying the attention on the device found, where somebody has
@@ -121,9 +123,11 @@ class Transformer:
         backend: Backend | None = None,
         kernels: Kernels | None = None,
         qat: bool = False,
+        experts_over: Members | None = None,
     ) -> None:
         self.weights, self.lora, self.qat = weights, lora, qat
         self.trainable = lora.trainable if lora is not None else Trainable()
+        self.experts_over = experts_over
         self.backend: Backend = pick_backend(self.place) if backend is None else check_backend(backend, self.place)
         self.kernels: Kernels = kernels or pick_kernels(weights.device, weights.dtype)
         self.probed: Probed | None = None
@@ -165,6 +169,13 @@ class Transformer:
         )
 
     @property
+    def own_experts(self) -> slice:
+        """The experts that this process computes with."""
+        if self.experts_over is None:
+            return slice(0, self.arch.num_experts)
+        return experts_of(self.arch.num_experts, self.experts_over)
+
+    @property
     def keeps_experts(self) -> bool:
         """Whether experts are in memory expanded anyway: placement `bf16`, or all weights trainable."""
         return self.weights.placement == "bf16" or "model.layers.0.mlp.experts.down_proj" in self.trainable
@@ -176,7 +187,8 @@ class Transformer:
 
     def with_adapter(self, lora: Lora | None) -> Transformer:
         """The same weights, computed in the same way, with another adapter, or with none."""
-        return Transformer(self.weights, lora=lora, backend=self.backend, kernels=self.kernels, qat=self.qat)
+        how = {"backend": self.backend, "kernels": self.kernels, "qat": self.qat, "experts_over": self.experts_over}
+        return Transformer(self.weights, lora=lora, **how)
 
     def whole(self) -> Transformer:
         """The same model for one process alone: where weights are cut over ranks, another that reads them from the
@@ -196,6 +208,7 @@ class Transformer:
         ranks  over which the copies are cut; the weights themselves are best left in their file then
         """
         assert self.lora is None
+        staying = self.experts_over is not None
         specs = self.arch.tensor_specs("bf16")
         if ranks is None:
             for name in specs:
@@ -206,7 +219,7 @@ class Transformer:
         parts = {name: self._part_of_master(name, shape, ranks) for name, shape in shapes.items()}
         for name in self.weights:
             leave_to_the_file(self.weights.checkpoint.tensor(name))
-        self.trainable = TrainedParts(parts, shapes, ranks, self.dtype)
+        self.trainable = TrainedParts(parts, shapes, ranks, self.dtype, staying=staying)
 
     def _part_of_master(self, name: str, shape: tuple[int, ...], ranks: Ranks) -> Tensor:
         """A rank's part of a flat master; of what is large nothing else is read."""
@@ -293,8 +306,14 @@ class Transformer:
         if self.keeps_experts or (self.rounds(module) and torch.is_grad_enabled()):
             weight = self.expert_weight(index, projection)
         else:
-            weight = Expanding(partial(self._expand, index, projection), self.arch.num_experts, at_once)
-        return Expert(weight, bias) if self.qat else Expert(weight, bias, *self._adapter(module))
+            own = self.own_experts
+            weight = Expanding(partial(self._expand, index, projection), own.stop - own.start, at_once)
+        if self.qat:
+            return Expert(weight, bias)
+        a, b = self._adapter(module)
+        if self.experts_over is not None and a is not None and b is not None:
+            a, b = a[self.own_experts], b[self.own_experts]
+        return Expert(weight, bias, a, b)
 
     def rounds(self, module: str) -> bool:
         """Whether these experts are computed as an export rounds them; else `qat` is off, or they are in MXFP4."""
@@ -395,9 +414,10 @@ class Transformer:
             routing = route(logits, a.experts_per_token, None if replay is None else replay[which], self._parts.sort)
             if note_experts is not None:
                 note_experts(routing.experts_TK)
-            return (mixture or self._parts.mixture)(
-                x_TD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, adapted
-            )
+            through = mixture or self._parts.mixture
+            if self.experts_over is not None:
+                through = with_rows_sent(through, self._parts.sort, self.experts_over)
+            return through(x_TD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, adapted)
 
         if tokens_at_once is None or len(x_TD) <= tokens_at_once:
             return through_experts(x_TD, slice(None), 0)

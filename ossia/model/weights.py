@@ -17,11 +17,11 @@ from torch import Tensor
 
 from ossia.kernels import pick_kernels
 from ossia.model.arch import Arch
-from ossia.model.budget.weights import EMBEDDING, HEAD, is_expert_weight
+from ossia.model.budget.weights import EMBEDDING, HEAD, is_expert_weight, is_of_experts
 from ossia.model.budget.work import Placement
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.cut.frozen import FrozenParts
-from ossia.model.cut.ranks import Ranks
+from ossia.model.cut.ranks import Ranks, experts_of
 from ossia.model.cut.slots import TwoSlots
 from ossia.model.packed import Base, Packed
 from ossia.ops.memory import leave_to_the_file
@@ -52,6 +52,7 @@ class Weights:
     on_host  of the embedding and the head, those that stay in the machine's memory where the device is a GPU: the
              embedding's rows are sent as they are looked up (with `stream` always), the head's as the loss walks them
     ranks    over which they are cut, with placement `resident`: of layers and head this process holds its part
+    staying  and some experts for good, which alone are in every tensor of experts then
     """
 
     def __init__(
@@ -62,6 +63,8 @@ class Weights:
         device: torch.device,
         on_host: frozenset[str] = frozenset(),
         ranks: Ranks | None = None,
+        *,
+        staying: bool = False,
     ) -> None:
         self.checkpoint, self.placement, self.dtype, self.device = checkpoint, placement, dtype, device
         self.on_host = on_host | {EMBEDDING} if placement == "stream" else on_host
@@ -70,12 +73,15 @@ class Weights:
         self._expanded: dict[tuple[int, str], Tensor] = {}
         self._stream: Stream | None = None
         self.parts: FrozenParts | None = None
+        self.own_experts: slice | None = None
         if placement == "mmap":
             return
         if ranks is not None:
             assert placement == "resident", placement
             self.on_host = frozenset((EMBEDDING,))
-            self.parts = FrozenParts(checkpoint, ranks, device)
+            self.parts = FrozenParts(checkpoint, ranks, device, staying=staying)
+            if staying:
+                self.own_experts = experts_of(self.arch.num_experts, ranks)
             self._held = {name: self._placed(name) for name in checkpoint.specs if not self._elsewhere(name)}
             return
         if placement == "stream":
@@ -106,6 +112,8 @@ class Weights:
     def _placed(self, name: str) -> Tensor:
         """A tensor where the placement wants it: `bf16` casts it once, the others copy it as it is."""
         tensor = self.checkpoint.tensor(name)
+        if self.own_experts is not None and is_of_experts(name):
+            tensor = tensor[self.own_experts]
         if self.placement == "bf16":  # on the CPU and in bf16 these are the file's own pages, not a second copy
             return tensor.to(device=self.device, dtype=self.dtype)
         placed = tensor.to(self.device) if self.device.type != "cpu" else tensor.clone()

@@ -30,6 +30,7 @@ from ossia.train.events import ENV, EVENTS, EventLog, Log, NoLog, Sink, environm
 from ossia.train.loop import Job, Stream, find_start
 from ossia.train.optim import AdamW, lr_at
 from ossia.train.ranks.agree import agree, code_identity, saved_of_first, tensors_identity, weights_identity
+from ossia.train.ranks.members import experts_over
 from ossia.train.report.page import REPORT, SAMPLES
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import SavedState, checkpoint_paths, seed_generators, write_file
@@ -82,6 +83,7 @@ def started(
     """
     folder = recipe.output
     leads = world is None or world.leads
+    over = experts_over(world, recipe)
     if leads:
         _check_folder(folder, recipe)
     with EventLog(folder) if leads else nullcontext(NoLog()) as log:
@@ -94,6 +96,7 @@ def started(
             device=recipe.device,
             attention=recipe.attention,
             ranks=None if recipe.adapter is None else ranks,
+            experts_over=over,
         )
         make_trainable(model, recipe, ranks)
         show_trainable(model)

@@ -52,6 +52,13 @@ class Micro:
     context: Context
 
     @classmethod
+    def none(cls, model: Transformer) -> Micro:
+        """No token, for who takes part where others have a pack."""
+        nothing = torch.empty(0, dtype=torch.int64, device=model.device)
+        pack = Pack(nothing, nothing, nothing.float(), torch.zeros(1, dtype=torch.int64), ())
+        return cls.of(model, pack)
+
+    @classmethod
     def of(cls, model: Transformer, pack: Pack, members: Members | None = None) -> Micro:
         """members  who share the pack's tokens; None: all are this process's"""
         pack = pack.to(model.device)
@@ -94,6 +101,7 @@ def forward_backward(
     loss_scale: float = 1.0,
     numbers: Sequence[int] | None = None,
     members: Members | None = None,
+    at_least: int = 0,
 ) -> float:
     """Add the gradient of the step's loss to `model.trainable`; returns the loss.
 
@@ -108,6 +116,7 @@ def forward_backward(
     keep_attention   and don't compute full attention over long documents again; only with `recompute`
     numbers          the packs' numbers in the step, for `loss_of` and dropout, where others are another process's
     members          who share these packs' tokens; then loss and gradients are this one's part. None: nobody
+    at_least         as many micro-batches as the process with the most of them has, where experts are others' too
     """
     numbered = list(zip(range(len(packs)) if numbers is None else numbers, packs, strict=True))
     drops = {number: _dropout(model, dropout_seed, number, members) for number, _ in numbered}
@@ -117,7 +126,8 @@ def forward_backward(
         experts_at_once = model.experts_at_once(tokens if tokens_at_once is None else min(tokens, tokens_at_once))
     assert recompute or not (offload or tokens_at_once or keep_attention)
     away = Offload(model.device) if offload else None
-    plan = _Plan(recompute, away, experts_at_once, tokens_at_once, keep_attention, members)
+    empty = max(at_least - len(packs), 0) if model.experts_over is not None else 0
+    plan = _Plan(recompute, away, experts_at_once, tokens_at_once, keep_attention, members, empty)
     if loss_scale == 1.0:
         return sum(_layer_major(model, some, loss_of, plan, drops) for some in together)
     loss = sum(_layer_major(model, some, lambda *given: loss_of(*given) * loss_scale, plan, drops) for some in together)
@@ -137,11 +147,12 @@ class _Plan:
     tokens_at_once: int | None
     keep_attention: bool
     members: Members | None
+    empty: int
 
     def attention_of(self, layer: Layer, micro: Micro) -> KeptAttention | None:
         """Where the layer's attention leaves what it found, if that is to be kept."""
         segments = micro.context.segments
-        long = segments.longest >= ATTENTION_KEPT_FROM and segments.shared is None
+        long = bool(segments.lengths) and segments.longest >= ATTENTION_KEPT_FROM and segments.shared is None
         return KeptAttention() if self.keep_attention and layer.window is None and long else None
 
 
@@ -165,6 +176,8 @@ def _layer_major(
     numbers = [number for number, _ in packs]
     micros = [Micro.of(model, pack, plan.members) for _, pack in packs]
     drops = [drops_of[number] for number in numbers]
+    micros += [Micro.none(model) for _ in range(plan.empty)]
+    drops += [None] * plan.empty
     last = model.arch.num_layers - 1
     embedded = _Embedding(model, micros)
     xs, kept = embedded.outputs, []
@@ -279,12 +292,16 @@ class _Kept:
 
 
 @torch.no_grad()
-def forward_logprobs(model: Transformer, packs: Sequence[Pack], members: Members | None = None) -> list[Tensor]:
+def forward_logprobs(
+    model: Transformer, packs: Sequence[Pack], members: Members | None = None, at_least: int = 0
+) -> list[Tensor]:
     """ln p of every counted target, no gradient, layer-major too: M times (R,) float32, in the packs' order.
 
-    members  who share these packs' tokens; each gets what it finds of its own
+    members, at_least  as of `forward_backward`; each member gets what it finds of its own tokens
     """
     micros = [Micro.of(model, pack, members) for pack in packs]
+    if model.experts_over is not None:
+        micros += [Micro.none(model) for _ in range(at_least - len(packs))]
     xs = _embed(model, micros)
     last = model.arch.num_layers - 1
     experts_at_once = model.experts_at_once(sum(pack.num_tokens for pack in packs))
@@ -293,7 +310,7 @@ def forward_logprobs(model: Transformer, packs: Sequence[Pack], members: Members
         for m, micro in enumerate(micros):
             xs[m] = model.layer_forward(layer, xs[m], micro.context, **micro.in_layer(index, last))
     head = model.head(where_it_is=True)
-    return [logprobs(model, micro, x, head) for micro, x in zip(micros, xs, strict=True)]
+    return [logprobs(model, micro, x, head) for micro, x, _ in zip(micros, xs, packs, strict=False)]
 
 
 @torch.no_grad()

@@ -86,7 +86,7 @@ def train_step(
     Raises  RunError before anything is changed if the loss or a gradient is missing or not finite
     """
     weight = float(sum(pack.weights.double().sum() for pack in packs))
-    numbers = _own(packs, world, group)
+    numbers, most = _own(packs, world, group)
 
     def weighted(logp_R: Tensor, micro: int, rows_R: Tensor) -> Tensor:
         weights_R = packs[micro].weights.to(logp_R.device)[rows_R]
@@ -108,6 +108,7 @@ def train_step(
             loss_scale=loss_scale,
             numbers=numbers,
             members=group,
+            at_least=most,
         )
 
     if world is not None and (model.cut or group is not None):
@@ -154,12 +155,13 @@ def _without_overflow(
     return loss
 
 
-def _own(packs: Sequence[Pack], world: World | None, group: Group | None) -> list[int]:
-    """The numbers of those packs that are this rank's, or its group's."""
+def _own(packs: Sequence[Pack], world: World | None, group: Group | None) -> tuple[list[int], int]:
+    """The numbers of those packs that are this rank's, or its group's, and the most that any has."""
     if world is None:
-        return list(range(len(packs)))
+        return list(range(len(packs))), len(packs)
     number, size = (world.rank, world.size) if group is None else (group.number, group.num_groups)
-    return share(packs, size)[number]
+    shares = share(packs, size)
+    return shares[number], max(map(len, shares))
 
 
 def evaluate_loss(
@@ -167,10 +169,12 @@ def evaluate_loss(
 ) -> EvalLoss:
     """The loss that `train_step` would see, without gradients and without dropout; of ranks, each computes a share."""
     total = 0.0
-    own = [packs[number] for number in _own(packs, world, group)]
+    numbers, most = _own(packs, world, group)
+    own = [packs[number] for number in numbers]
     if world is not None and (model.cut or group is not None):
         world.gather(None)
-    for logp_R, pack in zip(forward_logprobs(model, own, group) if own or model.cut else (), own, strict=True):
+    found = forward_logprobs(model, own, group, most) if own or model.cut else ()
+    for logp_R, pack in zip(found, own, strict=True):
         weights_R = pack.weights if group is None else pack.weights[tokens_of(pack.num_tokens, group.rank, group.size)]
         weights_R = weights_R[weights_R > 0].to(logp_R.device)
         total -= float((weights_R.double() * logp_R.double()).sum())
@@ -229,7 +233,7 @@ def chunk_of_tokens(model: Transformer) -> int | None:
 
     On a GPU what `tokens_at_once` makes of what is free there, so that a long pack needs no more than a short one.
     """
-    if model.device.type != "cuda":
+    if model.device.type != "cuda" or model.experts_over is not None:  # ranks would have to have as many chunks
         return None
     return tokens_at_once(model.arch, model.dtype.itemsize, memory_of(model.device).gpu_free)
 

@@ -118,6 +118,16 @@ def with_train(text: str) -> str:
             "`parallel.shard` is for `method: sft`; `grpo` is one process as yet",
         ),
         (
+            "model: m\ndata: {path: a}\nadapter: {}\nparallel:\n  experts: stay\n  shard: none\n",
+            5,
+            "`parallel.experts` is stay, which cuts weights, and `parallel.shard` is none; leave one of them out",
+        ),
+        (
+            "model: m\ndata: {path: a}\nadapter: {targets: [experts]}\nqat: mxfp4\nparallel: {experts: stay}\n",
+            5,
+            "`parallel.experts` is stay, and `qat` needs the experts gathered",
+        ),
+        (
             "model: m\ndata: {path: a}\nadapter: {}\nqat: nvfp4\n",
             4,
             "`qat` is the text 'nvfp4'; did you mean `mxfp4`? / allowed: mxfp4",

@@ -57,6 +57,11 @@ class WeightBytes:
         return self.experts + self.other
 
 
+def is_of_experts(name: str) -> bool:
+    """Whether a tensor's first axis is of experts: weights, scales, biases."""
+    return ".mlp.experts." in name
+
+
 def is_expert_weight(name: str) -> bool:
     """Whether a tensor is a part of the experts' matrices."""
     return ".mlp.experts." in name and not name.endswith("_bias")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ossia.model.arch import TensorSpec
-from ossia.model.budget.weights import HEAD
+from ossia.model.budget.weights import HEAD, is_of_experts
 from ossia.model.checkpoint import TORCH_DTYPES, Checkpoint
 from ossia.model.cut.ranks import Ranks
 from ossia.model.cut.slots import TwoSlots
@@ -61,14 +61,18 @@ class FrozenParts(TwoSlots):
     """This rank's parts of a checkpoint's layers and head, and the layers that were gathered of all ranks' parts.
 
     num_bytes  of its parts; gathered: bytes that were gathered so far, its own among them
+    staying    what is of experts isn't among them: each rank has some experts for good
     """
 
-    def __init__(self, checkpoint: Checkpoint, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, ranks: Ranks, device: torch.device, *, staying: bool = False) -> None:
         arch, specs = checkpoint.arch, checkpoint.specs
         super().__init__(arch.num_layers)
         self._ranks, self._device, self.gathered = ranks, device, 0
         prefixes = [f"model.layers.{layer}." for layer in range(arch.num_layers)]
         first = {name: spec for name, spec in specs.items() if name.startswith(prefixes[0])}
+        if staying:
+            first = {name: spec for name, spec in first.items() if not is_of_experts(name)}
+        self._staying = staying
         self._row = Row({name.removeprefix(prefixes[0]): spec for name, spec in first.items()}, ranks.size)
         self._head_row = Row({HEAD: specs[HEAD]}, ranks.size)
         self._parts = [self._own(self._row, checkpoint, prefix) for prefix in prefixes]
@@ -85,7 +89,7 @@ class FrozenParts(TwoSlots):
 
     def has(self, name: str) -> bool:
         """Whether a tensor is cut: one of a layer's, or the head."""
-        return name == HEAD or name.startswith("model.layers.")
+        return name == HEAD or (name.startswith("model.layers.") and not (self._staying and is_of_experts(name)))
 
     def tensor(self, name: str) -> Tensor:
         """A tensor as the checkpoint holds it, on the device: until two other layers are asked for, of the head one."""

@@ -8,6 +8,13 @@ from typing import Protocol
 from torch import Tensor
 
 
+class Numbered(Protocol):
+    """One of several processes: its number, and how many there are."""
+
+    rank: int
+    size: int
+
+
 class Ranks(Protocol):
     """The processes that hold the parts; all of them call everything here in the same order. `train.ranks.World` is
     one."""
@@ -24,6 +31,13 @@ class Ranks(Protocol):
 
     def sum_parts(self, part: Tensor, whole: Tensor) -> None:
         """The sum over ranks of every rank's `whole`, of which this one gets its part: a reduce-scatter."""
+
+
+def experts_of(num_experts: int, ranks: Numbered) -> slice:
+    """The experts that are a rank's where they stay put, all equally many: `part_of` of any tensor of theirs."""
+    assert num_experts % ranks.size == 0, (num_experts, ranks.size)
+    each = num_experts // ranks.size
+    return slice(ranks.rank * each, (ranks.rank + 1) * each)
 
 
 def part_size(numel: int, size: int) -> int:

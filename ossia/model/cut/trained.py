@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from ossia.model.budget.weights import EMBEDDING, HEAD
+from ossia.model.budget.weights import EMBEDDING, HEAD, is_of_experts
 from ossia.model.cut.ranks import Ranks, part_size
 from ossia.model.trainable import Trainable, passing_on
 
@@ -38,18 +38,27 @@ class TrainedParts(Trainable):
 
     shapes    of the whole tensors, by name, in the computation's layout
     gathered  bytes that were gathered so far, the own ones among them; summed: those of gradients
+    staying   a rank's part of what is of experts is some experts, whole: nobody gathers it, and its gradient is there
     """
 
     def __init__(
-        self, parts: dict[str, Tensor], shapes: Mapping[str, Sequence[int]], ranks: Ranks, dtype: torch.dtype
+        self,
+        parts: dict[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        ranks: Ranks,
+        dtype: torch.dtype,
+        *,
+        staying: bool = False,
     ) -> None:
         super().__init__(parts)
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.gathered = self.summed = 0
         self._ranks, self._dtype = ranks, dtype
         self._groups: dict[str, list[str]] = {}
+        self._staying: dict[str, list[str]] = {}
         for name in self.shapes:
-            self._groups.setdefault(group_of(name), []).append(name)
+            groups = self._staying if staying and is_of_experts(name) else self._groups
+            groups.setdefault(group_of(name), []).append(name)
         self._order = list(self._groups)  # the embedding, layers, the head: as a forward needs them
         self._places: dict[str, _Place] = {}
         self._part_sizes = {group: self._lay_out(names) for group, names in self._groups.items()}
@@ -73,9 +82,19 @@ class TrainedParts(Trainable):
         """The whole tensor, gathered with its group: until another group is asked for."""
         assert (dtype, scale) == (self._dtype, 1.0)
         group = group_of(name)
+        if name in self._staying.get(group, ()):
+            return passing_on(self._own(name), lambda grad: self._add_own(name, grad.to(torch.float32)))
         if group != self._at:
             self._take(group)
         return passing_on(self._here[name], lambda grad: self.add_grad(name, grad.to(torch.float32)))
+
+    def _own(self, name: str) -> Tensor:
+        """The rank's experts, in the computation's dtype."""
+        return self.tensors[name].detach().to(self._dtype).view(-1, *self.shapes[name][1:])
+
+    def _add_own(self, name: str, grad: Tensor) -> None:
+        part = self.tensors[name]
+        part.grad = grad.flatten() if part.grad is None else part.grad.add_(grad.flatten())
 
     def add_grad(self, name: str, grad: Tensor) -> None:
         """Add to the whole tensor's gradient, which may take the float32 tensor given as its own."""
@@ -100,6 +119,11 @@ class TrainedParts(Trainable):
                 continue
             self._norms[one] = torch.linalg.vector_norm(grad)
             _deal_out(grad.flatten(), rows, self._places[one])
+        for one in self._staying.get(group, ()):
+            if self.tensors[one].grad is None:
+                self.missing.append(one)
+                self.tensors[one].grad = torch.zeros_like(self.tensors[one])
+            self._norms[one] = torch.linalg.vector_norm(self.tensors[one].grad)
         part = torch.empty(each, device=rows.device)
         self.summed += rows.nbytes
         self._ranks.sum_parts(part, rows.view(-1))

@@ -62,6 +62,8 @@ def sink_attention(
     Returns              (T, H, d) of q's dtype; differentiable in q, k, v and sinks
     Source               gpt-oss model card; sliding window and sinks as in openai/gpt-oss torch/model.py
     """
+    if not len(q_THd):
+        return q_THd + 0 * (k_TKd.sum() + v_TKd.sum() + sinks_H.sum()).to(q_THd.dtype)  # a gradient for each
     attend = BACKENDS[backend].attend
     if (shared := segments.shared) is None:
         return attend(q_THd, k_TKd, v_TKd, sinks_H, segments, window, scale, kept)

@@ -52,13 +52,18 @@ def divided(attend: Attend, members: Members, num_tokens: int) -> Attend:
         each = [x.shape[1] // size for x in (q_tHd, k_tKd, v_tKd)]
         of_members = [x.unflatten(1, (size, -1)).transpose(0, 1) for x in (q_tHd, k_tKd, v_tKd)]
         given = torch.cat(of_members, dim=2).flatten(0, 1)
-        taken = _Exchange.apply(given, members, [own] * size, lengths)
+        taken = exchanged(given, members, [own] * size, lengths)
         q, k, v = (x.contiguous() for x in taken.split(each, dim=1))
         y = attend(q, k, v, sinks_H.view(size, -1)[members.rank], window)
-        back = _Exchange.apply(y.contiguous(), members, lengths, [own] * size)
+        back = exchanged(y, members, lengths, [own] * size)
         return back.view(size, own, num_heads // size, width).transpose(0, 1).reshape(own, num_heads, width)
 
     return attended
+
+
+def exchanged(rows: Tensor, members: Members, given: Sequence[int], taken: Sequence[int]) -> Tensor:
+    """`Members.exchange`, differentiable in the rows."""
+    return _Exchange.apply(rows.contiguous(), members, given, taken)
 
 
 class _Exchange(torch.autograd.Function):

@@ -25,14 +25,14 @@ class Wanted:
     """What the user says of the machines; None: what fits is taken.
 
     shards   ranks that a layer is divided over; offload  what is trained waits in the machine's memory
-    context  ranks that share a sequence; None: as the recipe says
+    experts  ranks that experts are divided over for good; context  that share a sequence; None: as the recipe says
     """
 
     gpus: int
     outer: Link
     per_machine: int = 8
     shards: int | None = None
-    experts: int = 1
+    experts: int | None = None
     context: int | None = None
     offload: bool | None = None
 
@@ -97,13 +97,17 @@ def make_many_plan(recipe: Recipe, machine: Machine, wanted: Wanted) -> ManyPlan
     return next((plan for plan in plans if plan.fits), plans[-1])
 
 
+def _experts(recipe: Recipe, wanted: Wanted) -> int:
+    return (wanted.gpus if recipe.parallel.experts == "stay" else 1) if wanted.experts is None else wanted.experts
+
+
 def _context(recipe: Recipe, wanted: Wanted) -> int:
     return recipe.parallel.context if wanted.context is None else wanted.context
 
 
 def _divisions(recipe: Recipe, wanted: Wanted) -> Iterator[tuple[Division, str]]:
     """Those to try, the one with the least to send first."""
-    base = Division(wanted.gpus, wanted.per_machine, experts=wanted.experts, context=_context(recipe, wanted))
+    base = Division(wanted.gpus, wanted.per_machine, experts=_experts(recipe, wanted), context=_context(recipe, wanted))
     full = recipe.adapter is None
     offload = bool(wanted.offload)
     asked, said = wanted.shards, "as you say"

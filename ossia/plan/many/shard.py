@@ -42,6 +42,8 @@ def choose_shard(
 
     memory  of the machine and its GPU, before a weight is there
     """
+    if recipe.parallel.experts == "stay":
+        return Shard(True, "parallel.experts: stay")
     if recipe.parallel.shard != "auto":
         return Shard(recipe.parallel.shard == "all", "as the recipe says")
     if (key := recipe.keeps_weights_whole) is not None:

@@ -8,7 +8,10 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import Tensor
 
+from ossia.config import Recipe
 from ossia.errors import RecipeError
+from ossia.model.checkpoint import Checkpoint
+from ossia.model.open import model_folder
 
 if TYPE_CHECKING:
     from ossia.train.ranks.world import World
@@ -57,6 +60,23 @@ def group_of(world: World | None, size: int) -> Group | None:
             f"  next: start it with --nproc {size}, or a multiple"
         )
     return Group(world, size)
+
+
+def experts_over(world: World | None, recipe: Recipe) -> Group | None:
+    """All ranks, if each is to have some experts for good (`parallel.experts`); None: experts are gathered.
+
+    Raises  RecipeError where the ranks don't divide the experts
+    """
+    if recipe.parallel.experts != "stay" or world is None:
+        return None
+    num_experts = Checkpoint.open(model_folder(recipe.model)).arch.num_experts
+    if num_experts % world.size:
+        allowed = ", ".join(str(n) for n in range(1, num_experts + 1) if num_experts % n == 0)
+        raise RecipeError(
+            f"parallel.experts: stay: {world.size} ranks don't divide this model's {num_experts} experts\n"
+            f"  allowed: {allowed} ranks; or parallel.experts=gather"
+        )
+    return Group(world, world.size)
 
 
 def check_heads(group: Group, num_kv_heads: int) -> None:
