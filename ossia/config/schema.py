@@ -297,6 +297,9 @@ class ParallelConfig(Section):
     context: int = Field(1, ge=1, le=64)
     """Ranks that share each pack's tokens, for sequences that don't fit one GPU; divides the ranks, and the model's
     key-value heads (8)."""
+    offload: bool = False
+    """Whether the parts of cut weights wait in the machine's memory and AdamW goes over them there, so that a GPU holds
+    what is gathered and no more. On a CPU it changes nothing."""
     timeout: float = Field(600.0, ge=1)
     """Seconds that ranks wait for one that doesn't come and isn't known to be busy, before the run ends with an error
     that names it."""
@@ -465,6 +468,9 @@ class Recipe(Section):
 
     def _shard_clashes(self) -> tuple[Clash | None, ...]:
         p = self.parallel
+        if p.shard == "none" and p.offload:
+            why = "`parallel.offload` is of parts of cut weights, and `parallel.shard` is none; leave one of them out"
+            return (Clash(("parallel.offload", "parallel.shard"), why),)
         if p.shard != "all" and p.experts != "stay":
             return ()
         said = "parallel.experts" if p.experts == "stay" else "parallel.shard"
@@ -527,6 +533,11 @@ class Recipe(Section):
         if self.train.recompute == "never":
             return "train.recompute: never"
         return f"qat: {self.qat}" if self.qat is not None and self.adapter is None else None
+
+    @property
+    def offloads_parts(self) -> bool:
+        """Whether, where weights are cut over ranks, a rank's parts wait in the machine's memory."""
+        return self.parallel.offload or self.weights == "stream"
 
     @property
     def has_eval(self) -> bool:

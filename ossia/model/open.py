@@ -45,6 +45,7 @@ def open_model(
     attention: Backend | Literal["auto"] = "auto",
     ranks: Ranks | None = None,
     experts_over: Members | None = None,
+    offload: bool = False,
 ) -> tuple[Transformer, Vocabulary]:
     """Open a checkpoint and its tokenizer, with an adapter on it if one is named.
 
@@ -55,7 +56,8 @@ def open_model(
     weights  where the weights are, see `choose_placement` for `auto`
     device   auto: a CUDA device if there is one
     attention  its backend, see `ops.attention.backends`
-    ranks    over which the weights are cut, in the checkpoint's own bytes, whatever `weights` says; see `model.cut`
+    ranks    over which the weights are cut, in the checkpoint's own bytes, whatever `weights` says; see `model.cut`.
+             With `offload` a rank's parts wait in the machine's memory
     experts_over  processes that each have some experts for good, with `ranks` or where all weights are to be trained
     Raises   CheckpointError, TokenizerError, AdapterError, MissingExtraError; UserError for a device that isn't there,
              or attention that it can't compute in that way
@@ -85,7 +87,8 @@ def open_model(
         backend = check_backend(attention, Place.of(place, activations, checkpoint.arch.head_dim))
     kind: DeviceKind = "cuda" if place.type == "cuda" else "cpu"
     on_host = budget.waits_on_host(checkpoint.arch, checkpoint.layout, placement, kind, memory_of(place))
-    placed = Weights(checkpoint, placement, activations, place, on_host, ranks, staying=experts_over is not None)
+    staying = experts_over is not None
+    placed = Weights(checkpoint, placement, activations, place, on_host, ranks, offload=offload, staying=staying)
     return Transformer(placed, lora=lora, backend=backend, qat=qat, experts_over=experts_over), vocabulary
 
 

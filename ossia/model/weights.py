@@ -21,6 +21,7 @@ from ossia.model.budget.weights import EMBEDDING, HEAD, is_expert_weight, is_of_
 from ossia.model.budget.work import Placement
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.cut.frozen import FrozenParts
+from ossia.model.cut.home import Home
 from ossia.model.cut.ranks import Ranks, experts_of
 from ossia.model.cut.slots import TwoSlots
 from ossia.model.packed import Base, Packed
@@ -51,8 +52,9 @@ class Weights:
 
     on_host  of the embedding and the head, those that stay in the machine's memory where the device is a GPU: the
              embedding's rows are sent as they are looked up (with `stream` always), the head's as the loss walks them
-    ranks    over which they are cut, with placement `resident`: of layers and head this process holds its part
-    staying  and some experts for good, which alone are in every tensor of experts then
+    ranks    over which they are cut, with placement `resident`: of layers and head this process holds its part,
+             with `offload` in the machine's memory
+    staying  and it has some experts for good, which alone are in every tensor of experts then
     """
 
     def __init__(
@@ -64,6 +66,7 @@ class Weights:
         on_host: frozenset[str] = frozenset(),
         ranks: Ranks | None = None,
         *,
+        offload: bool = False,
         staying: bool = False,
     ) -> None:
         self.checkpoint, self.placement, self.dtype, self.device = checkpoint, placement, dtype, device
@@ -79,10 +82,14 @@ class Weights:
         if ranks is not None:
             assert placement == "resident", placement
             self.on_host = frozenset((EMBEDDING,))
-            self.parts = FrozenParts(checkpoint, ranks, device, staying=staying)
+            home = Home(device, offload=offload)
+            self.parts = FrozenParts(checkpoint, ranks, home, staying=staying)
             if staying:
                 self.own_experts = experts_of(self.arch.num_experts, ranks)
-            self._held = {name: self._placed(name) for name in checkpoint.specs if not self._elsewhere(name)}
+                of_experts = [name for name in checkpoint.specs if is_of_experts(name)]
+                self._held = {name: home.keep(checkpoint.tensor(name)[self.own_experts].clone()) for name in of_experts}
+            others = [name for name in checkpoint.specs if name not in self._held and not self._elsewhere(name)]
+            self._held |= {name: self._placed(name) for name in others}
             return
         if placement == "stream":
             layers = [
@@ -112,8 +119,6 @@ class Weights:
     def _placed(self, name: str) -> Tensor:
         """A tensor where the placement wants it: `bf16` casts it once, the others copy it as it is."""
         tensor = self.checkpoint.tensor(name)
-        if self.own_experts is not None and is_of_experts(name):
-            tensor = tensor[self.own_experts]
         if self.placement == "bf16":  # on the CPU and in bf16 these are the file's own pages, not a second copy
             return tensor.to(device=self.device, dtype=self.dtype)
         placed = tensor.to(self.device) if self.device.type != "cpu" else tensor.clone()

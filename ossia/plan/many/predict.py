@@ -24,7 +24,7 @@ from ossia.plan.predict import decide, read_shape
 class Wanted:
     """What the user says of the machines; None: what fits is taken.
 
-    shards   ranks that a layer is divided over; offload  what is trained waits in the machine's memory
+    shards   ranks that a layer is divided over; offload  the parts wait in the machine's memory
     experts  ranks that experts are divided over for good; context  that share a sequence; None: as the recipe says
     """
 
@@ -109,9 +109,11 @@ def _divisions(recipe: Recipe, wanted: Wanted) -> Iterator[tuple[Division, str]]
     """Those to try, the one with the least to send first."""
     base = Division(wanted.gpus, wanted.per_machine, experts=_experts(recipe, wanted), context=_context(recipe, wanted))
     full = recipe.adapter is None
-    offload = bool(wanted.offload)
+    offload = recipe.parallel.offload if wanted.offload is None else wanted.offload
     asked, said = wanted.shards, "as you say"
-    if asked is None and recipe.parallel.shard != "auto":
+    if asked is None and recipe.parallel.experts == "stay":
+        asked, said = wanted.gpus, "parallel.experts: stay"
+    elif asked is None and recipe.parallel.shard != "auto":
         asked, said = {"none": 1, "all": wanted.gpus}[recipe.parallel.shard], f"parallel.shard: {recipe.parallel.shard}"
     for shards in (asked,) if asked is not None else _sizes(base, full):
         # a recipe that says so cuts a base, and its adapters never
@@ -157,8 +159,8 @@ def plan_of(
     """The plan with one division."""
     work, idle = rank_work(recipe, machine, arch, layout, division)
     whole = Whole.of(work)
-    fixed = 0 if division.offload else sum(trained_state(whole, division).values())
-    if work.ranks is not None:
+    fixed = 0 if division.offload and work.ranks is None else sum(trained_state(whole, division).values())
+    if work.ranks is not None and not (division.offload and division.shards > 1):
         held = max(division.shards, division.experts)
         fixed += whole.layers * whole.layer_experts // held + whole.layers * whole.layer_dense // division.shards
     left = max(machine.memory.gpu_free - fixed - GPU_CONTEXT, 0)

@@ -51,7 +51,7 @@ def whole(world: World, tensors: Mapping[str, Tensor], shapes: Shapes) -> dict[s
             continue
         shape = torch.Size(shapes[_parameter(name, shapes)])
         each = part_size(shape.numel(), world.size)
-        padded = torch.zeros(each, dtype=own.dtype, device=own.device)
+        padded = torch.zeros(each, dtype=own.dtype, device=world.device)
         padded[: len(own)] = own.detach()
         rows = world.to_first(padded)
         if rows is not None:
@@ -88,12 +88,12 @@ def _dealt(world: World, tensor: Tensor | None, like: Tensor, shapes: Shapes, na
     each = part_size(numel, world.size)
     rows = None
     if tensor is not None:
-        flat = tensor.flatten().to(like.device)
-        rows = [torch.zeros(each, device=like.device) for _ in range(world.size)]
+        flat = tensor.flatten().to(world.device)
+        rows = [torch.zeros(each, device=world.device) for _ in range(world.size)]
         for rank, row in enumerate(rows):
             part = flat[part_of(numel, rank, world.size)]
             row[: len(part)] = part
-    return world.part_from_first(torch.empty(each, device=like.device), rows)[: len(like)]
+    return world.part_from_first(torch.empty(each, device=world.device), rows)[: len(like)]
 
 
 def _parameter(name: str, shapes: Shapes) -> str:
