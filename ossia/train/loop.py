@@ -113,7 +113,12 @@ class LoopResult:
     checkpoint: Path
 
 
-def find_start(run: Path, *, resume: bool, say: Callable[[str], None]) -> SavedState | None:
+Newest = Callable[[Path, Callable[[str], None]], SavedState | None]
+
+
+def find_start(
+    run: Path, *, resume: bool, say: Callable[[str], None], newest: Newest = newest_checkpoint
+) -> SavedState | None:
     """The checkpoint to go on from, or None to begin at step 0; call it with the run's EventLog open.
 
     With `resume`, the newest checkpoint that is whole; a run that was stopped before its first one begins again.
@@ -121,7 +126,7 @@ def find_start(run: Path, *, resume: bool, say: Callable[[str], None]) -> SavedS
     one that took a step. What a run left that was refused before its first is written over.
     """
     if resume:
-        saved = newest_checkpoint(run, say)
+        saved = newest(run, say)
         if saved is None:
             say(f"{run}: no checkpoint yet, starting from step 0")
             return None
