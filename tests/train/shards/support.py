@@ -6,6 +6,7 @@ many steps should hold is known without running it.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -30,7 +31,7 @@ from ossia.train.shards.find import find_start_together
 from ossia.train.shards.form import parts_of, range_of
 from ossia.train.shards.read import restore_parts
 from ossia.train.shards.save import Saver
-from ossia.train.state import seed_generators
+from ossia.train.state import checkpoint_path, entry_of, rng_state, seed_generators, write_manifest
 from tests.train.ranks.support import _keep_store
 from tests.train.small_run import forkserver
 
@@ -110,6 +111,27 @@ def train(
     saver.wait()
     world.gather(None)
     return said
+
+
+def save_as_ranks(run: Path, step: int, whole: Mapping[str, Tensor], size: int, *, num_updates: int = 1) -> Path:
+    """The checkpoint that so many ranks would write of these tensors, without the processes; its folder."""
+    place = checkpoint_path(run, step)
+    place.mkdir(parents=True)
+    names = sorted(whole)
+    parts = []
+    for rank in range(size):
+        ranges = {name: range_of(whole[name].numel(), rank, size) for name in names}
+        flat = {name: whole[name].detach().reshape(-1) for name in names}
+        parts.append({n: form.Part(len(flat[n]), at, flat[n][at : at + num]) for n, (at, num) in ranges.items()})
+    ranges = [form.ranges_of(of_rank) for of_rank in parts]
+    written = [form.write_part(place, rank, of_rank, ranges) for rank, of_rank in enumerate(parts)]
+    form.write_metadata(place, {n: (whole[n].numel(), whole[n].dtype) for n in names}, ranges, written)
+    shapes = {name: list(tensor.shape) for name, tensor in whole.items()}
+    state = {"step": step, "progress": {}, "rng": rng_state(), "num_updates": num_updates, "shapes": shapes}
+    (place / "state.json").write_text(json.dumps(state))
+    files = {file.name: entry_of(file) | {"rank": 0, "host": "here"} for file in place.iterdir()}
+    write_manifest(place, step, files, ranks=size)
+    return place
 
 
 class Group:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from pathlib import Path
 
@@ -13,9 +12,9 @@ import torch.distributed.checkpoint as dcp
 from ossia.errors import CheckpointError, RunError
 from ossia.train.optim import AdamW
 from ossia.train.shards import form
-from ossia.train.shards.form import Part, Shards, range_of, ranges_of, write_metadata, write_part
+from ossia.train.shards.form import Shards
 from ossia.train.state import SavedState, checkpoint_paths, newest_checkpoint, save_checkpoint, verify
-from tests.train.shards.support import SHAPES, Group, train, whole_at
+from tests.train.shards.support import SHAPES, Group, save_as_ranks, train, whole_at
 
 
 def contents(run: Path) -> dict[str, bytes]:
@@ -53,27 +52,14 @@ def test_saving_beside_training_or_not_leaves_the_same_bytes(tmp_path: Path) -> 
     assert len(contents(runs[0])) == 2 * 5  # two ranks' files, the metadata, the state and the manifest
 
 
-def write(folder: Path, size: int) -> None:
-    """The tensors of step 0, as `size` ranks write them."""
-    folder.mkdir(parents=True)
-    whole = dict(sorted(whole_at(0).items()))
-    parts = []
-    for rank in range(size):
-        cut = {name: range_of(len(tensor), rank, size) for name, tensor in whole.items()}
-        parts.append(
-            {n: Part(len(whole[n]), start, whole[n][start : start + count]) for n, (start, count) in cut.items()}
-        )
-    ranges = [ranges_of(of_rank) for of_rank in parts]
-    written = [write_part(folder, rank, of_rank, ranges) for rank, of_rank in enumerate(parts)]
-    write_metadata(folder, {name: (len(t), t.dtype) for name, t in whole.items()}, ranges, written)
-
-
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_any_range_of_a_tensor_is_read_in_pieces_and_dcp_itself_reads_the_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(form, "PIECE", 7)
-    write(tmp_path / "cut", 3)
-    shards, whole = Shards(tmp_path / "cut"), whole_at(0)
+    whole = whole_at(0)
+    place = save_as_ranks(tmp_path, 1, whole, 3)
+    shards = Shards(place)
     for name in ("odd", "half", "one"):
         for start in range(len(whole[name])):
             for count in range(len(whole[name]) - start + 1):
@@ -81,7 +67,7 @@ def test_any_range_of_a_tensor_is_read_in_pieces_and_dcp_itself_reads_the_files(
     assert shards.files_of("wide", 0, 1) == {"__0_0.distcp"}
     assert shards.files_of("wide", 399, 2) == {"__0_0.distcp", "__1_0.distcp"}
     found = {name: torch.zeros_like(tensor) for name, tensor in whole.items()}
-    dcp.load(found, storage_reader=dcp.FileSystemReader(tmp_path / "cut"), no_dist=True)
+    dcp.load(found, storage_reader=dcp.FileSystemReader(place), no_dist=True)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
@@ -114,17 +100,8 @@ def test_one_process_goes_on_from_what_ranks_saved(tmp_path: Path) -> None:
     saved, alone = trained(), adamw(wide=torch.zeros(40, 30), odd=torch.zeros(7))
     every = {**saved.params, **saved.state_dict()}
     every.pop("num_updates")
-    place = tmp_path / "checkpoints" / "step-00000001"
-    place.mkdir(parents=True)
-    parts = {name: Part.of(tensor) for name, tensor in sorted(every.items())}
-    ranges = [ranges_of(parts)]
-    written = write_part(place, 0, parts, ranges)
-    write_metadata(place, {n: (part.total, part.local.dtype) for n, part in parts.items()}, ranges, [written])
-    from ossia.train.state import rng_state
-
-    shapes = {name: list(tensor.shape) for name, tensor in every.items()}
-    state = {"step": 1, "progress": {}, "rng": rng_state(), "num_updates": 1, "shapes": shapes}
-    (place / "state.json").write_text(json.dumps(state))
+    place = save_as_ranks(tmp_path, 1, every, 3)
+    assert newest_checkpoint(tmp_path, pytest.fail).path == place
     SavedState(place, 1, {}).restore(alone.params, alone)
     found = {**alone.params, **alone.state_dict()}
     assert all(torch.equal(found[name], tensor) for name, tensor in {**every, **saved.state_dict()}.items())
