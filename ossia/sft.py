@@ -24,7 +24,7 @@ from ossia.data.tokenizer import open_vocabulary
 from ossia.model.transformer import Transformer
 from ossia.run.samples import questions_of, record_samples
 from ossia.run.start import adamw_of, job_of, say, settle, started, tokens_of_rank
-from ossia.run.trained import RunResult, result_folder, save_result
+from ossia.run.trained import RunResult, save_result, whole_model
 from ossia.train.events import Sink
 from ossia.train.loop import Job, run_loop
 from ossia.train.ranks.world import World, joined
@@ -61,20 +61,19 @@ def _fine_tune(recipe: Recipe, world: World | None, *, resume: bool, sink: Sink 
         answer = partial(
             record_samples,
             folder / "samples.jsonl",
-            model,
-            begun.vocab,
-            questions_of(held_out, recipe.eval.answers),
+            vocab=begun.vocab,
+            questions=questions_of(held_out, recipe.eval.answers),
             max_tokens=recipe.eval.answer_tokens,
         )
         if begun.saved is None and leads:
             with nullcontext() if world is None else world.busy("answering"):
-                answer(step=0)
+                answer(model.whole(), step=0)
         packs = pack_samples(held_out, recipe.train.tokens_per_pack)
         result = run_loop(make_job(recipe, model, stream, packs, steps, world), begun.log, begun.saved)
+        trained = save_result(recipe, model, world)
         if not leads:
-            return RunResult(folder, result.step, result_folder(recipe))
-        answer(step=result.step)
-    trained = save_result(recipe, model)
+            return RunResult(folder, result.step, trained)
+        answer(whole_model(model, trained), step=result.step)
     say(f"report: {write_report(folder)}")
     return RunResult(folder, result.step, trained)
 
@@ -126,7 +125,7 @@ def make_job(
 ) -> Job:
     """The loop's job: AdamW over what is trainable, `train_step` on each step's packs."""
     train = recipe.train
-    optimizer = adamw_of(recipe, model)
+    optimizer = adamw_of(recipe, model, world)
     sizes = tokens_of_rank(recipe, world), train.tokens_per_pack, recipe.max_length
     how = how_to_step(model, train.recompute, *sizes)
     dropout = recipe.adapter is not None and recipe.adapter.dropout > 0

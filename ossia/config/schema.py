@@ -288,9 +288,15 @@ class ParallelConfig(Section):
     ranks: int = Field(1, ge=1, le=1024)
     """Processes that `ossia train` starts on this machine, on GPUs one for each; under torchrun it's torchrun that says
     how many."""
+    shard: Literal["auto", "none", "all"] = "auto"
+    """Whether each rank holds only a part of every weight, and of what is trained without an adapter (`all`), or
+    everything (`none`); `auto`: parts where all weights are trained, or where everything doesn't fit."""
     timeout: float = Field(600.0, ge=1)
     """Seconds that ranks wait for one that doesn't come and isn't known to be busy, before the run ends with an error
     that names it."""
+    async_save: bool = True
+    """Where trained weights are cut over the ranks: copy a rank's part of them and of the optimizer's state into the
+    machine's memory, 12 bytes a weight, and save that while training goes on; false waits and copies nothing."""
 
 
 class Recipe(Section):

@@ -26,8 +26,9 @@ from ossia.errors import DataError, MissingExtraError
 from ossia.export.merge import Changes, mapped_tensor
 from ossia.harmony import Renderer, Vocabulary, conversation_from_messages
 from ossia.model.checkpoint import Checkpoint
+from ossia.model.trainable import Trainable
 from ossia.model.transformer import Transformer
-from ossia.model.weights import EMBEDDING, EXPERT_WEIGHTS, Trainable, Weights
+from ossia.model.weights import EMBEDDING, EXPERT_WEIGHTS, Weights
 from ossia.ops.linear import Linear, linear
 from ossia.ops.moe import Expert, Route, clamped_swiglu_only, combine
 from ossia.ops.mxfp4 import BLOCK, dequantize_mxfp4

@@ -19,7 +19,7 @@ from ossia.config.schema import AdapterConfig
 from ossia.errors import AdapterError
 from ossia.model.arch import Arch
 from ossia.model.packed import Factors
-from ossia.model.weights import Trainable
+from ossia.model.trainable import Trainable
 
 MODULE_OF = {
     "q_proj": "self_attn.q_proj",

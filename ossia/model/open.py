@@ -17,6 +17,7 @@ from ossia.model.budget import choose as budget
 from ossia.model.budget.weights import WeightBytes
 from ossia.model.budget.work import DeviceKind
 from ossia.model.checkpoint import CONFIG, Checkpoint
+from ossia.model.cut.ranks import Ranks
 from ossia.model.peft import find_adapter, load_adapter
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Placement, Weights
@@ -41,6 +42,7 @@ def open_model(
     weights: WeightsChoice = "auto",
     device: DeviceChoice = "auto",
     attention: Backend | Literal["auto"] = "auto",
+    ranks: Ranks | None = None,
 ) -> tuple[Transformer, Vocabulary]:
     """Open a checkpoint and its tokenizer, with an adapter on it if one is named.
 
@@ -51,6 +53,7 @@ def open_model(
     weights  where the weights are, see `choose_placement` for `auto`
     device   auto: a CUDA device if there is one
     attention  its backend, see `ops.attention.backends`
+    ranks    over which the weights are cut, in the checkpoint's own bytes, whatever `weights` says; see `model.cut`
     Raises   CheckpointError, TokenizerError, AdapterError, MissingExtraError; UserError for a device that isn't there,
              or attention that it can't compute in that way
     """
@@ -71,13 +74,15 @@ def open_model(
     lora = None
     if adapter_path is not None:
         lora = load_adapter(adapter_path, checkpoint.arch, place, base=checkpoint)
-    placement = choose_placement(checkpoint, activations, place) if weights == "auto" else weights
+    placement: Placement = "resident"
+    if ranks is None:
+        placement = choose_placement(checkpoint, activations, place) if weights == "auto" else weights
     backend = None
     if attention != "auto":
         backend = check_backend(attention, Place.of(place, activations, checkpoint.arch.head_dim))
     kind: DeviceKind = "cuda" if place.type == "cuda" else "cpu"
     on_host = budget.waits_on_host(checkpoint.arch, checkpoint.layout, placement, kind, memory_of(place))
-    placed = Weights(checkpoint, placement, activations, place, on_host)
+    placed = Weights(checkpoint, placement, activations, place, on_host, ranks)
     return Transformer(placed, lora=lora, backend=backend, qat=qat), vocabulary
 
 

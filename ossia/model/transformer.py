@@ -8,6 +8,7 @@ Oracle: transformers' `GptOssForCausalLM`. Letters: T packed tokens, D hidden, H
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -20,21 +21,17 @@ from torch import Tensor
 from ossia.kernels import Kernels, pick_kernels
 from ossia.model.arch import Arch
 from ossia.model.budget.work import experts_at_once
+from ossia.model.cut.ranks import Ranks, part_of
+from ossia.model.cut.trained import TrainedParts
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed, packed_experts
-from ossia.model.weights import (
-    HEAD,
-    Trainable,
-    Weights,
-    expert_module,
-    interleave_gate_up,
-    passing_on,
-    split_gate_up,
-)
+from ossia.model.trainable import Trainable, passing_on
+from ossia.model.weights import HEAD, Weights, expert_module, interleave_gate_up, is_expert_weight, split_gate_up
 from ossia.ops.attention import Backend, Kept, Place, Segments, check_backend, pick_backend, sink_attention
 from ossia.ops.attention.probe import Probed
 from ossia.ops.fused import Mixture, parts_for
 from ossia.ops.linear import Dropout, Linear, linear, wide_linear
+from ossia.ops.memory import leave_to_the_file
 from ossia.ops.moe import Expanding, Expert, in_chunks, route
 from ossia.ops.rope import Yarn, rope_tables
 
@@ -172,19 +169,60 @@ class Transformer:
         """Whether experts are in memory expanded anyway: placement `bf16`, or all weights trainable."""
         return self.weights.placement == "bf16" or "model.layers.0.mlp.experts.down_proj" in self.trainable
 
+    @property
+    def cut(self) -> bool:
+        """Whether its weights are cut over the ranks of a run: whoever goes through the layers takes all along."""
+        return self.weights.parts is not None or self.trainable.cut
+
     def with_adapter(self, lora: Lora | None) -> Transformer:
         """The same weights, computed in the same way, with another adapter, or with none."""
         return Transformer(self.weights, lora=lora, backend=self.backend, kernels=self.kernels, qat=self.qat)
+
+    def whole(self) -> Transformer:
+        """The same model for one process alone: where weights are cut over ranks, another that reads them from the
+        file as it needs them."""
+        if not self.cut:
+            return self
+        weights = Weights(self.weights.checkpoint, "mmap", self.dtype, self.device)
+        return Transformer(weights, lora=self.lora, backend=self.backend, kernels=self.kernels, qat=self.qat)
 
     def use_adapter(self, lora: Lora) -> None:
         """Put an adapter on the model; only its tensors are trainable then."""
         self.lora, self.trainable = lora, lora.trainable
 
-    def train_all_weights(self) -> None:
-        """Make every tensor trainable, as a float32 copy: 16 bytes a weight with its gradient and Adam's moments."""
+    def train_all_weights(self, ranks: Ranks | None = None) -> None:
+        """Make every tensor trainable, as a float32 copy: 16 bytes a weight with its gradient and Adam's moments.
+
+        ranks  over which the copies are cut; the weights themselves are best left in their file then
+        """
         assert self.lora is None
-        for name in self.arch.tensor_specs("bf16"):
-            self.trainable.tensors[name] = self._master(name).to(torch.float32, copy=True)
+        specs = self.arch.tensor_specs("bf16")
+        if ranks is None:
+            for name in specs:
+                self.trainable.tensors[name] = self._master(name).to(torch.float32, copy=True)
+            return
+        # experts are computed with as (E, out, in)
+        shapes = {n: (s.shape[0], *s.shape[:0:-1]) if is_expert_weight(n) else s.shape for n, s in specs.items()}
+        parts = {name: self._part_of_master(name, shape, ranks) for name, shape in shapes.items()}
+        for name in self.weights:
+            leave_to_the_file(self.weights.checkpoint.tensor(name))
+        self.trainable = TrainedParts(parts, shapes, ranks, self.dtype)
+
+    def _part_of_master(self, name: str, shape: tuple[int, ...], ranks: Ranks) -> Tensor:
+        """A rank's part of a flat master; of what is large nothing else is read."""
+        own = part_of(math.prod(shape), ranks.rank, ranks.size)
+        if is_expert_weight(name):
+            each = math.prod(shape[1:])
+            experts = slice(own.start // each, -(-own.stop // each))
+            layer, projection = int(name.split(".")[2]), name.rpartition(".")[2]
+            some = self.weights.expert_weight(layer, projection, experts)
+            start = own.start - experts.start * each
+            part = some.flatten()[start : start + own.stop - own.start]
+        elif len(shape) == 1 or name.endswith("_bias"):
+            part = self._master(name).flatten()[own]
+        else:
+            part = self.weights.raw(name).view(-1)[own].to(device=self.device, dtype=self.dtype)
+        return part.to(torch.float32, copy=True)
 
     def _master(self, name: str) -> Tensor:
         if ".mlp.experts." not in name:

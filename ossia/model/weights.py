@@ -10,8 +10,7 @@ Letters: E experts, I expert width, O out, D in, G groups of 32.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,6 +20,9 @@ from ossia.model.arch import Arch
 from ossia.model.budget.weights import EMBEDDING, HEAD, is_expert_weight
 from ossia.model.budget.work import Placement
 from ossia.model.checkpoint import Checkpoint
+from ossia.model.cut.frozen import FrozenParts
+from ossia.model.cut.ranks import Ranks
+from ossia.model.cut.slots import TwoSlots
 from ossia.model.packed import Base, Packed
 from ossia.ops.memory import leave_to_the_file
 from ossia.ops.mxfp4 import dequantize_mxfp4
@@ -44,65 +46,12 @@ def interleave_gate_up(x: Tensor) -> Tensor:
     return torch.stack((gate, up), dim=2).flatten(1, 2)
 
 
-def passing_on(copy: Tensor, pass_on: Callable[[Tensor], None]) -> Tensor:
-    """Where gradients are on, `copy` as a leaf that hands each gradient that reaches it on and keeps none."""
-    if not torch.is_grad_enabled():
-        return copy
-
-    def hand_over(leaf: Tensor) -> None:
-        assert leaf.grad is not None
-        grad, leaf.grad = leaf.grad, None
-        pass_on(grad)
-
-    leaf = copy.detach().requires_grad_()
-    leaf.register_post_accumulate_grad_hook(hand_over)
-    return leaf
-
-
-@dataclass(slots=True)
-class Trainable:
-    """The tensors that an optimizer changes: float32, by name, in the computation's layout.
-
-    The computation gets copies in its own dtype; a gradient that reaches a copy is added to the tensor's `.grad` in
-    float32, so micro-batches don't round each other away.
-    """
-
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-
-    def __contains__(self, name: str) -> bool:
-        return name in self.tensors
-
-    def use(self, name: str, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
-        """`scale` times the tensor in `dtype`: where gradients are on, a leaf that passes its gradient on."""
-        master = self.tensors[name]
-        copy = (master.detach() * scale if scale != 1.0 else master.detach()).to(dtype)
-
-        def pass_on(grad: Tensor) -> None:
-            grad = grad.to(torch.float32)
-            self.add_grad(name, grad * scale if scale != 1.0 else grad)
-
-        return passing_on(copy, pass_on)
-
-    def add_grad(self, name: str, grad: Tensor) -> None:
-        """Add to a tensor's gradient, which may take the float32 tensor given as its own."""
-        master = self.tensors[name]
-        master.grad = grad if master.grad is None else master.grad.add_(grad)
-
-    def zero_grad(self) -> None:
-        """Forget all gradients."""
-        for tensor in self.tensors.values():
-            tensor.grad = None
-
-    @property
-    def num_parameters(self) -> int:
-        return sum(tensor.numel() for tensor in self.tensors.values())
-
-
 class Weights:
     """A checkpoint's tensors, placed.
 
     on_host  of the embedding and the head, those that stay in the machine's memory where the device is a GPU: the
              embedding's rows are sent as they are looked up (with `stream` always), the head's as the loss walks them
+    ranks    over which they are cut, with placement `resident`: of layers and head this process holds its part
     """
 
     def __init__(
@@ -112,6 +61,7 @@ class Weights:
         dtype: torch.dtype,
         device: torch.device,
         on_host: frozenset[str] = frozenset(),
+        ranks: Ranks | None = None,
     ) -> None:
         self.checkpoint, self.placement, self.dtype, self.device = checkpoint, placement, dtype, device
         self.on_host = on_host | {EMBEDDING} if placement == "stream" else on_host
@@ -119,7 +69,14 @@ class Weights:
         self._held: dict[str, Tensor] = {}
         self._expanded: dict[tuple[int, str], Tensor] = {}
         self._stream: Stream | None = None
+        self.parts: FrozenParts | None = None
         if placement == "mmap":
+            return
+        if ranks is not None:
+            assert placement == "resident", placement
+            self.on_host = frozenset((EMBEDDING,))
+            self.parts = FrozenParts(checkpoint, ranks, device)
+            self._held = {name: self._placed(name) for name in checkpoint.specs if not self._elsewhere(name)}
             return
         if placement == "stream":
             layers = [
@@ -142,6 +99,10 @@ class Weights:
                     if _streams(name, layer):
                         leave_to_the_file(checkpoint.tensor(name))
 
+    def _elsewhere(self, name: str) -> bool:
+        """Whether a tensor is cut over the ranks, or looked up in the file."""
+        return name == EMBEDDING or (self.parts is not None and self.parts.has(name))
+
     def _placed(self, name: str) -> Tensor:
         """A tensor where the placement wants it: `bf16` casts it once, the others copy it as it is."""
         tensor = self.checkpoint.tensor(name)
@@ -157,6 +118,8 @@ class Weights:
 
     def raw(self, name: str) -> Tensor:
         """A tensor as the checkpoint holds it, wherever it is."""
+        if self.parts is not None and self.parts.has(name):
+            return self.parts.tensor(name)
         held = self._held.get(name)
         return self.checkpoint.tensor(name) if held is None else held
 
@@ -225,50 +188,36 @@ class Weights:
         return iter(self.checkpoint.specs)
 
 
-class Stream:
-    """Layers' tensors in the machine's memory, two of them at a time on a device, in two slots.
+class Stream(TwoSlots):
+    """Layers' tensors in the machine's memory, two of them at a time on a device.
 
-    Whoever goes through the layers up or down finds the next one there or on its way: asking for a layer sends for the
-    one after it, in the direction of travel, while the device computes. Turning round costs nothing, since the layer
-    before is still there. Copies go on a stream of their own and wait until what read the slot's old content is done.
+    Copies go on a stream of their own and wait until what read the slot's old content is done.
 
     host   of each layer, its tensors by name; pinned where the device is a GPU. All layers have the same shapes
-    sent   copies so far
     """
 
     def __init__(self, host: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
-        self.host, self._device, self.sent = host, device, 0
+        super().__init__(len(host))
+        self.host, self._device = host, device
         self._slots = [[torch.empty_like(tensor, device=device) for tensor in host[0].values()] for _ in range(2)]
-        self._holds: list[int | None] = [None, None]
-        self._at: int | None = None
         gpu = device.type == "cuda"
         self._copies = torch.cuda.Stream(device) if gpu else None
         self._arrived, self._read = ([torch.cuda.Event() for _ in range(2)] if gpu else [] for _ in range(2))
 
     def layer(self, index: int) -> dict[str, Tensor]:
         """The tensors of a layer on the device, ready for what is launched next; until two others are asked for."""
-        if index not in self._holds:
-            self._send(index, 0 if self._at is None else self._holds.index(self._at) ^ 1)
-        slot = self._holds.index(index)
-        if self._arrived:
-            torch.cuda.current_stream(self._device).wait_event(self._arrived[slot])
-        if index != self._at:
-            down = self._at is not None and index < self._at
-            self._at = index
-            following = index - 1 if down or index == len(self.host) - 1 else index + 1
-            following = following if following >= 0 else 1
-            if following not in self._holds and following < len(self.host):
-                self._send(following, slot ^ 1)
-        return dict(zip(self.host[index], self._slots[slot], strict=True))
+        return dict(zip(self.host[index], self._slots[self.slot_of(index)], strict=True))
 
     def note_read(self, index: int) -> None:
         """What reads this layer's tensors has been launched: its slot may be filled anew once that is done."""
         if self._read:
             self._read[self._holds.index(index)].record()
 
+    def _wait(self, slot: int) -> None:
+        if self._arrived:
+            torch.cuda.current_stream(self._device).wait_event(self._arrived[slot])
+
     def _send(self, index: int, slot: int) -> None:
-        self.sent += 1
-        self._holds[slot] = index
         pairs = list(zip(self._slots[slot], self.host[index].values(), strict=True))
         if self._copies is None:
             for there, here in pairs:

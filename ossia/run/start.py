@@ -17,6 +17,7 @@ from ossia.config import RECIPE_IN_RUN, Recipe
 from ossia.engine.engine import default_cache_bytes
 from ossia.errors import RunError
 from ossia.harmony.vocab import Vocabulary
+from ossia.model.cut.trained import TrainedParts
 from ossia.model.open import DTYPE_NAMES, open_model
 from ossia.model.transformer import Transformer
 from ossia.plan.memory import cache_bytes, footprint
@@ -26,8 +27,9 @@ from ossia.run.trained import ADAPTER, MODEL, make_trainable, show_trainable
 from ossia.train.events import ENV, EVENTS, EventLog, Log, NoLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, Stream, find_start
 from ossia.train.optim import AdamW, lr_at
-from ossia.train.ranks.agree import agree, code_identity, saved_of_first, tensors_identity, weights_identity
+from ossia.train.ranks.agree import agree, code_identity, tensors_identity, weights_identity
 from ossia.train.report.page import REPORT, SAMPLES
+from ossia.train.shards.find import find_start_together
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import SavedState, checkpoint_paths, seed_generators, write_file
 from ossia.train.step import how_to_step, work_of
@@ -82,16 +84,24 @@ def started(
     if leads:
         _check_folder(folder, recipe)
     with EventLog(folder) if leads else nullcontext(NoLog()) as log:
-        saved = find_start(folder, resume=resume, say=say) if leads else None
+        if world is None:
+            saved = find_start(folder, resume=resume, say=say)
+        else:
+            saved = find_start_together(world, folder, resume=resume, say=say)
+        ranks = world if recipe.parallel.shard == "all" else None
         model, vocab = open_model(
-            recipe.model, dtype=recipe.dtype, weights=recipe.weights, device=recipe.device, attention=recipe.attention
+            recipe.model,
+            dtype=recipe.dtype,
+            weights="mmap" if ranks is not None and recipe.adapter is None else recipe.weights,
+            device=recipe.device,
+            attention=recipe.attention,
+            ranks=None if recipe.adapter is None else ranks,
         )
-        make_trainable(model, recipe)
+        make_trainable(model, recipe, ranks)
         show_trainable(model)
         settle_attention(model, automatic=recipe.attention == "auto", say=say)
         if world is not None:
             agree(world, _identity(recipe, model, data))
-            saved = saved_of_first(world, saved)
             world.has_begun()
         if isinstance(log, NoLog):
             yield Started(log, saved, model, vocab)
@@ -114,7 +124,8 @@ def _identity(recipe: Recipe, model: Transformer, data: Sequence[str]) -> dict[s
         "data": "; ".join(data),
         "model (a hash of its weights)": weights_identity(model.weights.checkpoint),
         "attention": model.backend,
-        "trained tensors (a checksum)": tensors_identity(model.trainable.tensors),
+        # of cut tensors there is one copy, of a model that was compared
+        "trained tensors (a checksum)": "" if model.trainable.cut else tensors_identity(model.trainable.tensors),
     }
 
 
@@ -140,11 +151,24 @@ def say(text: str) -> None:
     print(text, file=sys.stderr)
 
 
-def adamw_of(recipe: Recipe, model: Transformer) -> AdamW:
-    """The recipe's optimizer over what is trained of the model."""
+def adamw_of(recipe: Recipe, model: Transformer, world: World | None = None) -> AdamW:
+    """The recipe's optimizer over what is trained of the model; where that is cut, over this rank's parts."""
     train = recipe.train
     betas = (train.beta1, train.beta2)
-    return AdamW(model.trainable.tensors, betas=betas, eps=train.eps, weight_decay=train.weight_decay)
+    shapes, total = shapes_of(model), float if world is None or not model.trainable.cut else world.total
+    return AdamW(
+        model.trainable.tensors,
+        betas=betas,
+        eps=train.eps,
+        weight_decay=train.weight_decay,
+        shapes=shapes,
+        total=total,
+    )
+
+
+def shapes_of(model: Transformer) -> Mapping[str, Sequence[int]] | None:
+    """Of trained tensors that are cut over the ranks; None: they are whole."""
+    return model.trainable.shapes if isinstance(model.trainable, TrainedParts) else None
 
 
 def tokens_of_rank(recipe: Recipe, world: World | None) -> int:
@@ -219,4 +243,6 @@ def job_of(
         clock=time.perf_counter,
         memory=lambda: peak_bytes(model.device),
         world=world,
+        shapes=shapes_of(model),
+        async_save=recipe.parallel.async_save,
     )

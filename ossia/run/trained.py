@@ -10,10 +10,18 @@ from rich.console import Console
 from rich.table import Table
 
 from ossia.config import Recipe
-from ossia.export.merge import write_model
+from ossia.export.merge import Changes, write_merged, write_model
+from ossia.model.arch import Layout
+from ossia.model.checkpoint import Checkpoint
+from ossia.model.cut.ranks import Ranks
+from ossia.model.cut.trained import TrainedParts
 from ossia.model.lora import Lora, LoraSpec
 from ossia.model.peft import find_adapter, load_adapter, save_adapter
 from ossia.model.transformer import Transformer
+from ossia.model.weights import Weights
+from ossia.train.ranks.world import World
+from ossia.train.shards.run import cut_parts
+from ossia.train.shards.sliced import on_first
 
 ADAPTER, MODEL = "adapter", "model"
 
@@ -27,9 +35,10 @@ class RunResult:
     trained: Path
 
 
-def make_trainable(model: Transformer, recipe: Recipe) -> None:
+def make_trainable(model: Transformer, recipe: Recipe, ranks: Ranks | None = None) -> None:
     """Put the recipe's adapter on the model, or make all weights trainable.
 
+    ranks   over which weights are cut that are trained in full
     Raises  AdapterError for a target that matches nothing, or an adapter to start from that doesn't fit;
             CheckpointError for `qat` where the experts' sizes aren't multiples of 32
     """
@@ -44,7 +53,7 @@ def make_trainable(model: Transformer, recipe: Recipe) -> None:
                 f"training and {'4.25 bits' if recipe.qat else '2 bytes'} in the trained checkpoint",
                 file=sys.stderr,
             )
-        model.train_all_weights()
+        model.train_all_weights(ranks)
         return
     spec = LoraSpec.of(adapter)
     if adapter.init_from is None:
@@ -72,12 +81,31 @@ def result_folder(recipe: Recipe) -> Path:
     return recipe.output / (MODEL if recipe.adapter is None else ADAPTER)
 
 
-def save_result(recipe: Recipe, model: Transformer) -> Path:
-    """Write what was trained into `result_folder`; returns it."""
-    checkpoint, path = model.weights.checkpoint.path, result_folder(recipe)
+def save_result(recipe: Recipe, model: Transformer, world: World | None = None) -> Path:
+    """Write what was trained into `result_folder`, of several ranks rank 0; returns it. All of them call it."""
+    checkpoint, path = model.weights.checkpoint, result_folder(recipe)
+    leads = world is None or world.leads
     if model.lora is not None:
-        save_adapter(path, model.lora, base_model=recipe.model)
+        if leads:
+            save_adapter(path, model.lora, base_model=recipe.model)
         return path
-    if not path.exists():  # it appears whole, at the end of a run: a finished run that is resumed has it already
-        write_model(path, model, tokenizer_from=checkpoint, layout="bf16" if recipe.qat is None else recipe.qat)
+    layout: Layout = "bf16" if recipe.qat is None else recipe.qat
+    # it appears whole, at the end of a run: a finished run that is resumed has it already
+    if world is not None and isinstance(model.trainable, TrainedParts):
+        if not world.from_first(path.exists()):
+            shapes = model.trainable.shapes
+            with on_first(world, cut_parts(model.trainable.tensors, shapes, world), shapes) as tensors:
+                if tensors is not None:
+                    write_merged(path, checkpoint, Changes(tensors=tensors, qat=model.qat), checkpoint.path, layout)
+    elif leads and not path.exists():
+        write_model(path, model, tokenizer_from=checkpoint.path, layout=layout)
     return path
+
+
+def whole_model(model: Transformer, trained: Path) -> Transformer:
+    """A finished run's model for one process alone: where trained weights are cut over ranks, of the folder that
+    `save_result` has written."""
+    if not model.trainable.cut:
+        return model.whole()
+    weights = Weights(Checkpoint.open(trained), "mmap", model.dtype, model.device)
+    return Transformer(weights, backend=model.backend, kernels=model.kernels, qat=model.qat)

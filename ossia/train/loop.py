@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,6 +30,7 @@ from ossia.errors import Interrupted, RunError
 from ossia.train.events import EVENTS, Log, read_events
 from ossia.train.optim import AdamW
 from ossia.train.ranks.agree import agree, restore, tensors_identity
+from ossia.train.shards.run import CutRun
 from ossia.train.state import (
     SavedState,
     check_room,
@@ -37,6 +39,7 @@ from ossia.train.state import (
     newest_checkpoint,
     prune,
     save_checkpoint,
+    step_of,
 )
 
 if TYPE_CHECKING:
@@ -79,6 +82,8 @@ class Job:
     clock       () -> seconds, never falling
     memory      () -> most bytes used so far
     world       the ranks that drive this job together, each with its own Job; rank 0 writes. None: this process alone
+    shapes      of the trained tensors where `params` are parts of them, which are cut over the ranks
+    async_save  such parts are copied and saved while training goes on
     """
 
     run: Path
@@ -98,6 +103,8 @@ class Job:
     clock: Callable[[], float]
     memory: Callable[[], int]
     world: World | None = None
+    shapes: Mapping[str, Sequence[int]] | None = None
+    async_save: bool = True
 
     @property
     def leads(self) -> bool:
@@ -150,19 +157,24 @@ def run_loop(job: Job, log: Log, saved: SavedState | None) -> LoopResult:
     Raises Interrupted after either, with the command to go on; RunError from a step that can't be taken (see `AdamW`),
            from a full disk, or from a checkpoint that isn't of this run
     """
-    step, evaluated, saved_at = _begin(job, log, saved)
+    cut = _cut_run(job, saved)
+    step, evaluated, saved_at = _begin(job, log, saved, cut)
     last = job.steps
     with StopRequests(job.world) as stop:
         try:
             while True:
+                if cut is not None:
+                    cut.check()
                 eval_due = job.evaluate is not None and _due(step, job.eval_every, last) and evaluated != step
                 if eval_due and not stop.asked:
                     _evaluate(job, log, step)
                     evaluated, eval_due = step, False
                 save_due = step > 0 and _due(step, job.save_every, last)
                 if (save_due or stop.asked) and saved_at != step:
-                    _save(job, log, step, evaluated)
+                    _save(job, log, step, evaluated, cut)
                     saved_at = step
+                if cut is not None and (stop.asked or (step == last and not eval_due)):
+                    cut.wait()
                 if step == last and not eval_due:
                     return LoopResult(step, checkpoint_path(job.run, step))
                 if stop.asked:
@@ -172,14 +184,26 @@ def run_loop(job: Job, log: Log, saved: SavedState | None) -> LoopResult:
                 else:
                     last = step
         except KeyboardInterrupt as error:
+            if cut is not None:  # which may have been saving
+                saved_at = next((step_of(path) for path in reversed(checkpoint_paths(job.run))), None)
             safe = f"the checkpoint of step {saved_at} is whole" if saved_at is not None else "nothing had been saved"
             todo = f"to go on: {job.resume_with}"
             raise Interrupted(f"stopped at once, during step {step + 1}; {safe}; {todo}") from error
 
 
-def _begin(job: Job, log: Log, saved: SavedState | None) -> tuple[int, int | None, int | None]:
+def _cut_run(job: Job, saved: SavedState | None) -> CutRun | None:
+    """What saves a job whose trained tensors are cut over the ranks; None of any other."""
+    if job.shapes is None:
+        return None
+    assert job.world is not None
+    start = 0 if saved is None else saved.step
+    how = {"start": start, "keep": job.keep, "beside": job.async_save}
+    return CutRun(job.run, job.world, job.params, job.optimizer, job.shapes, **how)
+
+
+def _begin(job: Job, log: Log, saved: SavedState | None, cut: CutRun | None) -> tuple[int, int | None, int | None]:
     """Put everything where the run starts or goes on; the step done, the step evaluated last, the step saved last."""
-    if job.leads:
+    if job.leads and cut is None:
         check_room(job.run, job.params, job.optimizer)
     if saved is None:
         log.cut(0)
@@ -189,7 +213,9 @@ def _begin(job: Job, log: Log, saved: SavedState | None) -> tuple[int, int | Non
         raise RunError(
             f"{saved.path} is past train.steps ({job.steps}); a run keeps its length: put it back, or start another run"
         )
-    if job.world is None:
+    if cut is not None:
+        cut.restore(saved)
+    elif job.world is None:
         saved.restore(job.params, job.optimizer)
     else:
         restore(job.world, saved, job.params, job.optimizer)
@@ -239,21 +265,25 @@ def _evaluate(job: Job, log: Log, step: int) -> None:
     log.write({"event": "eval", "step": step, **metrics, "eval_s": job.clock() - started})
 
 
-def _save(job: Job, log: Log, step: int, evaluated: int | None) -> None:
+def _save(job: Job, log: Log, step: int, evaluated: int | None, cut: CutRun | None) -> None:
+    if cut is not None:  # of each tensor there is one copy, so that none can drift apart
+        agree(job.world, {"number of updates": str(job.optimizer.num_updates)})
+        cut.save(step, _progress(job, log, evaluated))
+        return
     if job.world is not None:
         agree(job.world, {"trained tensors (a checksum)": tensors_identity(job.params)})
         if not job.leads:
             return
-        with job.world.busy("saving"):
-            _write(job, log, step, evaluated)
-    else:
-        _write(job, log, step, evaluated)
+    with nullcontext() if job.world is None else job.world.busy("saving"):
+        progress = _progress(job, log, evaluated)
+        save_checkpoint(
+            job.run, step=step, params=job.params, optimizer=job.optimizer, progress=progress, keep=job.keep
+        )
 
 
-def _write(job: Job, log: Log, step: int, evaluated: int | None) -> None:
+def _progress(job: Job, log: Log, evaluated: int | None) -> dict[str, Any]:
     # The events first: a checkpoint must never be ahead of them.
-    progress = {"events_bytes": log.sync(), "evaluated": evaluated, "data": job.data.state()}
-    save_checkpoint(job.run, step=step, params=job.params, optimizer=job.optimizer, progress=progress, keep=job.keep)
+    return {"events_bytes": log.sync(), "evaluated": evaluated, "data": job.data.state()}
 
 
 class StopRequests:

@@ -11,7 +11,7 @@ to a weight until loss and gradients have been seen to be finite.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from ossia.errors import RunError
 
 Schedule = Literal["cosine", "linear", "constant"]
+Total = Callable[[float], float]
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _NUM_UPDATES = "num_updates"
 
@@ -60,12 +61,12 @@ def lr_at(step: int, *, steps: int, peak: float, schedule: Schedule, warmup: flo
     return peak * (1.0 - (1.0 - min_lr_ratio) * fall)
 
 
-def decays(name: str, param: Tensor) -> bool:
-    """Whether weight decay pulls on this parameter: matrices yes; norms, sinks and biases no.
+def decays(name: str, ndim: int) -> bool:
+    """Whether weight decay pulls on a parameter of so many dimensions: matrices yes; norms, sinks and biases no.
 
     Told by name as well as by shape, because the experts' biases have two dimensions (expert, row).
     """
-    return param.ndim >= 2 and not name.endswith("bias")
+    return ndim >= 2 and not name.endswith("bias")
 
 
 def check_loss(loss: float, *, step: int) -> None:
@@ -78,9 +79,10 @@ def check_loss(loss: float, *, step: int) -> None:
         )
 
 
-def gradient_norm(params: Mapping[str, Tensor], *, step: int) -> float:
+def gradient_norm(params: Mapping[str, Tensor], *, step: int, total: Total = float) -> float:
     """Global L2 norm over the gradients of all parameters; float32 within a tensor, float64 across tensors.
 
+    total   makes the sum of squares over all ranks of this one's, where each has parts of the parameters
     Raises RunError, naming the first parameter in order, if a gradient is missing or not finite.
     """
     for name, param in params.items():
@@ -90,10 +92,10 @@ def gradient_norm(params: Mapping[str, Tensor], *, step: int) -> float:
                 "No update was made.\n  try: take its target out of adapter.targets; if it should train, report this"
             )
     norms = torch.stack([torch.linalg.vector_norm(p.grad, dtype=torch.float32).cpu() for p in params.values()])
-    norm = float(norms.double().square().sum().sqrt())
-    if not math.isfinite(norm):
+    squares = float(norms.double().square().sum())
+    if not math.isfinite(squares):
         raise RunError(_not_finite(params, norms, step))
-    return norm
+    return math.sqrt(total(squares))
 
 
 def _not_finite(params: Mapping[str, Tensor], norms: Tensor, step: int) -> str:
@@ -104,8 +106,13 @@ def _not_finite(params: Mapping[str, Tensor], norms: Tensor, step: int) -> str:
     found = f"{num_nan:,} NaN and {num_inf:,} infinite of {grad.numel():,} values"
     if num_nan + num_inf == 0:
         found = f"values up to {float(grad.abs().max()):.1e}, whose norm overflows float32"
+    return not_finite(bad[0], found, len(bad), len(params), step)
+
+
+def not_finite(name: str, found: str, bad: int, tensors: int, step: int) -> str:
+    """The message for a gradient in which something was found; of so many tensors so many are bad."""
     return (
-        f"step {step}: the gradient of `{bad[0]}` has {found}; {len(bad)} of {len(params)} trainable tensors are "
+        f"step {step}: the gradient of `{name}` has {found}; {bad} of {tensors} trainable tensors are "
         f"affected. No update was made: the weights are still those of step {step - 1}.\n"
         "  try: a lower train.learning_rate, a longer train.warmup, dtype: bfloat16 in place of float16"
     )
@@ -119,15 +126,27 @@ class AdamW:
     """
 
     def __init__(
-        self, params: Mapping[str, Tensor], *, betas: tuple[float, float], eps: float, weight_decay: float
+        self,
+        params: Mapping[str, Tensor],
+        *,
+        betas: tuple[float, float],
+        eps: float,
+        weight_decay: float,
+        shapes: Mapping[str, Sequence[int]] | None = None,
+        total: Total = float,
     ) -> None:
-        """`params` by name, in the order in which errors are looked for; at least one."""
+        """`params` by name, in the order in which errors are looked for; at least one.
+
+        shapes, total  where they are parts of parameters: the shapes of these, and as in `gradient_norm`
+        """
         assert params, "nothing to train"
+        self._total = total
+        ndims = {name: p.ndim if shapes is None else len(shapes[name]) for name, p in params.items()}
         self.params = dict(params)
         self.num_updates = 0
         self._masters = {n: p.detach().float() for n, p in self.params.items() if p.dtype != torch.float32}
         groups = [
-            {"params": [self._target(n) for n, p in self.params.items() if decays(n, p) is on], "weight_decay": decay}
+            {"params": [self._target(n) for n in self.params if decays(n, ndims[n]) is on], "weight_decay": decay}
             for on, decay in ((True, weight_decay), (False, 0.0))
         ]
         self._torch = torch.optim.AdamW([g for g in groups if g["params"]], lr=0.0, betas=betas, eps=eps, fused=True)
@@ -146,7 +165,7 @@ class AdamW:
         """
         step = self.num_updates + 1
         check_loss(loss, step=step)
-        norm = gradient_norm(self.params, step=step)
+        norm = gradient_norm(self.params, step=step, total=self._total)
         if clip is not None and norm > clip:
             for param in self.params.values():
                 param.grad.mul_(clip / norm)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ossia.data.pack import Pack
 from ossia.model.transformer import Context, Layer, Transformer
-from ossia.model.weights import expert_module
+from ossia.model.weights import EMBEDDING, HEAD, expert_module
 from ossia.ops.attention import Kept as KeptAttention
 from ossia.ops.linear import Dropout, Linear, linear
 from ossia.ops.loss import linear_logprob
@@ -128,9 +128,9 @@ class _Plan:
 
 
 def prepares_layers(model: Transformer) -> bool:
-    """Whether a layer's weights take work to be ready: experts to be expanded or to be rounded to MXFP4, or trained
-    float32 to be rounded."""
-    if model.qat:
+    """Whether a layer's weights take work to be ready: to be gathered, experts to be expanded or to be rounded to
+    MXFP4, or trained float32 to be rounded."""
+    if model.qat or model.cut:
         return True
     trains_all = bool(model.trainable.tensors) and model.lora is None
     return model.dtype != torch.float32 if trains_all else model.weights.placement != "bf16"
@@ -180,6 +180,7 @@ def _layer_major(
     if prepares_layers(model):
         return_freed_memory(model.device)  # what the layers needed on the way; their kept activations stand between
     loss, grads = _head_backward(model, micros, xs, lambda logp, m, rows: loss_of(logp, numbers[m], rows), drops)
+    model.trainable.sum_up(HEAD)
     del xs, inputs, outputs, layer
     for index in range(last, -1, -1):
         one = kept.pop()
@@ -211,6 +212,8 @@ def _layer_major(
                 torch.autograd.backward(y, grads[m])
             grads[m], x.grad = x.grad, None
             del y  # it holds on to the layer's input
+        layer = None
+        model.trainable.sum_up(f"model.layers.{index}.input_layernorm.weight")
     embedded.backward(grads)
     return loss
 
@@ -261,7 +264,7 @@ class _Kept:
 def forward_logprobs(model: Transformer, packs: Sequence[Pack]) -> list[Tensor]:
     """ln p of every counted target, no gradient, layer-major too: M times (R,) float32, in the packs' order."""
     micros = [Micro.of(model, pack) for pack in packs]
-    xs = [model.embed(micro.pack.ids) for micro in micros]
+    xs = _embed(model, micros)
     last = model.arch.num_layers - 1
     experts_at_once = model.experts_at_once(sum(pack.num_tokens for pack in packs))
     for index in range(model.arch.num_layers):
@@ -272,18 +275,31 @@ def forward_logprobs(model: Transformer, packs: Sequence[Pack]) -> list[Tensor]:
     return [logprobs(model, micro, x, head) for micro, x in zip(micros, xs, strict=True)]
 
 
+@torch.no_grad()
+def _embed(model: Transformer, micros: Sequence[Micro]) -> list[Tensor]:
+    if not micros and EMBEDDING in model.trainable:
+        model.tensor(EMBEDDING)  # other ranks have something to look up, and this one a part of it
+    return [model.embed(micro.pack.ids) for micro in micros]
+
+
 class _Embedding:
-    """The embedding's outputs, and its gradient where it is trained."""
+    """The embedding's outputs, and its gradient where it is trained. No graph stands between, which would keep a copy
+    of the whole table in memory all the way down and back."""
 
     def __init__(self, model: Transformer, micros: Sequence[Micro]) -> None:
-        self.trained = "model.embed_tokens.weight" in model.trainable
-        with torch.set_grad_enabled(self.trained):
-            self.outputs = [model.embed(micro.pack.ids) for micro in micros]
+        self._model, self._micros = model, micros
+        self.trained = EMBEDDING in model.trainable
+        self.outputs = _embed(model, micros)
 
     def backward(self, grads: Sequence[Tensor | None]) -> None:
-        if self.trained:
-            for output, grad in zip(self.outputs, grads, strict=True):
-                torch.autograd.backward(output, grad)
+        if not self.trained:
+            return
+        model, rows = self._model, self._model.arch.vocab_size
+        for micro, grad in zip(self._micros, grads, strict=True):
+            assert grad is not None
+            found = torch.ops.aten.embedding_dense_backward(grad.to(model.dtype), micro.pack.ids, rows, -1, False)
+            model.trainable.add_grad(EMBEDDING, found.float())
+        model.trainable.sum_up(EMBEDDING)
 
 
 def _dropout(model: Transformer, seed: int | None, micro: int) -> Dropout | None:

@@ -16,12 +16,13 @@ from torch import Tensor
 from ossia.data.pack import Pack
 from ossia.model.budget import choose as budget
 from ossia.model.budget.work import Work, tokens_at_once
+from ossia.model.cut.trained import TrainedParts
 from ossia.model.open import DTYPE_NAMES, memory_of
 from ossia.model.transformer import Transformer
 from ossia.ops.loss import weighted_nll
 from ossia.ops.memory import return_freed_memory
 from ossia.train.optim import AdamW
-from ossia.train.ranks.gradients import share, sum_gradients
+from ossia.train.ranks.gradients import agree_on_parts, share, sum_gradients
 from ossia.train.schedule import LossOfLogprobs, forward_backward, forward_logprobs, prepares_layers
 
 if TYPE_CHECKING:
@@ -89,7 +90,7 @@ def train_step(
 
     def gradients(loss_scale: float) -> float:
         model.trainable.zero_grad()
-        if not numbers:
+        if not numbers and not model.cut:
             return 0.0
         return forward_backward(
             model,
@@ -104,8 +105,16 @@ def train_step(
             numbers=numbers,
         )
 
-    loss = gradients(1.0) if model.dtype != torch.float16 else _without_overflow(model, packs, gradients)
-    if world is not None:
+    if world is not None and model.cut:
+        world.gather(None)  # who isn't here yet may be busy, and is waited for as long as that takes
+    if model.dtype == torch.float16:
+        loss = _without_overflow(model, packs, gradients, world if model.cut else None)
+    else:
+        loss = gradients(1.0)
+    if isinstance(model.trainable, TrainedParts):
+        assert world is not None
+        loss = agree_on_parts(world, model.trainable, loss, step=optimizer.num_updates + 1)
+    elif world is not None:
         loss = sum_gradients(world, model.trainable.tensors, loss, step=optimizer.num_updates + 1)
     grad_norm = optimizer.update(loss=loss, lr=lr, clip=clip)
     # packs that went one after the other through the same memory will do so again
@@ -118,19 +127,23 @@ def train_step(
 _MOST_HALVINGS = 24
 
 
-def _without_overflow(model: Transformer, packs: Sequence[Pack], gradients: Callable[[float], float]) -> float:
+def _without_overflow(
+    model: Transformer, packs: Sequence[Pack], gradients: Callable[[float], float], world: World | None
+) -> float:
     """Gradients in float16, which holds numbers from 6e-8 to 65,504: with a loss scaled up, and less if one overflows.
 
     The scale begins at the number of predictions, which makes each of them count as much as it would alone; while a
     gradient isn't finite, the step is computed again with half of it. It doesn't depend on the steps before. Where no
     scale helps, the gradients are left as they are, for the optimizer to refuse.
     gradients  (scale) -> loss; puts gradients that are free of the scale on what is trained
+    world      ranks that gather weights from each other, so that what one computes again all do
     """
     scale = 2.0 ** math.ceil(math.log2(max(1, sum(pack.num_trained for pack in packs))))
     for _ in range(_MOST_HALVINGS):
         loss = gradients(scale)
         grads = [tensor.grad for tensor in model.trainable.tensors.values() if tensor.grad is not None]
-        if not math.isfinite(loss) or all(bool(grad.isfinite().all()) for grad in grads):
+        done = not math.isfinite(loss) or all(bool(grad.isfinite().all()) for grad in grads)
+        if done if world is None else all(world.gather(done)):
             break
         scale /= 2
     return loss
@@ -140,7 +153,9 @@ def evaluate_loss(model: Transformer, packs: Sequence[Pack], world: World | None
     """The loss that `train_step` would see, without gradients and without dropout; of ranks, each computes a share."""
     total = 0.0
     own = packs if world is None else [packs[number] for number in share(packs, world.size)[world.rank]]
-    for logp_R, pack in zip(forward_logprobs(model, own) if own else (), own, strict=True):
+    if world is not None and model.cut:
+        world.gather(None)
+    for logp_R, pack in zip(forward_logprobs(model, own) if own or model.cut else (), own, strict=True):
         weights_R = pack.weights[pack.weights > 0].to(logp_R.device)
         total -= float((weights_R.double() * logp_R.double()).sum())
     if world is not None:
@@ -171,8 +186,11 @@ def how_to_step(model: Transformer, recompute: Recompute, tokens: int, tokens_pe
 def keeps_activations(model: Transformer, recompute: Recompute, tokens: int, tokens_per_pack: int) -> bool:
     """Whether a step of `tokens` tokens keeps every layer's graph instead of computing each layer twice.
 
-    `auto` decides by what the graphs take, see `budget.choose.keeps_activations`.
+    `auto` decides by what the graphs take, see `budget.choose.keeps_activations`. Of cut weights a graph would keep
+    every gathered layer, so their layers are always computed again.
     """
+    if model.cut:
+        return False
     if recompute != "auto":
         return recompute == "never"
     packs = max(tokens // tokens_per_pack, 1)

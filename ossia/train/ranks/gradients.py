@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ossia.data.pack import Pack
 from ossia.errors import RunError
-from ossia.train.optim import check_loss, gradient_norm
+from ossia.train.optim import check_loss, gradient_norm, not_finite
 
 if TYPE_CHECKING:
+    from ossia.model.cut.trained import TrainedParts
     from ossia.train.ranks.world import World
 
 _BUCKET = 2**26  # numbers that are summed together: 256 MiB
@@ -53,6 +54,30 @@ def sum_gradients(world: World, tensors: Mapping[str, Tensor], loss: float, *, s
         for tensor, part in zip(bucket, flat.split([tensor.numel() for tensor in bucket]), strict=True):
             tensor.grad = part.view(tensor.shape)
     return math.fsum(part for part, _, _ in said)
+
+
+def agree_on_parts(world: World, parts: TrainedParts, loss: float, *, step: int) -> float:
+    """`sum_gradients` where gradients have been summed as the layers' backward went: every rank has its part of each.
+
+    Raises  RunError naming the rank whose loss or gradient wasn't finite
+    """
+    said = world.gather([loss if math.isfinite(loss) else 0.0, _problem_of_parts(parts, loss, step), parts.missing])
+    for rank, (_, found, _) in enumerate(said):
+        if found is not None:
+            raise RunError(f"rank {rank}, {found}")
+    for name in set.intersection(*(set(missing) for _, _, missing in said)):
+        parts.tensors[name].grad = None  # for the optimizer to refuse
+    return math.fsum(part for part, _, _ in said)
+
+
+def _problem_of_parts(parts: TrainedParts, loss: float, step: int) -> str | None:
+    try:
+        check_loss(loss, step=step)
+    except RunError as error:
+        return str(error)
+    if bad := parts.not_finite():
+        return not_finite(bad[0], "values that are not finite", len(bad), len(parts.tensors), step)
+    return None
 
 
 def _problem(params: Mapping[str, Tensor], loss: float, step: int) -> str | None:

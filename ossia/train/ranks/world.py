@@ -2,23 +2,25 @@
 
 Two ways lead from rank to rank. Words go through the launcher's key-value store (`gather`): whoever is missing there is
 known by number, so a rank that was killed, stopped or never came is named, and a rank that fails leaves its reason for
-the others to stop with. Tensors go through gloo or NCCL, right after a `gather` that all have come to. A thread of each
-rank says once a second that the process lives; whoever waits counts the silence with its own clock, so clocks that
-differ or jump don't matter.
+the others to stop with. Tensors go through gloo or NCCL, after a `gather` that all have come to, and with nothing but
+computing in between. A thread of each rank says once a second that the process lives; whoever waits counts the silence
+with its own clock, so clocks that differ or jump don't matter.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import threading
 import time
 import uuid
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -28,6 +30,7 @@ from ossia.errors import Interrupted, RunError, UserError
 from ossia.sizes import num_cores
 from ossia.train.ranks.launched import Launched, launched
 
+_T = TypeVar("_T")
 _STDERR = 2
 _BEAT_S = 1.0
 _POLL_S = 0.02
@@ -193,6 +196,27 @@ class World:
         """Replace each tensor, contiguous, by the sum of all ranks' of that place: the same bits on all."""
         self._together(tensors, lambda tensor: dist.all_reduce(tensor))
 
+    def begin_gather(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
+        """Begin to put every rank's `part`, contiguous and all of one size, by rank into `whole`; what is returned
+        waits for that. NCCL gathers on a stream of its own, behind what has been launched by now; gloo in a thread."""
+        begun = list[Any]()
+
+        def begin(part: Tensor) -> None:
+            with _old_names():
+                begun.append(dist.all_gather_into_tensor(whole, part, async_op=True))
+
+        self._together([part], begin)
+        return lambda: self._together(begun, lambda work: work.wait())
+
+    def sum_parts(self, part: Tensor, whole: Tensor) -> None:
+        """Into `part` this rank's of the equal parts of the sum over ranks of `whole`."""
+        with _old_names():
+            self._together([part], lambda part: dist.reduce_scatter_tensor(part, whole))
+
+    def total(self, value: float) -> float:
+        """The sum over ranks, the same number on each."""
+        return math.fsum(self.gather(value))
+
     def take_from_first(self, tensors: Iterable[Tensor]) -> None:
         """Replace each tensor, contiguous, by rank 0's."""
         self._together(tensors, lambda tensor: dist.broadcast(tensor, src=0))
@@ -205,7 +229,7 @@ class World:
         """Replace a tensor, contiguous, by what a rank sends."""
         self._together((tensor,), lambda tensor: dist.recv(tensor, of))
 
-    def _together(self, tensors: Iterable[Tensor], act: Callable[[Tensor], object]) -> None:
+    def _together(self, tensors: Iterable[_T], act: Callable[[_T], object]) -> None:
         try:
             for tensor in tensors:
                 act(tensor)
@@ -345,6 +369,14 @@ class _Watch:
     def idle(self, seconds: float) -> list[int]:
         """Ranks that weren't known to be busy for so long."""
         return [rank for rank, at in self._busy.items() if time.monotonic() - at >= seconds]
+
+
+@contextlib.contextmanager
+def _old_names() -> Iterator[None]:
+    """torch 2.13 has new names for these collectives, and 2.11 doesn't know them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _first_words(error: Exception) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -103,12 +103,16 @@ def restore_whole(path: Path, params: Mapping[str, Tensor], optimizer: AdamW) ->
 
 
 def restore_parts(
-    world: World, run: Path, saved: SavedState, parts: Mapping[str, Part], shapes: Mapping[str, Sequence[int]]
-) -> int:
-    """Copy a checkpoint of either kind into this rank's part of each tensor, and set the random number generators; the
-    updates that the optimizer has made. All ranks call it together.
+    world: World,
+    run: Path,
+    saved: SavedState,
+    ready: Callable[[int], Mapping[str, Part]],
+    shapes: Mapping[str, Sequence[int]],
+) -> None:
+    """Copy a checkpoint of either kind into this rank's part of each tensor, and set the random number generators. All
+    ranks call it together.
 
-    parts   this rank's of each tensor, by name
+    ready   the updates that the optimizer had made -> this rank's part of each tensor, by name, to be written to
     shapes  of the tensors, before they were made flat
     Raises  RunError if names, shapes or dtypes are not those of this run, or a file that is needed can't be had
     """
@@ -128,6 +132,8 @@ def restore_parts(
     state = read_state(saved.path)
     source: Shards | _Whole = Shards(saved.path) if sharded else _Whole(saved.path)
     found_shapes = source.shapes if isinstance(source, _Whole) else state["shapes"]
+    num_updates = source.num_updates if isinstance(source, _Whole) else int(state[_NUM_UPDATES])
+    parts = ready(num_updates)
     form = {name: (part.total, part.local.dtype) for name, part in parts.items()}
     _require_same(saved.path, _described(source.form, found_shapes), _described(form, shapes))
     ranges = [(name, part.start, len(part.local)) for name, part in parts.items()]
@@ -140,7 +146,6 @@ def restore_parts(
         _read(source, parts)
         set_rng_state(state["rng"])
     world.gather(None)  # whoever couldn't has said so
-    return source.num_updates if isinstance(source, _Whole) else int(state[_NUM_UPDATES])
 
 
 def _read(source: Saved, parts: Mapping[str, Part]) -> None:

@@ -7,6 +7,7 @@ PyTorch's own launcher play it.
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
@@ -136,3 +137,22 @@ class Suffers:
         World._together, World.gather = dying_together, dying_gather
         with death.lurking():
             yield
+
+
+def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
+    return [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == kind]
+
+
+def losses(run: Path) -> list[float]:
+    return [e["loss"] for e in events_of(run, "step")] + [e["eval_loss"] for e in events_of(run, "eval")]
+
+
+def train(size: int, folder: Path, arguments: list[str], **how: Any) -> Ranks:
+    ranks = Ranks(size, folder, *arguments, **how)
+    codes = ranks.wait()
+    assert codes == [0] * size, [ranks.said(rank) for rank in range(size)]
+    return ranks
+
+
+def farthest(one: list[float], other: list[float]) -> float:
+    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))

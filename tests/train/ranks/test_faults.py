@@ -167,10 +167,12 @@ class _Poisons:
         yield
 
 
+@pytest.mark.parametrize("how", [{}, {"adapter": None, "shard": "all"}])
 def test_a_rank_that_computes_nan_is_named_with_step_and_cause_and_nothing_is_updated(
-    train_into: MakeRecipe, tmp_path: Path
+    how: dict[str, str | None], train_into: MakeRecipe, tmp_path: Path
 ) -> None:
-    arguments = train_into(tmp_path / "run", "eval.split=0", "eval.every=0", "train.tokens_per_step=512")
+    keys = ("eval.split=0", "eval.every=0", "train.tokens_per_step=512", f"parallel.shard={how.pop('shard', 'none')}")
+    arguments = train_into(tmp_path / "run", *keys, **how)
     ranks = Ranks(2, tmp_path / "said", *arguments, trouble=_Poisons(1, 4))
     assert ranks.wait(asks=False) == [2, 2]
     said = ranks.said(0) + ranks.said(1)

@@ -2,60 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from ossia.data.pack import Pack
+from ossia.model.arch import alternating_layers
+from ossia.model.open import open_model
 from ossia.train.ranks.gradients import share
+from tests.conftest import MakeTiny
+from tests.shapes import LEAST
 from tests.train.conftest import outcome
 from tests.train.ranks.conftest import MakeRecipe
-from tests.train.ranks.support import Ranks, Suffers
+from tests.train.ranks.support import Ranks, Suffers, events_of, farthest, losses, train
 
-
-def events_of(run: Path, kind: str) -> list[dict[str, Any]]:
-    return [e for e in map(json.loads, (run / "events.jsonl").read_text().splitlines()) if e["event"] == kind]
-
-
-def losses(run: Path) -> list[float]:
-    return [e["loss"] for e in events_of(run, "step")] + [e["eval_loss"] for e in events_of(run, "eval")]
-
-
-def train(size: int, folder: Path, arguments: list[str], **how: Any) -> Ranks:
-    ranks = Ranks(size, folder, *arguments, **how)
-    codes = ranks.wait()
-    assert codes == [0] * size, [ranks.said(rank) for rank in range(size)]
-    return ranks
-
-
-def farthest(one: list[float], other: list[float]) -> float:
-    return max(abs(a - b) / abs(a) for a, b in zip(one, other, strict=True))
+DEEPER = dataclasses.replace(LEAST, num_layers=3, layer_types=alternating_layers(3))  # than what is there at a time
+RUNS = (  # checkpoint, ranks, parallel.shard
+    ("mxfp4", 1, "none"),
+    ("mxfp4", 2, "none"),
+    ("mxfp4", 2, "all"),
+    ("mxfp4", 3, "all"),
+    ("bf16", 1, "none"),
+    ("bf16", 3, "all"),
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("trains", ["adapters", "all weights"])
 def test_two_and_three_ranks_have_the_losses_of_one_over_fifty_steps(
-    trains: str, train_into: MakeRecipe, tmp_path: Path
+    trains: str, train_into: MakeRecipe, tiny: MakeTiny, tmp_path: Path
 ) -> None:
     how = {} if trains == "adapters" else {"adapter": None}
-    for size in (1, 2, 3):
-        train(
-            size,
-            tmp_path / f"said-{size}",
-            train_into(tmp_path / f"{size}", "train.steps=50", "train.save_every=0", **how),
-        )
-    alone = losses(tmp_path / "1")
-    assert alone[-1] < alone[-6] - 0.1  # something was learnt
-    for size in (2, 3):
-        assert farthest(alone, losses(tmp_path / f"{size}")) < 1e-6
-        norms = [[e["grad_norm"] for e in events_of(tmp_path / f"{n}", "step")] for n in (1, size)]
-        assert farthest(*norms) < 1e-5
-        counts = [[(e["tokens"], e["trained"]) for e in events_of(tmp_path / f"{n}", "step")] for n in (1, size)]
-        assert counts[0] == counts[1]
-        assert all(len(e["rank_peak_bytes"]) == size for e in events_of(tmp_path / f"{size}", "step"))
+    alone = {}
+    for layout, size, shard in RUNS:
+        run, told = tmp_path / f"{layout}-{size}-{shard}", tmp_path / f"said-{layout}-{size}-{shard}"
+        keys = (f"model={tiny(DEEPER, weights=layout)}", f"parallel.shard={shard}", "eval.answers=0")
+        train(size, told, train_into(run, "train.steps=50", "train.save_every=0", *keys, **how))
+        steps = events_of(run, "step")
+        norms, counts = [e["grad_norm"] for e in steps], [(e["tokens"], e["trained"]) for e in steps]
+        if size == 1:
+            alone[layout] = losses(run), norms, counts
+            assert alone[layout][0][-1] < alone[layout][0][-6] - 0.1  # something was learnt
+            continue
+        assert farthest(alone[layout][0], losses(run)) < 1e-6, run.name
+        assert farthest(alone[layout][1], norms) < 1e-5, run.name
+        assert alone[layout][2] == counts
+        assert all(len(e["rank_peak_bytes"]) == size for e in steps)
 
 
 def test_ranks_without_a_pack_take_part_and_only_the_first_talks(train_into: MakeRecipe, tmp_path: Path) -> None:
@@ -90,6 +88,46 @@ def test_the_same_number_of_ranks_leaves_the_same_bytes(train_into: MakeRecipe, 
     for name in "ab":
         train(3, tmp_path / f"said-{name}", train_into(tmp_path / name))
     assert outcome(tmp_path / "a") == outcome(tmp_path / "b")
+
+
+@pytest.mark.parametrize("trains", ["adapters", "all weights"])
+def test_a_cut_run_that_lost_a_rank_in_a_gather_says_so_and_goes_on_to_the_same_bytes(
+    trains: str, train_into: MakeRecipe, tmp_path: Path
+) -> None:
+    how = {} if trains == "adapters" else {"adapter": None}
+
+    def arguments(name: str) -> list[str]:
+        return train_into(tmp_path / name, "parallel.shard=all", **how)
+
+    train(2, tmp_path / "said", arguments("untouched"))
+    trouble = Suffers(1, "before a sum", 14 if trains == "adapters" else 152)
+    ranks = Ranks(2, tmp_path / "said", *arguments("run"), trouble=trouble)
+    assert ranks.wait() == [2, -9]
+    error = ranks.said(0).splitlines()[-1]
+    assert re.match(r"rank 1, step [3-6]: (gives no sign of life|is gone)", error), error
+    said = train(2, tmp_path / "said", [*arguments("run"), "--resume"]).said(0)
+    assert re.search("going on from step [24]$", said, re.M), said
+    assert outcome(tmp_path / "run") == outcome(tmp_path / "untouched")
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()] == [
+        0,
+        6,
+    ]
+    if trains == "all weights":
+        goes_on_alone_and_is_a_model(tmp_path, arguments)
+
+
+def goes_on_alone_and_is_a_model(folder: Path, arguments: Callable[[str], list[str]]) -> None:
+    """One process goes on from what two ranks have saved of a cut run; what they trained can be opened."""
+    trouble = Suffers(0, "before an update", 3)
+    assert Ranks(2, folder / "said", *arguments("other"), trouble=trouble).wait()[0] == -9
+    train(1, folder / "said", [*arguments("other"), "--resume"])
+    assert farthest(losses(folder / "untouched"), losses(folder / "other")) < 1e-6
+    saved = load_file(folder / "run" / "checkpoints" / "step-00000006" / "trainable.safetensors")
+    model, _ = open_model(str(folder / "run"), dtype="float32")
+    for name in ("lm_head.weight", "model.layers.1.self_attn.sinks"):
+        assert torch.equal(model.weights.get(name), saved[name].bfloat16().float())
+    experts = model.weights.expert_weight(1, "gate_up_proj")
+    assert torch.equal(experts, saved["model.layers.1.mlp.experts.gate_up_proj"].bfloat16().float())
 
 
 def test_packs_go_to_the_rank_with_the_fewest_tokens_and_all_choose_alike() -> None:

@@ -1,0 +1,118 @@
+"""All weights trained, cut: the gradients of whole weights, each group gathered and summed when it is due."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ossia.model.checkpoint import Checkpoint
+from ossia.model.cut.ranks import part_of
+from ossia.model.cut.trained import TrainedParts, group_of
+from ossia.model.transformer import Transformer
+from ossia.model.weights import Weights
+from ossia.train.schedule import forward_backward, forward_logprobs
+from tests.conftest import MakeTiny
+from tests.model.cut.test_frozen import CPU, DEEP, packs_of
+
+
+class OneOf:
+    """A rank whose fellows have nothing: their parts are zeros, and so are their gradients."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self.gathered, self.summed = list[int](), list[int]()
+
+    def begin_gather(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
+        self.gathered.append(part.numel())
+        whole.fill_(float("nan"))  # nobody may look before it has waited
+
+        def wait() -> None:
+            whole.zero_().view(self.size, -1)[self.rank] = part
+
+        return wait
+
+    def sum_parts(self, part: Tensor, whole: Tensor) -> None:
+        self.summed.append(part.numel())
+        part.copy_(whole.view(self.size, -1)[self.rank])
+
+
+def model_of(tiny: MakeTiny, ranks: OneOf | None, dtype: torch.dtype = torch.float32) -> Transformer:
+    model = Transformer(Weights(Checkpoint.open(tiny(DEEP)), "mmap", dtype, CPU))
+    model.train_all_weights(ranks)
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_step_gathers_each_group_once_a_direction_and_has_the_gradients_of_whole_weights(
+    dtype: torch.dtype, tiny: MakeTiny
+) -> None:
+    packs, ranks = packs_of(9, 5, 12), OneOf(0, 1)
+    found = []
+    for model in (model_of(tiny, None, dtype), model_of(tiny, ranks, dtype)):
+        loss = forward_backward(model, packs, lambda logp, m, rows: -logp.mean(), recompute=True)
+        grads = {name: tensor.grad for name, tensor in model.trainable.tensors.items()}
+        found.append((loss, grads))
+    assert found[0][0] == found[1][0]
+    for name, grad in found[0][1].items():
+        there = found[1][1][name]
+        assert torch.allclose(there.view(grad.shape), grad, rtol=1e-6, atol=1e-9), name
+    layers = 4
+    each = Counter(ranks.gathered)
+    assert sorted(each.values()) == [1, 1, 2 * layers - 1]  # embedding, head, and layers: the last one once
+    assert sorted(Counter(ranks.summed).values()) == [1, 1, layers]
+    ranks.gathered.clear()
+    forward_logprobs(model, packs)
+    assert sorted(Counter(ranks.gathered).values()) == [1, 1, layers]
+
+
+def test_who_has_no_pack_gathers_and_sums_what_the_others_do(tiny: MakeTiny) -> None:
+    asked = []
+    for packs in (packs_of(9, 5), []):
+        ranks = OneOf(1, 3)
+        model = model_of(tiny, ranks)
+        forward_logprobs(model, packs)
+        forward_backward(model, packs, lambda logp, m, rows: -logp.mean(), recompute=True)
+        asked.append((ranks.gathered, ranks.summed))
+    assert asked[0] == asked[1]
+    assert isinstance(model.trainable, TrainedParts)
+    assert set(model.trainable.missing) == set(model.trainable.tensors)  # it had no gradient, and said so
+    assert not any(bool(tensor.grad.any()) for tensor in model.trainable.tensors.values())
+
+
+@pytest.mark.parametrize("size", [2, 3, 5])
+def test_parts_are_the_masters_pieces_and_gather_to_the_whole(size: int, tiny: MakeTiny) -> None:
+    whole = model_of(tiny, None).trainable.tensors
+    parts = []
+    for rank in range(size):
+        model = model_of(tiny, OneOf(rank, size))
+        assert isinstance(model.trainable, TrainedParts)
+        for name, tensor in model.trainable.tensors.items():
+            assert torch.equal(tensor, whole[name].flatten()[part_of(whole[name].numel(), rank, size)]), name
+        assert model.trainable.num_parameters == sum(tensor.numel() for tensor in whole.values())
+        parts.append(model.trainable)
+    name = "model.layers.3.mlp.experts.gate_up_proj"  # what the ranks' parts add up to where others' are zeros
+    assert torch.equal(sum(one.use(name, torch.float32).detach() for one in parts), whole[name])
+    grad = torch.randn(whole[name].shape)
+    for one in parts:
+        one.add_grad(name, grad.clone())
+        one.sum_up(name)
+    assert torch.equal(torch.cat([one.tensors[name].grad for one in parts]), grad.flatten())
+
+
+def test_a_gradient_that_is_not_finite_is_known_by_name_after_it_was_summed(tiny: MakeTiny) -> None:
+    parts = model_of(tiny, OneOf(0, 2)).trainable
+    assert isinstance(parts, TrainedParts)
+    name = "model.layers.1.self_attn.q_proj.weight"
+    for one in (name for name in parts.tensors if group_of(name) == "model.layers.1"):
+        grad = torch.zeros(parts.shapes[one])
+        if one == name:
+            grad.flatten()[-1] = float("nan")  # in another rank's part
+        parts.add_grad(one, grad)
+    parts.sum_up(name)
+    assert parts.not_finite() == [name]
+    parts.zero_grad()
+    assert parts.not_finite() == []
