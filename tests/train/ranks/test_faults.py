@@ -11,7 +11,6 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -92,20 +91,24 @@ def test_fifty_random_kills_leave_the_same_bytes(train_into: MakeRecipe, untouch
 
 
 def test_cut_ranks_killed_at_random_moments_go_on_to_the_same_bytes(train_into: MakeRecipe, tmp_path: Path) -> None:
-    kill_often(3, random.Random(5), partial(train_into, adapter=None), cut(train_into, tmp_path), tmp_path, SAVE_EVERY)
+    kill_cut_ranks_often(3, random.Random(5), train_into, tmp_path)
 
 
 @pytest.mark.slow
 def test_fifty_random_kills_of_cut_ranks_leave_the_same_bytes(train_into: MakeRecipe, tmp_path: Path) -> None:
-    kill_often(50, random.Random(9), partial(train_into, adapter=None), cut(train_into, tmp_path), tmp_path, SAVE_EVERY)
+    kill_cut_ranks_often(50, random.Random(9), train_into, tmp_path)
 
 
-def cut(train_into: MakeRecipe, folder: Path) -> Outcome:
-    """What two ranks leave that train all weights, which are cut over them, and are left alone."""
-    assert Ranks(2, folder / "said", *train_into(folder / "untouched", adapter=None)).wait() == [0, 0]
-    files, events = outcome(folder / "untouched")
-    assert len(files) == 7  # the model, and two ranks' files and the state of each of two checkpoints
-    return files, events
+def kill_cut_ranks_often(least: int, chance: random.Random, train_into: MakeRecipe, folder: Path) -> None:
+    """`kill_often` for ranks that train all weights, which are cut over them."""
+
+    def arguments(run: Path) -> list[str]:
+        return train_into(run, "parallel.shard=all", adapter=None)
+
+    assert Ranks(2, folder / "said", *arguments(folder / "untouched")).wait() == [0, 0]
+    untouched = outcome(folder / "untouched")
+    assert sum(name.endswith(".distcp") for name in untouched[0]) == 4  # of two ranks, in two checkpoints
+    kill_often(least, chance, arguments, untouched, folder, SAVE_EVERY)
 
 
 def kill_often(

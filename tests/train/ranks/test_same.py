@@ -74,7 +74,7 @@ def test_a_run_goes_on_with_other_numbers_of_ranks_and_the_same_losses(
     how: dict[str, None], train_into: MakeRecipe, tmp_path: Path
 ) -> None:
     """The tensors of the second are cut, and saved before the next step so that it is known what is there."""
-    keys = ("train.steps=8", "parallel.async_save=false")
+    keys = ("train.steps=8", "parallel.async_save=false", *(("parallel.shard=all",) if how else ()))
     arguments = train_into(tmp_path / "run", *keys, **how)
     train(1, tmp_path / "said", train_into(tmp_path / "alone", *keys, **how))
     for size, update in ((4, 3), (2, 3), (3, 3)):  # each from the checkpoint two steps before
