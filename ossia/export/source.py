@@ -25,7 +25,7 @@ from ossia.model.open import MODEL_IN_RUN, model_folder, trained_rounded
 from ossia.model.peft import ADAPTER_IN_RUN, LayoutName, find_adapter, load_adapter
 from ossia.model.weights import EXPERT_WEIGHTS
 from ossia.train.shards.sliced import InShards
-from ossia.train.state import MANIFEST, TRAINABLE, checkpoint_paths, is_sharded, verify
+from ossia.train.state import MANIFEST, TRAINABLE, checkpoint_paths, is_sharded, missing, missing_files, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,12 +156,20 @@ def _adapted(
 
 def _newest_whole(run: Path, say: Callable[[str], None]) -> Path:
     """The run's newest checkpoint whose every byte is right; the run may still be going on, so nothing is moved."""
+    incomplete: RunError | None = None
     for path in reversed(checkpoint_paths(run)):
+        if is_sharded(path) and (lost := missing_files(path)):
+            error = missing(path, lost)
+            incomplete = incomplete or error
+            say(f"{str(error).splitlines()[0]}; trying the checkpoint before it")
+            continue
         problem = verify(path)
         if problem is None:
             say(f"exporting {path.name} of {run}")
             return path
         say(f"{path}: {problem}; trying the checkpoint before it")
+    if incomplete is not None:
+        raise incomplete
     raise RunError(f"{run}: the run has saved no whole checkpoint yet; let it go on with `ossia train ... --resume`")
 
 

@@ -188,7 +188,7 @@ def newest_checkpoint(run: Path, say: Callable[[str], None]) -> SavedState | Non
     newest isn't there that ranks wrote, which may be on another host
     """
     for path in reversed(checkpoint_paths(run)):
-        if is_sharded(path) and (lost := [name for name in files_of(path) if not (path / name).exists()]):
+        if is_sharded(path) and (lost := missing_files(path)):
             raise missing(path, lost)
         problem = verify(path)
         if problem is None:
@@ -225,6 +225,11 @@ def files_of(path: Path) -> dict[str, dict[str, Any]]:
         return dict(found)
     except (OSError, ValueError, KeyError, TypeError):
         return {}
+
+
+def missing_files(path: Path) -> list[str]:
+    """Files of a sharded checkpoint, by its manifest, that aren't in its folder."""
+    return [name for name in files_of(path) if not (path / name).exists()]
 
 
 def missing(path: Path, names: Sequence[str]) -> RunError:

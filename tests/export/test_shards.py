@@ -90,12 +90,19 @@ def test_the_last_complete_checkpoint_is_found_and_where_there_is_none_it_is_sai
     path, newest = tiny(SHALLOW), run / "checkpoints" / "step-00000008"
     (newest / "__1_0.distcp").unlink()
     merge_shards(run)
-    assert "its __1_0.distcp can't be read" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "step-00000008: __1_0.distcp, written by rank 0 on here, isn't there" in said
+    assert "trying the checkpoint before it" in said
     write_model(tmp_path / "wanted", trained(path, 4), tokenizer_from=path)
     assert weights(run / "merged") == weights(tmp_path / "wanted")
     (run / "model").mkdir()  # a finished run's result is not what is asked for
     merge_shards(run, output=tmp_path / "again")
     assert weights(tmp_path / "again") == weights(tmp_path / "wanted")
+    (run / "checkpoints" / "step-00000004" / "__2_0.distcp").unlink()
+    with pytest.raises(
+        UserError, match=r"(?s)step-00000008: __1_0\.distcp, written by rank 0 on here.*copy them there"
+    ):
+        merge_shards(run, output=tmp_path / "neither")
     with pytest.raises(UserError, match=r"no run folder, it holds no recipe\.yaml"):
         merge_shards(tmp_path)
     for place in (run / "checkpoints").iterdir():
