@@ -374,7 +374,7 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         sizes = (self._step_clash(), self._pack_clash(), self._weights_clash())
-        refuse(*self._method_clashes(), *sizes, *self._qat_clashes())
+        refuse(*self._method_clashes(), *sizes, *self._qat_clashes(), *self._shard_clashes())
         return self
 
     def _method_clashes(self) -> tuple[Clash | None, ...]:
@@ -455,6 +455,17 @@ class Recipe(Section):
         )
         return Clash(("weights", "adapter"), f"{why}; add an `adapter` or write `weights: bf16`")
 
+    def _shard_clashes(self) -> tuple[Clash | None, ...]:
+        if self.parallel.shard != "all":
+            return ()
+        if self.method == "grpo":
+            why = "`parallel.shard` is for `method: sft`; `grpo` is one process as yet"
+            return (Clash(("parallel.shard", "method"), why),)
+        if (key := self.keeps_weights_whole) is None:
+            return ()
+        why = f"`parallel.shard` is all, which cuts weights, and `{key}` goes with whole ones; leave one of them out"
+        return (Clash(("parallel.shard", key.partition(":")[0]), why),)
+
     def _qat_clashes(self) -> tuple[Clash | None, ...]:
         if self.qat is None:
             return ()
@@ -491,6 +502,15 @@ class Recipe(Section):
         if self.method == "sft":
             return self.train.tokens_per_step
         return self.rl.prompts * (self.max_length - self.rl.max_new + self.rl.group * self.rl.max_new)
+
+    @property
+    def keeps_weights_whole(self) -> str | None:
+        """The key and value that don't go with weights that are cut over ranks, if there is one."""
+        if self.adapter is not None and self.weights in ("bf16", "mmap"):
+            return f"weights: {self.weights}"
+        if self.train.recompute == "never":
+            return "train.recompute: never"
+        return f"qat: {self.qat}" if self.qat is not None and self.adapter is None else None
 
     @property
     def has_eval(self) -> bool:

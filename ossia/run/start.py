@@ -20,9 +20,11 @@ from ossia.harmony.vocab import Vocabulary
 from ossia.model.cut.trained import TrainedParts
 from ossia.model.open import DTYPE_NAMES, open_model
 from ossia.model.transformer import Transformer
+from ossia.plan.many.shard import cut_footprint
 from ossia.plan.memory import cache_bytes, footprint
 from ossia.plan.text import as_line
 from ossia.run.attention import settle_attention
+from ossia.run.shard import ranks_to_cut_over
 from ossia.run.trained import ADAPTER, MODEL, make_trainable, show_trainable
 from ossia.train.events import ENV, EVENTS, EventLog, Log, NoLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, Stream, find_start
@@ -88,7 +90,7 @@ def started(
             saved = find_start(folder, resume=resume, say=say)
         else:
             saved = find_start_together(world, folder, resume=resume, say=say)
-        ranks = world if recipe.parallel.shard == "all" else None
+        ranks = ranks_to_cut_over(recipe, world, say)
         model, vocab = open_model(
             recipe.model,
             dtype=recipe.dtype,
@@ -184,6 +186,8 @@ def predicted(recipe: Recipe, model: Transformer, world: World | None = None) ->
     pack = min(tokens, train.tokens_per_pack)
     work = work_of(model, pack=pack, packs=tokens // pack, recompute=how.recompute)
     work = replace(work, offload=how.offload, chunk=how.tokens_at_once, keep_attention=how.keep_attention)
+    if world is not None and model.cut:
+        return as_line(work, cut_footprint(work, world.size))
     cached = cache_bytes(recipe, model.arch, DTYPE_NAMES[model.dtype], default_cache_bytes(model))
     return as_line(work, footprint(work, cache_bytes=cached))
 
@@ -236,6 +240,7 @@ def job_of(
         about={
             "parameters_trained": model.trainable.num_parameters,
             "placement": model.weights.placement,
+            "shards": world.size if world is not None and model.cut else 1,
             "attention_backend": model.backend,
             "attention_probe": None if model.probed is None else asdict(model.probed),
         },

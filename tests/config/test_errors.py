@@ -103,6 +103,21 @@ def with_train(text: str) -> str:
         ("model: m\ndata: [3]\n", 2, "`data.0` is 3 / expected: a section with path, format"),
         ("model: m\ndata: {path: a}\nweights: mmap\n", 3, "`weights` is mmap, which only reads"),
         (
+            "model: m\ndata: {path: a}\nadapter: {}\nweights: mmap\nparallel: {shard: all}\n",
+            5,
+            "`parallel.shard` is all, which cuts weights, and `weights: mmap` goes with whole ones; leave one of them",
+        ),
+        (
+            "model: m\ndata: {path: a}\nqat: mxfp4\nparallel: {shard: all}\n",
+            4,
+            "`parallel.shard` is all, which cuts weights, and `qat: mxfp4` goes with whole ones; leave one of them",
+        ),
+        (
+            "model: m\nenv: sort\nmethod: grpo\ntrain: {steps: 1}\nadapter: {}\nparallel: {shard: all}\n",
+            6,
+            "`parallel.shard` is for `method: sft`; `grpo` is one process as yet",
+        ),
+        (
             "model: m\ndata: {path: a}\nadapter: {}\nqat: nvfp4\n",
             4,
             "`qat` is the text 'nvfp4'; did you mean `mxfp4`? / allowed: mxfp4",

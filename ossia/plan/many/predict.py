@@ -85,7 +85,7 @@ def make_many_plan(recipe: Recipe, machine: Machine, wanted: Wanted) -> ManyPlan
         )
     arch, layout = read_shape(recipe.model)
     plans = [
-        _plan(recipe, machine, arch, layout, wanted, division, why) for division, why in _divisions(recipe, wanted)
+        plan_of(recipe, machine, arch, layout, wanted, division, why) for division, why in _divisions(recipe, wanted)
     ]
     return next((plan for plan in plans if plan.fits), plans[-1])
 
@@ -95,13 +95,17 @@ def _divisions(recipe: Recipe, wanted: Wanted) -> Iterator[tuple[Division, str]]
     base = Division(wanted.gpus, wanted.per_machine, experts=wanted.experts, context=wanted.context)
     full = recipe.adapter is None
     offload = bool(wanted.offload)
-    for shards in (wanted.shards,) if wanted.shards is not None else _sizes(base, full):
-        trained = (shards,) if full else (1, shards) if shards > 1 else (1,)
-        for held in trained:
-            why = "as you say" if wanted.shards is not None else _why(shards, base, adapters=not full and held > 1)
+    asked, said = wanted.shards, "as you say"
+    if asked is None and recipe.parallel.shard != "auto":
+        asked, said = {"none": 1, "all": wanted.gpus}[recipe.parallel.shard], f"parallel.shard: {recipe.parallel.shard}"
+    for shards in (asked,) if asked is not None else _sizes(base, full):
+        # a recipe that says so cuts a base, and its adapters never
+        divided = shards > 1 and (wanted.shards is not None or asked is None)
+        for held in (shards,) if full else (1, shards) if divided else (1,):
+            why = said if asked is not None else _why(shards, base, adapters=not full and held > 1)
             yield replace(base, shards=shards, trained_shards=held, offload=offload), why
     if full and wanted.offload is None:
-        shards = wanted.shards or wanted.gpus
+        shards = asked or wanted.gpus
         yield (
             replace(base, shards=shards, trained_shards=shards, offload=True),
             "nothing else fits: what is trained waits in the machine's memory",
@@ -126,9 +130,10 @@ def _why(shards: int, base: Division, *, adapters: bool) -> str:
     return f"divided over {over}, the fewest that it fits on{', adapters too' if adapters else ''}"
 
 
-def _plan(
+def plan_of(
     recipe: Recipe, machine: Machine, arch: Arch, layout: Layout, wanted: Wanted, division: Division, why: str
 ) -> ManyPlan:
+    """The plan with one division."""
     work, idle = rank_work(recipe, machine, arch, layout, division)
     whole = Whole.of(work)
     fixed = 0 if division.offload else sum(trained_state(whole, division).values())

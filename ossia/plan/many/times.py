@@ -94,12 +94,17 @@ def _stages(work: Work, division: Division, rates: Rates, moved: Traffic) -> tup
     head_flops = work.packs * work.rows * flops_per_token(work.arch, work.longest)[2]
     head = head_flops * (2.0 if work.ranks is not None else 3.0) / rates.flops
     tables = seconds(moved.reduce_tables) / 2
+    frozen = work.ranks is not None
+    # of frozen layers two are still there where the step before turned round, and where this one does
+    forth = [0.0 if frozen and index < 2 else gather for index in range(last + 1)]
     stages = step_stages(
-        [gather] * (last + 1),
+        forth,
         forward,
         backward,
         [reduce] * (last + 1),
+        gather_again=[0.0 if frozen and index == last - 1 else gather for index in range(last + 1)],
         table=seconds(moved.gather_table),
+        embedding=0.0 if frozen else None,
         head=head,
         reduce_head=tables,
         reduce_embedding=tables,

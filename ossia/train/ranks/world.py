@@ -60,6 +60,7 @@ class World:
     """All ranks, as one of them sees them. Left by an error, it leaves the reason for the others.
 
     rank, size   this one's number, and how many there are
+    local_size   of them on this machine
     on_one_host  whether all of them are on this machine
     again        whether the launcher has started them once more, after they had begun: they go on where they were
     device       where its tensors are
@@ -72,7 +73,7 @@ class World:
     def __init__(self, place: Launched, device: torch.device, timeout_s: float) -> None:
         """Meet the other ranks. Raises RunError if they don't come in time."""
         self.rank, self.size, self.device, self.timeout_s = place.rank, place.size, device, timeout_s
-        self.on_one_host = place.local_size == place.size
+        self.local_size, self.on_one_host = place.local_size, place.local_size == place.size
         self.step, self.stop_agreed = 0, False
         self.hurried: Callable[[], bool] = lambda: False
         self._busy_with = ""

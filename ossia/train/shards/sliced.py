@@ -40,7 +40,7 @@ class Sliced(Mapping[str, Tensor], ABC):
         return self.read(name, start * prod(rest), (stop - start) * prod(rest)).view(stop - start, *rest)
 
     def __getitem__(self, name: str) -> Tensor:
-        shape, layer = self.shapes[name], name.partition(".mlp.")[0].partition(".self_attn.")[0]
+        shape, layer = self.shapes[name], ".".join(name.split(".")[:3])
         if layer != self._layer:
             self._layer, self._whole = layer, {}
         if name not in self._whole:

@@ -28,7 +28,7 @@ class OneOf:
 
     def begin_gather(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
         self.gathered.append(part.numel())
-        whole.fill_(float("nan"))  # nobody may look before it has waited
+        whole.fill_(float("nan") if whole.is_floating_point() else 255)  # nobody may look before it has waited
 
         def wait() -> None:
             whole.zero_().view(self.size, -1)[self.rank] = part

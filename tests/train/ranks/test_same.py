@@ -63,6 +63,7 @@ def test_ranks_without_a_pack_take_part_and_only_the_first_talks(train_into: Mak
     assert farthest(losses(tmp_path / "1"), losses(tmp_path / "3")) < 1e-6
     assert ranks.said(0).endswith(f"{tmp_path / '3'}\n")
     assert "What is trained" in ranks.said(0)
+    assert "weights: whole on every rank (parallel.shard: auto): everything on each rank takes" in ranks.said(0)
     assert [ranks.said(rank) for rank in (1, 2)] == ["", ""]
     assert json.loads((tmp_path / "3" / "env.json").read_text())["ranks"] == 3
     assert (tmp_path / "3" / "adapter" / "adapter_model.safetensors").is_file()
@@ -102,9 +103,11 @@ def test_a_cut_run_that_lost_a_rank_in_a_gather_says_so_and_goes_on_to_the_same_
     how = {} if trains == "adapters" else {"adapter": None}
 
     def arguments(name: str) -> list[str]:
-        return train_into(tmp_path / name, "parallel.shard=all", **how)
+        return train_into(tmp_path / name, f"parallel.shard={'all' if how == {} else 'auto'}", **how)
 
-    train(2, tmp_path / "said", arguments("untouched"))
+    said = train(2, tmp_path / "said", arguments("untouched")).said(0)
+    why = "all): as the recipe says" if trains == "adapters" else "auto): all weights are trained"
+    assert f"weights: cut over 2 ranks (parallel.shard: {why}\n" in said
     trouble = Suffers(1, "before a sum", 14 if trains == "adapters" else 100)
     ranks = Ranks(2, tmp_path / "said", *arguments("run"), trouble=trouble)
     assert ranks.wait() == [2, -9]

@@ -149,7 +149,9 @@ def step_stages(
     backward: Sequence[float],
     reduce: Sequence[float],
     *,
+    gather_again: Sequence[float] | None = None,
     table: float = 0.0,
+    embedding: float | None = None,
     head: float = 0.0,
     reduce_head: float = 0.0,
     reduce_embedding: float = 0.0,
@@ -157,15 +159,18 @@ def step_stages(
     """A step: embedding, layers, head with its loss, layers back, embedding. The last layer stays for its backward.
 
     gather, forward, backward, reduce  of each layer, in seconds; backward with what is computed again
+    gather_again                       of each layer for its backward; None: as before its forward
     table, head                        a table's gather, and the head's products with those of its gradient
+    embedding                          the embedding's gather, where that isn't as of `table`
     """
+    again = gather if gather_again is None else gather_again
     layers = range(len(gather))
     last = layers[-1]
-    found = [Stage("embedding", table, 0.0, kind="table")]
+    found = [Stage("embedding", table if embedding is None else embedding, 0.0, kind="table")]
     found += [Stage(f"layer {i} forward", gather[i], forward[i], keeps=i == last) for i in layers]
     found.append(Stage("head", table, head, reduce_head, kind="table"))
     for i in reversed(layers):
-        away = 0.0 if i == last else gather[i]
+        away = 0.0 if i == last else again[i]
         found.append(Stage(f"layer {i} backward", away, backward[i], reduce[i], gathers=i != last))
     if reduce_embedding:
         found.append(Stage("embedding backward", 0.0, 0.0, reduce_embedding, kind="table"))

@@ -2,7 +2,9 @@
 
 What lies divided: packed or expanded weights, what is trained (float32), its optimizer's state and its gradients.
 What a rank has beside its part: two layers as they were gathered, one at work and one on its way, and a table
-(embedding or head); where all weights are trained the whole gradients of two layers, of which one is being summed.
+(embedding or head); where all weights are trained also its part of a layer as that is sent, and a layer's whole
+gradients twice, as they were added up and as they are summed over ranks. A frozen embedding that is divided stays in
+its file.
 The rest is a step of one GPU (`model.budget.step`) over the tokens that this rank has.
 Not modelled: tokens that choose some experts more often than others.
 """
@@ -134,7 +136,7 @@ def _weights(work: Work, whole: Whole, division: Division) -> dict[str, int]:
     """Frozen ones: trained ones are among what is trained."""
     if work.ranks is None:
         return {}
-    dense = whole.layers * whole.layer_dense + 2 * whole.table
+    dense = whole.layers * whole.layer_dense + (1 if division.shards > 1 else 2) * whole.table
     held = max(division.shards, division.experts)
     return {"weights": dense // division.shards + whole.layers * whole.layer_experts // held}
 
@@ -146,9 +148,11 @@ def _buffers(work: Work, whole: Whole, division: Division) -> dict[str, int]:
     if division.shards > division.experts or work.ranks is None:
         layer += whole.layer_experts // division.experts
     found = {"gathered layers": 2 * layer, "gathered table": whole.table if layer else 0}
+    if work.ranks is None:
+        found["part that is sent"] = layer // division.trained_shards
     if work.ranks is None and division.trained_shards > 1:
         mine = whole.trained_dense + whole.trained_experts // division.experts
-        found["layers' gradients"] = max(2 * GRADIENT_SIZE * mine, GRADIENT_SIZE * whole.trained_tables // 2)
+        found["layers' gradients"] = 2 * GRADIENT_SIZE * max(mine, whole.trained_tables // 2)
     if division.context > 1:
         a = work.arch
         keys = 2 * a.num_kv_heads * a.head_dim * work.pack * (division.context - 1)

@@ -34,7 +34,7 @@ class Traffic:
     """Of a step of one rank.
 
     sliding, full  of a layer of each kind
-    gather_table   of the embedding, and once more of the head
+    gather_table   of the head, and once more of the embedding where it is trained
     reduce_tables  sum of the gradients of both, or of the head's adapter
     """
 
@@ -52,9 +52,19 @@ class Traffic:
         return found
 
 
-def gathers_of_a_step(layers: int) -> int:
-    """Of a layer's weights, all layers together: forward and backward, but the last layer stays for its backward."""
-    return 2 * layers - 1
+def gathers_of_a_step(layers: int, *, frozen: bool) -> int:
+    """Of a layer's weights, all layers together: forward and backward, but the last layer stays for its backward.
+
+    frozen  they don't change from step to step: where one turns round, two layers are still in their slots, at the top
+            and at the bottom
+    """
+    return max(2 * layers - 4, 0) if frozen else 2 * layers - 1
+
+
+def tables_of_a_step(*, frozen: bool) -> int:
+    """How often a table is gathered: embedding and head, or the head alone. A frozen embedding's rows are looked up in
+    the checkpoint's file."""
+    return 1 if frozen else 2
 
 
 def traffic(work: Work, division: Division) -> Traffic:
@@ -81,7 +91,9 @@ def traffic(work: Work, division: Division) -> Traffic:
     parts = {
         "weights and divided adapters, gathered"
         if work.ranks is not None and d.trained_shards > 1
-        else "weights, gathered": gather.times(gathers_of_a_step(number)).plus(table.times(2)),
+        else "weights, gathered": gather.times(gathers_of_a_step(number, frozen=work.ranks is not None)).plus(
+            table.times(tables_of_a_step(frozen=work.ranks is not None))
+        ),
         adapts: reduce.times(number).plus(tables),
         "tokens to experts and back": tokens.times(2 * (2 * number + again)),
         "keys and values": _all_sequences(work, exchanges),

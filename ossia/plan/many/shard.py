@@ -1,0 +1,76 @@
+"""What `parallel.shard: auto` stands for in a run, and what a rank then takes, by what `ossia plan --gpus` uses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ossia.config import Recipe
+from ossia.model.arch import Arch, Layout
+from ossia.model.budget.choose import Memory, choose_placement, gib
+from ossia.model.budget.many.division import Division
+from ossia.model.budget.many.links import INFINIBAND
+from ossia.model.budget.many.ranks import rank_bytes
+from ossia.model.budget.work import DeviceKind, KernelKind, Work
+from ossia.plan.machine import Machine
+from ossia.plan.many.predict import Wanted, plan_of, rank_work
+from ossia.plan.memory import LIBRARIES, PROCESS, Footprint, around_gpu, footprint
+
+_OF_A_MACHINE = 0.9  # of its free memory, for all of its ranks
+_WORTH = 0.9  # who takes no less with parts lacks room for activations, not for weights
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Whether weights are cut over the ranks, and why."""
+
+    cut: bool
+    why: str
+
+
+def choose_shard(
+    recipe: Recipe,
+    arch: Arch,
+    layout: Layout,
+    memory: Memory,
+    kind: DeviceKind,
+    kernels: KernelKind,
+    *,
+    ranks: int,
+    per_machine: int,
+) -> Shard:
+    """What a recipe's `parallel.shard` stands for with so many ranks.
+
+    memory  of the machine and its GPU, before a weight is there
+    """
+    if recipe.parallel.shard != "auto":
+        return Shard(recipe.parallel.shard == "all", "as the recipe says")
+    if (key := recipe.keeps_weights_whole) is not None:
+        return Shard(False, f"`{key}` goes with whole weights")
+    if recipe.adapter is None:
+        return Shard(True, "all weights are trained")
+    division = Division(ranks, per_machine if ranks % per_machine == 0 else ranks)
+    divided = replace(division, shards=ranks)
+    machine = Machine("GPU", kind, kernels, memory, 0.0, "", host_bytes_s=1e9)
+    if kind == "cuda":
+        wanted = Wanted(ranks, INFINIBAND)
+        whole, cut = (plan_of(recipe, machine, arch, layout, wanted, one, "") for one in (division, divided))
+        needed, with_parts, room = whole.rank.device_peak, cut.rank.device_peak, whole.room
+    else:
+        work, _ = rank_work(recipe, machine, arch, layout, division)
+        placement = choose_placement(arch, layout, recipe.dtype, "cpu", memory).placement
+        work = replace(work, device="cpu", placement=placement if recipe.weights == "auto" else recipe.weights)
+        needed, with_parts = (f.host_peak * per_machine for f in (footprint(work), cut_footprint(work, ranks)))
+        room = int(_OF_A_MACHINE * memory.machine_free)
+    if needed <= room:
+        return Shard(False, f"everything on each rank takes {gib(needed)}, and fits into {gib(room)}")
+    said = f"everything on each rank would take {gib(needed)}, a part {gib(with_parts)}; {gib(room)} are there"
+    return Shard(with_parts < _WORTH * needed, said)
+
+
+def cut_footprint(work: Work, ranks: int, process: int | None = None) -> Footprint:
+    """What one of so many ranks takes whose weights are cut over all of them."""
+    work = replace(work, placement="bf16" if work.ranks is None else "resident", on_host=frozenset())
+    rank = rank_bytes(work, Division(ranks, ranks, ranks, ranks if work.ranks is None else 1))
+    if work.device == "cuda":
+        return Footprint({**rank.device, **around_gpu(work, rank.living)}, rank.host, LIBRARIES, rank.moment)
+    return Footprint({}, {"process": process or PROCESS, **rank.device}, LIBRARIES, rank.moment)
