@@ -22,15 +22,13 @@ import pytest
 from ossia.train.shards import save
 from ossia.train.shards.save import Saver
 from ossia.train.state import checkpoint_paths, verify
-from tests.train.shards.support import SAVE_EVERY, Group, train
+from tests.train.shards.support import Group, train
 from tests.train.shards.test_same import check_whole
 
 STEPS = 6
 # (rank that it happens on, in its second save where)
 PLACES = (
-    (0, "folder made"),
     (1, "half its file"),
-    (1, "file written"),
     (0, "before the manifest"),
     (0, "half the manifest"),
     (0, "before the rename"),
@@ -60,13 +58,8 @@ class Suffers:
                 os.kill(os.getpid(), self.how)
 
     def _lurk(self) -> None:
-        begin, own, rename, rmtree = Saver._begin, Saver._own_file, os.rename, save.shutil.rmtree
+        own, rename, rmtree = Saver._own_file, os.rename, save.shutil.rmtree
         write_part, write_manifest = save.write_part, save.write_manifest
-
-        def begin_(saver: Saver, *what: object) -> object:
-            found = begin(saver, *what)
-            self._maybe("folder made")
-            return found
 
         def write_part_(folder: Path, rank: int, *what: object) -> object:
             found, file = write_part(folder, rank, *what), folder / f"__{rank}_0.distcp"
@@ -94,7 +87,7 @@ class Suffers:
             self._maybe("half a removal", lambda: next(Path(path).glob("*.distcp")).unlink())
             rmtree(path, **how)
 
-        Saver._begin, Saver._own_file, os.rename, save.shutil.rmtree = begin_, own_, rename_, rmtree_
+        Saver._own_file, os.rename, save.shutil.rmtree = own_, rename_, rmtree_
         save.write_part, save.write_manifest = write_part_, write_manifest_
 
 
@@ -156,7 +149,7 @@ def test_a_rank_killed_anywhere_in_a_save_is_named_and_the_run_goes_on_from_the_
 
 def test_all_ranks_killed_anywhere_in_a_save_leave_the_old_set_or_the_new(tmp_path: Path) -> None:
     groups = []
-    places = PLACES[1::2][:-1] + PLACES[6:7]
+    places = (PLACES[0], PLACES[2], PLACES[4])
     for number, (rank, place) in enumerate(places):
         trouble = Suffers(rank, place, tmp_path / f"reached-{number}", signal.SIGSTOP)
         run = tmp_path / f"run-{number}"
@@ -291,10 +284,6 @@ def test_a_clock_that_jumps_by_hours_changes_nothing(tmp_path: Path) -> None:
     assert files[0] == files[1]
 
 
-def test_cut_ranks_killed_at_random_moments_go_on_to_the_same_values(tmp_path: Path) -> None:
-    kill_often(4, random.Random(3), tmp_path)
-
-
 @pytest.mark.slow
 def test_fifty_random_kills_of_cut_ranks_lose_at_most_the_steps_since_the_last_save(tmp_path: Path) -> None:
     kill_often(50, random.Random(11), tmp_path)
@@ -320,4 +309,3 @@ def kill_often(least: int, chance: random.Random, folder: Path) -> None:
             group.kill()
             check_saved(run, 0)
         check_whole(run, 20)
-        assert SAVE_EVERY == 2
