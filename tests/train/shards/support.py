@@ -98,6 +98,9 @@ def train(
         assert updates == [step] == [saved.progress["data"]]
         expected = cut_at(world, step, mesh)
         assert all(torch.equal(tensors[n].to_local(), expected[n].to_local()) for n in SHAPES)
+        drawn = torch.Generator().manual_seed(5)
+        torch.rand(step, generator=drawn)
+        assert torch.equal(drawn.get_state(), torch.get_rng_state())
     while step < steps:
         saver.check()
         step += 1

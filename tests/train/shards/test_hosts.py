@@ -9,11 +9,15 @@ import re
 import shutil
 import signal
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+import torch
 
 from ossia.errors import RunError
+from ossia.train.ranks.world import World
 from ossia.train.state import newest_checkpoint
 from tests.train.shards.support import Group, train
 from tests.train.shards.test_faults import Suffers, flip_a_bit
@@ -82,6 +86,29 @@ def test_a_host_killed_before_its_rename_is_healed_and_a_bad_file_is_sent_anew_o
         assert (hosts / host / "run/checkpoints/step-00000004.corrupt").is_dir()
 
 
+class _Garbles:
+    """What one rank sends of a file has a bit that isn't in the file."""
+
+    @contextmanager
+    def __call__(self, rank: int) -> Iterator[None]:
+        send = World.send
+
+        def garbled(world: World, tensor: torch.Tensor, to: int) -> None:
+            tensor[0] ^= 1
+            send(world, tensor, to)
+
+        World.send = garbled
+        yield
+
+
+def test_what_comes_garbled_is_not_taken_and_the_next_start_fetches_it_again(hosts: Path) -> None:
+    group = on_hosts(hosts, "AB", 6, resume=True, fails=True, trouble=_Garbles())
+    words = r"rank 1: run/checkpoints/step-00000004/__1_0.distcp: what rank 0 sent isn't what was written"
+    assert re.search(words, group.said(1)), group.said(1)
+    assert files(hosts, "B", 4) == ["__2_0.distcp"]
+    on_hosts(hosts, "AB", 6, resume=True)
+
+
 def test_a_file_that_no_one_has_is_named_with_the_rank_and_the_host_that_wrote_it(hosts: Path) -> None:
     said = on_hosts(hosts, "AAA", 6, resume=True, fails=True)
     words = (
@@ -111,7 +138,7 @@ def test_a_host_killed_between_the_first_rename_and_its_own_goes_on(tmp_path: Pa
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Path:
+def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 160 KiB; needs the right to mount one."""
     disk = tmp_path / "B"
     disk.mkdir()

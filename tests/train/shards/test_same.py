@@ -13,7 +13,7 @@ from ossia.errors import CheckpointError, RunError
 from ossia.train.optim import AdamW
 from ossia.train.shards import form
 from ossia.train.shards.form import Shards
-from ossia.train.state import SavedState, checkpoint_paths, newest_checkpoint, save_checkpoint, verify
+from ossia.train.state import SavedState, checkpoint_paths, newest_checkpoint, save_checkpoint, seed_generators, verify
 from tests.train.shards.support import SHAPES, Group, save_as_ranks, train, whole_at
 
 
@@ -120,6 +120,8 @@ def test_ranks_go_on_from_what_one_process_saved(tmp_path: Path) -> None:
     moments = {name: whole.view(SHAPES[name]) for name, whole in whole_at(2).items() if name.startswith("exp_avg")}
     optimizer.state_dict = lambda: {"num_updates": torch.tensor(2), **moments}  # type: ignore[method-assign]
     progress = {"data": 2, "events_bytes": 0}
+    seed_generators(5)
+    torch.rand(2)
     place = save_checkpoint(tmp_path / "run", step=2, params=params, optimizer=optimizer, progress=progress, keep=2)
     assert verify(place) is None
     group = Group(3, tmp_path / "out", train, tmp_path / "run", 4, resume=True)
