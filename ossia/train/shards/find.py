@@ -48,8 +48,6 @@ def find_start_together(world: World, run: Path, *, resume: bool, say: Callable[
         asked, *what = world.from_first(None)
         if asked == "check":
             seen, _ = _check(world, run, *what)
-        elif asked == "bad":
-            _forget(world, run, *what)
         elif what[0] is None:
             return None
         else:
@@ -69,11 +67,7 @@ def _newest(world: World, run: Path, say: Callable[[str], None]) -> SavedState |
             seen, problem = _check(world, run, step_of(path), manifest)
         if problem is None:
             return SavedState(path, step_of(path), read_state(path)["progress"], seen or None)
-        sharded, aside = is_sharded(path), set_aside(path)
-        say(f"{path}: {problem}; set aside as {aside.name}, trying the checkpoint before it")
-        if sharded:
-            world.from_first(["bad", step_of(path)])
-            _forget(world, run, step_of(path))
+        say(f"{path}: {problem}; set aside as {set_aside(path).name}, trying the checkpoint before it")
     require_none_set_aside(run)
     return None
 
@@ -125,10 +119,3 @@ def _take_up(place: Path, manifest: str) -> None:
 def _other(file: Path, manifest: str) -> bool:
     """Whether this is the manifest of another checkpoint; where there is none, what the files are decides."""
     return file.exists() and file.read_text() != manifest
-
-
-def _forget(world: World, run: Path, step: int) -> None:
-    """On hosts with their own disks: set aside what is there of a checkpoint that rank 0 has set aside."""
-    mine = keepers(world, run)[world.rank] == world.rank
-    if mine and (place := checkpoint_path(run, step)).exists():
-        set_aside(place)
