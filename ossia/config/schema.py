@@ -291,6 +291,9 @@ class ParallelConfig(Section):
     shard: Literal["auto", "none", "all"] = "auto"
     """Whether each rank holds only a part of every weight, and of what is trained without an adapter (`all`), or
     everything (`none`); `auto`: parts where all weights are trained, or where everything doesn't fit."""
+    offload: bool = False
+    """Whether the parts of cut weights wait in the machine's memory and AdamW goes over them there, so that a GPU holds
+    what is gathered and no more. On a CPU it changes nothing."""
     timeout: float = Field(600.0, ge=1)
     """Seconds that ranks wait for one that doesn't come and isn't known to be busy, before the run ends with an error
     that names it."""
@@ -456,6 +459,9 @@ class Recipe(Section):
         return Clash(("weights", "adapter"), f"{why}; add an `adapter` or write `weights: bf16`")
 
     def _shard_clashes(self) -> tuple[Clash | None, ...]:
+        if self.parallel.shard == "none" and self.parallel.offload:
+            why = "`parallel.offload` is of parts of cut weights, and `parallel.shard` is none; leave one of them out"
+            return (Clash(("parallel.offload", "parallel.shard"), why),)
         if self.parallel.shard != "all":
             return ()
         if self.method == "grpo":
@@ -511,6 +517,11 @@ class Recipe(Section):
         if self.train.recompute == "never":
             return "train.recompute: never"
         return f"qat: {self.qat}" if self.qat is not None and self.adapter is None else None
+
+    @property
+    def offloads_parts(self) -> bool:
+        """Whether, where weights are cut over ranks, a rank's parts wait in the machine's memory."""
+        return self.parallel.offload or self.weights == "stream"
 
     @property
     def has_eval(self) -> bool:

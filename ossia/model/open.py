@@ -43,6 +43,7 @@ def open_model(
     device: DeviceChoice = "auto",
     attention: Backend | Literal["auto"] = "auto",
     ranks: Ranks | None = None,
+    offload: bool = False,
 ) -> tuple[Transformer, Vocabulary]:
     """Open a checkpoint and its tokenizer, with an adapter on it if one is named.
 
@@ -53,7 +54,8 @@ def open_model(
     weights  where the weights are, see `choose_placement` for `auto`
     device   auto: a CUDA device if there is one
     attention  its backend, see `ops.attention.backends`
-    ranks    over which the weights are cut, in the checkpoint's own bytes, whatever `weights` says; see `model.cut`
+    ranks    over which the weights are cut, in the checkpoint's own bytes, whatever `weights` says; see `model.cut`.
+             With `offload` a rank's parts wait in the machine's memory
     Raises   CheckpointError, TokenizerError, AdapterError, MissingExtraError; UserError for a device that isn't there,
              or attention that it can't compute in that way
     """
@@ -82,7 +84,7 @@ def open_model(
         backend = check_backend(attention, Place.of(place, activations, checkpoint.arch.head_dim))
     kind: DeviceKind = "cuda" if place.type == "cuda" else "cpu"
     on_host = budget.waits_on_host(checkpoint.arch, checkpoint.layout, placement, kind, memory_of(place))
-    placed = Weights(checkpoint, placement, activations, place, on_host, ranks)
+    placed = Weights(checkpoint, placement, activations, place, on_host, ranks, offload=offload)
     return Transformer(placed, lora=lora, backend=backend, qat=qat), vocabulary
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from ossia.kernels import Kernels, pick_kernels
 from ossia.model.arch import Arch
 from ossia.model.budget.work import experts_at_once
+from ossia.model.cut.home import Home
 from ossia.model.cut.ranks import Ranks, part_of
 from ossia.model.cut.trained import TrainedParts
 from ossia.model.lora import Lora
@@ -190,10 +191,11 @@ class Transformer:
         """Put an adapter on the model; only its tensors are trainable then."""
         self.lora, self.trainable = lora, lora.trainable
 
-    def train_all_weights(self, ranks: Ranks | None = None) -> None:
+    def train_all_weights(self, ranks: Ranks | None = None, *, offload: bool = False) -> None:
         """Make every tensor trainable, as a float32 copy: 16 bytes a weight with its gradient and Adam's moments.
 
-        ranks  over which the copies are cut; the weights themselves are best left in their file then
+        ranks    over which the copies are cut; the weights themselves are best left in their file then
+        offload  a rank's parts wait in the machine's memory, and are updated there
         """
         assert self.lora is None
         specs = self.arch.tensor_specs("bf16")
@@ -203,10 +205,11 @@ class Transformer:
             return
         # experts are computed with as (E, out, in)
         shapes = {n: (s.shape[0], *s.shape[:0:-1]) if is_expert_weight(n) else s.shape for n, s in specs.items()}
-        parts = {name: self._part_of_master(name, shape, ranks) for name, shape in shapes.items()}
+        home = Home(self.device, offload=offload)
+        parts = {name: self._part_of_master(name, shape, ranks).to(home.place) for name, shape in shapes.items()}
         for name in self.weights:
             leave_to_the_file(self.weights.checkpoint.tensor(name))
-        self.trainable = TrainedParts(parts, shapes, ranks, self.dtype)
+        self.trainable = TrainedParts(parts, shapes, ranks, self.dtype, home)
 
     def _part_of_master(self, name: str, shape: tuple[int, ...], ranks: Ranks) -> Tensor:
         """A rank's part of a flat master; of what is large nothing else is read."""

@@ -21,6 +21,7 @@ from ossia.model.budget.weights import EMBEDDING, HEAD, is_expert_weight
 from ossia.model.budget.work import Placement
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.cut.frozen import FrozenParts
+from ossia.model.cut.home import Home
 from ossia.model.cut.ranks import Ranks
 from ossia.model.cut.slots import TwoSlots
 from ossia.model.packed import Base, Packed
@@ -51,7 +52,8 @@ class Weights:
 
     on_host  of the embedding and the head, those that stay in the machine's memory where the device is a GPU: the
              embedding's rows are sent as they are looked up (with `stream` always), the head's as the loss walks them
-    ranks    over which they are cut, with placement `resident`: of layers and head this process holds its part
+    ranks    over which they are cut, with placement `resident`: of layers and head this process holds its part,
+             with `offload` in the machine's memory
     """
 
     def __init__(
@@ -62,6 +64,8 @@ class Weights:
         device: torch.device,
         on_host: frozenset[str] = frozenset(),
         ranks: Ranks | None = None,
+        *,
+        offload: bool = False,
     ) -> None:
         self.checkpoint, self.placement, self.dtype, self.device = checkpoint, placement, dtype, device
         self.on_host = on_host | {EMBEDDING} if placement == "stream" else on_host
@@ -75,7 +79,7 @@ class Weights:
         if ranks is not None:
             assert placement == "resident", placement
             self.on_host = frozenset((EMBEDDING,))
-            self.parts = FrozenParts(checkpoint, ranks, device)
+            self.parts = FrozenParts(checkpoint, ranks, Home(device, offload=offload))
             self._held = {name: self._placed(name) for name in checkpoint.specs if not self._elsewhere(name)}
             return
         if placement == "stream":

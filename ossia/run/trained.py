@@ -53,7 +53,7 @@ def make_trainable(model: Transformer, recipe: Recipe, ranks: Ranks | None = Non
                 f"training and {'4.25 bits' if recipe.qat else '2 bytes'} in the trained checkpoint",
                 file=sys.stderr,
             )
-        model.train_all_weights(ranks)
+        model.train_all_weights(ranks, offload=recipe.parallel.offload)
         return
     spec = LoraSpec.of(adapter)
     if adapter.init_from is None:

@@ -108,6 +108,11 @@ def with_train(text: str) -> str:
             "`parallel.shard` is all, which cuts weights, and `weights: mmap` goes with whole ones; leave one of them",
         ),
         (
+            "model: m\ndata: {path: a}\nparallel: {shard: none, offload: true}\n",
+            3,
+            "`parallel.offload` is of parts of cut weights, and `parallel.shard` is none; leave one of them out",
+        ),
+        (
             "model: m\ndata: {path: a}\nqat: mxfp4\nparallel: {shard: all}\n",
             4,
             "`parallel.shard` is all, which cuts weights, and `qat: mxfp4` goes with whole ones; leave one of them",

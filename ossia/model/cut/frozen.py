@@ -16,6 +16,7 @@ from torch import Tensor
 from ossia.model.arch import TensorSpec
 from ossia.model.budget.weights import HEAD
 from ossia.model.checkpoint import TORCH_DTYPES, Checkpoint
+from ossia.model.cut.home import Home
 from ossia.model.cut.ranks import Ranks
 from ossia.model.cut.slots import TwoSlots
 from ossia.ops.memory import leave_to_the_file
@@ -63,17 +64,17 @@ class FrozenParts(TwoSlots):
     num_bytes  of its parts; gathered: bytes that were gathered so far, its own among them
     """
 
-    def __init__(self, checkpoint: Checkpoint, ranks: Ranks, device: torch.device) -> None:
+    def __init__(self, checkpoint: Checkpoint, ranks: Ranks, home: Home) -> None:
         arch, specs = checkpoint.arch, checkpoint.specs
         super().__init__(arch.num_layers)
-        self._ranks, self._device, self.gathered = ranks, device, 0
+        self._ranks, self._home, self._device, self.gathered = ranks, home, home.device, 0
         prefixes = [f"model.layers.{layer}." for layer in range(arch.num_layers)]
         first = {name: spec for name, spec in specs.items() if name.startswith(prefixes[0])}
         self._row = Row({name.removeprefix(prefixes[0]): spec for name, spec in first.items()}, ranks.size)
         self._head_row = Row({HEAD: specs[HEAD]}, ranks.size)
         self._parts = [self._own(self._row, checkpoint, prefix) for prefix in prefixes]
         self._head_part = self._own(self._head_row, checkpoint, "")
-        self._rows = [torch.empty(self._row.num_bytes, dtype=torch.uint8, device=device) for _ in range(2)]
+        self._rows = [torch.empty(self._row.num_bytes, dtype=torch.uint8, device=self._device) for _ in range(2)]
         self._views = [self._row.views(row) for row in self._rows]
         self._arriving: list[Callable[[], None] | None] = [None, None]
         self._head: Tensor | None = None
@@ -103,7 +104,7 @@ class FrozenParts(TwoSlots):
     def _own(self, row: Row, checkpoint: Checkpoint, prefix: str) -> Tensor:
         each = row.num_bytes // self._ranks.size
         start = self._ranks.rank * each
-        return row.read(lambda name: checkpoint.tensor(prefix + name), start, start + each).to(self._device)
+        return self._home.keep(row.read(lambda name: checkpoint.tensor(prefix + name), start, start + each))
 
     def _send(self, index: int, slot: int) -> None:
         self._arriving[slot] = self._begin(self._rows[slot], self._parts[index])
@@ -115,7 +116,7 @@ class FrozenParts(TwoSlots):
 
     def _begin(self, row: Tensor, part: Tensor) -> Callable[[], None]:
         self.gathered += row.nbytes
-        return self._ranks.begin_gather(row, part)
+        return self._home.begin_gather(self._ranks, row, part)
 
     def _begin_head(self) -> None:
         self._head = torch.empty(self._head_row.num_bytes, dtype=torch.uint8, device=self._device)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ossia.model.budget.weights import EMBEDDING, HEAD
+from ossia.model.cut.home import Home
 from ossia.model.cut.ranks import Ranks, part_size
 from ossia.model.trainable import Trainable, passing_on
 
@@ -41,12 +42,17 @@ class TrainedParts(Trainable):
     """
 
     def __init__(
-        self, parts: dict[str, Tensor], shapes: Mapping[str, Sequence[int]], ranks: Ranks, dtype: torch.dtype
+        self,
+        parts: dict[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        ranks: Ranks,
+        dtype: torch.dtype,
+        home: Home,
     ) -> None:
         super().__init__(parts)
         self.shapes = {name: torch.Size(shape) for name, shape in shapes.items()}
         self.gathered = self.summed = 0
-        self._ranks, self._dtype = ranks, dtype
+        self._ranks, self._dtype, self._home = ranks, dtype, home
         self._groups: dict[str, list[str]] = {}
         for name in self.shapes:
             self._groups.setdefault(group_of(name), []).append(name)
@@ -92,7 +98,7 @@ class TrainedParts(Trainable):
         """Sum the gradients of the group that a tensor is in over the ranks: its backward is over on this one."""
         group = group_of(name)
         size, each = self._ranks.size, self._part_sizes[group]
-        rows = torch.zeros((size, each), device=self.tensors[name].device)
+        rows = torch.zeros((size, each), device=self._home.device)
         for one in self._groups[group]:
             grad = self._grads.pop(one, None)
             if grad is None:
@@ -103,6 +109,7 @@ class TrainedParts(Trainable):
         part = torch.empty(each, device=rows.device)
         self.summed += rows.nbytes
         self._ranks.sum_parts(part, rows.view(-1))
+        part = part.to(self._home.place)
         for one in self._groups[group]:
             start = self._places[one].start
             self.tensors[one].grad = part[start : start + self.tensors[one].numel()]
@@ -157,19 +164,18 @@ class TrainedParts(Trainable):
 
     def _send(self, group: str) -> None:
         each = self._part_sizes[group]
-        device = next(iter(self.tensors.values())).device
-        part = torch.zeros(each, dtype=self._dtype, device=device)
+        part = self._home.room(each, self._dtype)
         for name in self._groups[group]:
             own = self.tensors[name].detach()
             part[self._places[name].start :][: own.numel()].copy_(own)
         layer = group not in (self._order[0], self._order[-1])
         rows = self._rows.get(each) if layer else None
         if rows is None:
-            rows = torch.empty((self._ranks.size, each), dtype=self._dtype, device=device)
+            rows = torch.empty((self._ranks.size, each), dtype=self._dtype, device=self._home.device)
             if layer:
                 self._rows[each] = rows
         self.gathered += rows.nbytes
-        self._coming = group, rows, self._ranks.begin_gather(rows.view(-1), part)
+        self._coming = group, rows, self._home.begin_gather(self._ranks, rows.view(-1), part)
 
 
 def group_of(name: str) -> str:

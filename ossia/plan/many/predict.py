@@ -24,7 +24,7 @@ from ossia.plan.predict import ON_A_GPU, decide, read_shape
 class Wanted:
     """What the user says of the machines; None: what fits is taken.
 
-    shards   ranks that a layer is divided over; offload  what is trained waits in the machine's memory
+    shards   ranks that a layer is divided over; offload  the parts wait in the machine's memory
     """
 
     gpus: int
@@ -94,7 +94,7 @@ def _divisions(recipe: Recipe, wanted: Wanted) -> Iterator[tuple[Division, str]]
     """Those to try, the one with the least to send first."""
     base = Division(wanted.gpus, wanted.per_machine, experts=wanted.experts, context=wanted.context)
     full = recipe.adapter is None
-    offload = bool(wanted.offload)
+    offload = recipe.parallel.offload if wanted.offload is None else wanted.offload
     asked, said = wanted.shards, "as you say"
     if asked is None and recipe.parallel.shard != "auto":
         asked, said = {"none": 1, "all": wanted.gpus}[recipe.parallel.shard], f"parallel.shard: {recipe.parallel.shard}"
@@ -136,8 +136,8 @@ def plan_of(
     """The plan with one division."""
     work, idle = rank_work(recipe, machine, arch, layout, division)
     whole = Whole.of(work)
-    fixed = 0 if division.offload else sum(trained_state(whole, division).values())
-    if work.ranks is not None:
+    fixed = 0 if division.offload and work.ranks is None else sum(trained_state(whole, division).values())
+    if work.ranks is not None and not (division.offload and division.shards > 1):
         held = max(division.shards, division.experts)
         fixed += whole.layers * whole.layer_experts // held + whole.layers * whole.layer_dense // division.shards
     left = max(machine.memory.gpu_free - fixed - GPU_CONTEXT, 0)

@@ -13,7 +13,7 @@ from ossia.model.budget.many.ranks import rank_bytes
 from ossia.model.budget.work import DeviceKind, KernelKind, Work
 from ossia.plan.machine import Machine
 from ossia.plan.many.predict import Wanted, plan_of, rank_work
-from ossia.plan.memory import LIBRARIES, PROCESS, Footprint, around_gpu, footprint
+from ossia.plan.memory import GPU_PROCESS, LIBRARIES, PROCESS, Footprint, around_gpu, footprint
 
 _OF_A_MACHINE = 0.9  # of its free memory, for all of its ranks
 _WORTH = 0.9  # who takes no less with parts lacks room for activations, not for weights
@@ -46,10 +46,12 @@ def choose_shard(
         return Shard(recipe.parallel.shard == "all", "as the recipe says")
     if (key := recipe.keeps_weights_whole) is not None:
         return Shard(False, f"`{key}` goes with whole weights")
+    if recipe.weights == "stream":
+        return Shard(False, "`weights: stream` has them in the machine's memory, with parallel.shard: all in parts")
     if recipe.adapter is None:
         return Shard(True, "all weights are trained")
     division = Division(ranks, per_machine if ranks % per_machine == 0 else ranks)
-    divided = replace(division, shards=ranks)
+    divided = replace(division, shards=ranks, offload=recipe.offloads_parts)
     machine = Machine("GPU", kind, kernels, memory, 0.0, "", host_bytes_s=1e9)
     if kind == "cuda":
         wanted = Wanted(ranks, INFINIBAND)
@@ -67,10 +69,15 @@ def choose_shard(
     return Shard(with_parts < _WORTH * needed, said)
 
 
-def cut_footprint(work: Work, ranks: int, process: int | None = None) -> Footprint:
-    """What one of so many ranks takes whose weights are cut over all of them."""
+def cut_footprint(work: Work, ranks: int, *, offload: bool = False) -> Footprint:
+    """What one of so many ranks takes whose weights are cut over all of them.
+
+    offload  its parts wait in the machine's memory
+    """
     work = replace(work, placement="bf16" if work.ranks is None else "resident", on_host=frozenset())
-    rank = rank_bytes(work, Division(ranks, ranks, ranks, ranks if work.ranks is None else 1))
+    trained = ranks if work.ranks is None else 1
+    rank = rank_bytes(work, Division(ranks, ranks, ranks, trained, offload=offload and work.device == "cuda"))
     if work.device == "cuda":
-        return Footprint({**rank.device, **around_gpu(work, rank.living)}, rank.host, LIBRARIES, rank.moment)
-    return Footprint({}, {"process": process or PROCESS, **rank.device}, LIBRARIES, rank.moment)
+        device, host = {**rank.device, **around_gpu(work, rank.living)}, {"process": GPU_PROCESS, **rank.host}
+        return Footprint(device, host, LIBRARIES, rank.moment)
+    return Footprint({}, {"process": PROCESS, **rank.device}, LIBRARIES, rank.moment)

@@ -27,7 +27,8 @@ def _what(plan: ManyPlan) -> Iterator[tuple[str, str]]:
     over = f"over {d.shards}" if d.shards > 1 else "not"
     also = [f"experts over {d.experts}"] if d.experts > 1 else []
     also += [f"sequences over {d.context}"] if d.context > 1 else []
-    also += ["trained state in the machine's memory"] if d.offload else []
+    waits = "trained state" if work.ranks is None else "parts"
+    also += [f"{waits} in the machine's memory"] if d.offload and (d.shards > 1 or work.ranks is None) else []
     yield "divided", f"{what} trained; weights {over}, trained state over {d.trained_shards}{_also(also)}: {plan.why}"
     packs = f"{work.packs} packs of {work.pack:,}" if work.packs > 1 else f"one pack of {work.pack:,}"
     kept = "each layer computed again for its backward" if work.recompute else "activations kept"
@@ -66,7 +67,7 @@ def _time(plan: ManyPlan) -> Iterator[tuple[str, str]]:
     parts.append(f"waiting for weights and gradients {max(time.exposed, 0.0):.2g} s")
     yield "speed", f"about {plan.tokens / time.total:,.0f} tokens/s: {', '.join(parts)} a step"
     yield "", f"from {plan.machine.source}; links at their data sheets' rates, which nothing reaches"
-    if plan.division.offload:
+    if plan.division.offload and plan.work.ranks is None:
         yield "", "without the optimizer's pass over the machine's memory, which isn't estimated"
 
 

@@ -113,10 +113,12 @@ def _stages(work: Work, division: Division, rates: Rates, moved: Traffic) -> tup
 
 
 def _host_seconds(work: Work, division: Division, rates: Rates) -> tuple[float, float]:
-    """Of a layer's part between a GPU and the machine's memory, where what is trained waits there: in, and out."""
+    """Of a layer's part between a GPU and the machine's memory, where it waits there: in, and out."""
     if not division.offload:
         return 0.0, 0.0
     whole = Whole.of(work)
+    if work.ranks is not None:
+        return (whole.layer_dense + whole.layer_experts) / division.shards / rates.host_bytes_s, 0.0
     held = max(division.trained_shards, division.experts)
     numbers = whole.trained_dense / division.trained_shards + whole.trained_experts / held
     return numbers * work.size / rates.host_bytes_s, numbers * GRADIENT_SIZE / rates.host_bytes_s

@@ -116,7 +116,7 @@ def on_first(
 
 def _together(world: World, part: Part, start: int, count: int) -> Tensor:
     """A range of a tensor out of the ranks' parts: each puts in its numbers, and bytes are summed, so bits stay."""
-    whole = torch.zeros(count, dtype=part.local.dtype, device=part.local.device)
+    whole = torch.zeros(count, dtype=part.local.dtype, device=world.device)
     first, last = max(start, part.start), min(start + count, part.start + len(part.local))
     if first < last:
         whole[first - start : last - start] = part.local[first - part.start : last - part.start]

@@ -14,6 +14,7 @@ from ossia.data.pack import Pack
 from ossia.model.arch import Layout, alternating_layers
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.cut.frozen import FrozenParts, Row
+from ossia.model.cut.home import Home
 from ossia.model.cut.ranks import part_of
 from ossia.model.lora import Lora, LoraSpec
 from ossia.model.transformer import Transformer
@@ -145,8 +146,26 @@ def test_a_rank_holds_its_parts_and_two_layers(tiny: MakeTiny) -> None:
     class OneOfFour(Alone):
         size = 4
 
-    parts = FrozenParts(checkpoint, OneOfFour(), CPU)
+    parts = FrozenParts(checkpoint, OneOfFour(), Home(CPU))
     embedding = checkpoint.specs["model.embed_tokens.weight"].num_bytes
     cut = checkpoint.num_bytes - embedding - checkpoint.specs["model.norm.weight"].num_bytes
     assert cut / 4 <= parts.num_bytes <= cut / 4 + 5 * 64  # four layers and the head, each padded
     assert sum(row.nbytes for row in parts._rows) == 2 * row_bytes(parts)
+
+
+def test_parts_that_wait_in_the_machines_memory_are_sent_for_each_gather(tiny: MakeTiny) -> None:
+    """A device without numbers stands for a GPU: what is on it takes no memory here."""
+    device, sent = torch.device("meta"), list[tuple[str, str]]()
+
+    class Fellow(Alone):
+        def begin_gather(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
+            sent.append((whole.device.type, part.device.type))
+            return lambda: None
+
+    parts = FrozenParts(Checkpoint.open(tiny(DEEP)), Fellow(), Home(device, offload=True))
+    assert {part.device.type for part in (*parts._parts, parts._head_part)} == {"cpu"}
+    assert parts.tensor("model.layers.3.self_attn.sinks").device == device
+    assert parts.tensor("lm_head.weight").device == device
+    assert sent == [("meta", "meta")] * 3
+    there = FrozenParts(Checkpoint.open(tiny(DEEP)), Fellow(), Home(device))
+    assert {part.device.type for part in there._parts} == {"meta"}

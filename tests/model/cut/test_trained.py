@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.cut.ranks import part_of
-from ossia.model.cut.trained import TrainedParts, group_of
+from ossia.model.cut.trained import TrainedParts, as_dtensor, group_of
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Weights
+from ossia.train.optim import AdamW
 from ossia.train.schedule import forward_backward, forward_logprobs
+from ossia.train.step import train_step
 from tests.conftest import MakeTiny
 from tests.model.cut.test_frozen import CPU, DEEP, packs_of
+from tests.train.small_run import forkserver
 
 
 class OneOf:
@@ -116,3 +124,61 @@ def test_a_gradient_that_is_not_finite_is_known_by_name_after_it_was_summed(tiny
     assert parts.not_finite() == [name]
     parts.zero_grad()
     assert parts.not_finite() == []
+
+
+class World(OneOf):
+    """All ranks, which are one: what `train_step` asks of them."""
+
+    def __init__(self) -> None:
+        super().__init__(0, 1)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value]
+
+    def total(self, value: float) -> float:
+        return value
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_updates_are_those_of_whole_weights_decay_and_clipping_included(dtype: torch.dtype, tiny: MakeTiny) -> None:
+    found = []
+    for world in (None, World()):
+        model = model_of(tiny, world, dtype)
+        shapes = model.trainable.shapes if isinstance(model.trainable, TrainedParts) else None
+        how = {"betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.5}
+        optimizer = AdamW(model.trainable.tensors, **how, shapes=shapes)
+        for _ in range(2):
+            result = train_step(model, optimizer, packs_of(9, 5), lr=1e-3, clip=0.1, recompute=True, world=world)
+        assert result.grad_norm > 0.1
+        found.append((result, model.trainable.tensors))
+    assert found[0][0].loss == pytest.approx(found[1][0].loss, rel=1e-6)
+    assert found[0][0].grad_norm == pytest.approx(found[1][0].grad_norm, rel=1e-4)
+    for name, whole in found[0][1].items():
+        assert torch.allclose(whole.flatten(), found[1][1][name], rtol=1e-3, atol=1e-5), name
+
+
+def be_rank(rank: int, size: int, store: Path, told: Any) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(str(store), size), rank=rank, world_size=size)
+    mesh = init_device_mesh("cpu", (size,))
+    found = []
+    for numel in (1, 7, 12):
+        flat = torch.arange(numel, dtype=torch.float32)
+        part = flat[part_of(numel, rank, size)].clone()
+        theirs = distribute_tensor(flat, mesh, [Shard(0)]).to_local()
+        ours = as_dtensor(part, numel, mesh)
+        found.append(torch.equal(part, theirs) and torch.equal(ours.full_tensor(), flat) and ours.shape == flat.shape)
+    told.send(found)
+    dist.destroy_process_group()
+
+
+def test_parts_lie_as_dtensor_would_lay_them(tmp_path: Path) -> None:
+    pipes = [forkserver().Pipe() for _ in range(3)]
+    started = [
+        forkserver().Process(target=be_rank, args=(rank, 3, tmp_path / "store", there))
+        for rank, (_, there) in enumerate(pipes)
+    ]
+    for one in started:
+        one.start()
+    assert [here.recv() for here, _ in pipes] == [[True] * 3] * 3
+    for one in started:
+        one.join()

@@ -65,6 +65,10 @@ def test_what_waits_in_the_machines_memory_is_not_on_the_gpu() -> None:
     on_gpu, away = rank_bytes(LARGE, division), rank_bytes(LARGE, replace(division, offload=True))
     assert on_gpu.device_peak - away.device_peak == away.host_peak
     assert away.host_peak == pytest.approx(16 * SHAPES["120b"].num_parameters() / 16, rel=1e-5)
+    frozen = Division(8, shards=8)
+    on_gpu, away = rank_bytes(LORA, frozen), rank_bytes(LORA, replace(frozen, offload=True))
+    assert away.host == {"weights": on_gpu.device["weights"]}
+    assert on_gpu.device_peak - away.device_peak == away.host_peak
 
 
 def test_experts_that_stay_put_are_divided_and_never_gathered() -> None:

@@ -135,12 +135,14 @@ def kill_often(
         assert outcome(run) == untouched
 
 
-@pytest.mark.parametrize("kind", ["before words", "before a sum"])
+@pytest.mark.parametrize(
+    ("kind", "number", "shard"), [("before words", 5, "none"), ("before a sum", 5, "none"), ("before a sum", 13, "all")]
+)
 def test_a_rank_that_hangs_ends_the_job_within_the_timeout_and_is_named(
-    kind: str, train_into: MakeRecipe, tmp_path: Path
+    kind: str, number: int, shard: str, train_into: MakeRecipe, tmp_path: Path
 ) -> None:
-    arguments = train_into(tmp_path / "run", "parallel.timeout=4")
-    trouble = Suffers(1, kind, 5, signal.SIGSTOP)
+    arguments = train_into(tmp_path / "run", "parallel.timeout=4", f"parallel.shard={shard}")
+    trouble = Suffers(1, kind, number, signal.SIGSTOP)
     began = time.monotonic()
     ranks = Ranks(3, tmp_path / "said", *arguments, trouble=trouble)
     ranks.processes[0].join(60)

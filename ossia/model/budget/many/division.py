@@ -47,7 +47,8 @@ class Division:
     trained_shards  ranks over which what is trained lies, with its optimizer's state and its gradients
     experts         ranks over which a layer's experts lie for good: tokens travel to them
     context         ranks that share one sequence
-    offload         what is trained, its optimizer's state and its gradients are in the machine's memory
+    offload         the parts are in the machine's memory: of all weights with the optimizer's state and gradients, or
+                    of a frozen base
     """
 
     gpus: int

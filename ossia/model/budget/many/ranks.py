@@ -102,8 +102,9 @@ def rank_bytes(work: Work, division: Division) -> RankBytes:
     """
     whole = Whole.of(work)
     state = trained_state(whole, division)
-    fixed, host = _weights(work, whole, division), dict[str, int]()
-    (host if division.offload else fixed).update(state)
+    fixed, host, frozen = dict[str, int](), dict[str, int](), work.ranks is not None
+    (host if division.offload and frozen and division.shards > 1 else fixed).update(_weights(work, whole, division))
+    (host if division.offload and not frozen else fixed).update(state)
     fixed |= _buffers(work, whole, division)
     if work.offload:
         host["layers' inputs"] = work.packs * work.arch.num_layers * _pinned_input(work)
