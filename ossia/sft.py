@@ -26,7 +26,7 @@ from ossia.model.open import model_folder
 from ossia.model.transformer import Transformer
 from ossia.run.samples import questions_of, record_samples
 from ossia.run.start import adamw_of, job_of, say, settle, started, tokens_of_rank
-from ossia.run.trained import RunResult, result_folder, save_result, whole_model
+from ossia.run.trained import RunResult, save_result, whole_model
 from ossia.train.events import Sink
 from ossia.train.loop import Job, run_loop
 from ossia.train.ranks.members import Group, check_heads, group_of
@@ -76,9 +76,9 @@ def _fine_tune(recipe: Recipe, world: World | None, *, resume: bool, sink: Sink 
                 answer(model.whole(), step=0)
         packs = pack_samples(held_out, recipe.train.tokens_per_pack)
         result = run_loop(make_job(recipe, model, stream, packs, steps, world, group), begun.log, begun.saved)
+        trained = save_result(recipe, model, world)
         if not leads:
-            return RunResult(folder, result.step, result_folder(recipe))
-        trained = save_result(recipe, model, result.checkpoint)
+            return RunResult(folder, result.step, trained)
         answer(whole_model(model, trained), step=result.step)
     say(f"report: {write_report(folder)}")
     return RunResult(folder, result.step, trained)

@@ -18,6 +18,7 @@ from ossia.cli.attack import attack
 from ossia.cli.imports import import_recipe
 from ossia.cli.launch import launch, ranks_to_start
 from ossia.cli.llama import LlamaGiven, is_gguf, is_gguf_alone, with_llama_options
+from ossia.cli.merge_shards import merge_shards
 from ossia.cli.plan import plan
 from ossia.cli.push import PrivateOption, PushOption, hub_for, push, push_result
 from ossia.errors import UserError
@@ -453,6 +454,7 @@ def export(
     push_result(written, hub, source)
 
 
+command("merge-shards")(merge_shards)
 command("push")(push)
 
 

@@ -303,6 +303,9 @@ class ParallelConfig(Section):
     timeout: float = Field(600.0, ge=1)
     """Seconds that ranks wait for one that doesn't come and isn't known to be busy, before the run ends with an error
     that names it."""
+    async_save: bool = True
+    """Where trained weights are cut over the ranks: copy a rank's part of them and of the optimizer's state into the
+    machine's memory, 12 bytes a weight, and save that while training goes on; false waits and copies nothing."""
 
 
 class Recipe(Section):

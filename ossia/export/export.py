@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
+from ossia.config import RECIPE_IN_RUN, load_recipe
 from ossia.errors import CheckpointError, Interrupted, MissingExtraError, StoppedError, UserError
 from ossia.export.merge import Changes, write_merged
 from ossia.export.source import Source, identity_of, open_source
@@ -52,6 +53,7 @@ def export_model(
     gguf_type: str | None = None,
     tokenizer: Path | None = None,
     max_kl: float | None = None,
+    of_ranks: bool = False,
 ) -> Path:
     """Write a model as other programs load it, verified by reading it back.
 
@@ -67,6 +69,7 @@ def export_model(
     gguf_type  of gguf: what matrices are written as, "bf16" (None), "f16", "q8_0" or "f32"
     tokenizer  of a GGUF file: a checkpoint's folder or a tokenizer.json to take instead of the file's own
     max_kl     how far from what was trained it may be, nats, instead of the bound of `verify_export`
+    of_ranks   of a run the newest whole checkpoint that several ranks have written, whatever else it holds
     Returns    the folder or file
     Raises     UserError for what can't be exported; CheckpointError if what was written isn't the model that
                was trained, see `verify_export`; MissingExtraError for gguf without its package. Nothing is left behind
@@ -93,7 +96,7 @@ def export_model(
         return output
     if tokenizer is not None:
         raise UserError("--tokenizer is for a GGUF file; any other model brings its own: leave it out")
-    opened = open_source(source, adapter, _say, adapter_layout)
+    opened = open_source(source, adapter, _say, adapter_layout, of_ranks=of_ranks)
     with _kept_if_stopped(unverified, opened.identity(to=to, gguf_type=gguf_type)) as journal:
         if to == "peft":
             _export_adapter(unverified, opened, source)
@@ -105,6 +108,20 @@ def export_model(
             _export_folder(journal, opened, _FORMATS[to], max_kl)
         unverified.rename(output.absolute())
     return output
+
+
+def merge_shards(run: Path, *, to: str | None = None, output: Path | None = None, max_kl: float | None = None) -> Path:
+    """Write the newest whole checkpoint of a run whose weights were cut over ranks as a Hugging Face folder.
+
+    to      hf-bf16 or hf-mxfp4; None: as the run's own result, bf16, or with `qat` what that rounds to
+    output  None: RUN/merged
+    The rest as `export_model`
+    """
+    if not (run / RECIPE_IN_RUN).is_file():
+        raise UserError(f"{run}: no run folder, it holds no {RECIPE_IN_RUN}; name the `output` of the recipe")
+    rounded = load_recipe(run / RECIPE_IN_RUN).qat is not None
+    to = to or ("hf-mxfp4" if rounded else "hf-bf16")
+    return export_model(str(run), to=to, output=output or run / "merged", max_kl=max_kl, of_ranks=True)
 
 
 @contextmanager

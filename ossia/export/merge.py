@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ from ossia.model.transformer import Transformer
 from ossia.model.weights import EXPERT_WEIGHTS, expert_module, interleave_gate_up
 from ossia.ops.mxfp4 import dequantize_mxfp4
 from ossia.pieces import Journal, Progress
+from ossia.train.shards.sliced import rows_of, shape_of
 
 _PIECE = 1 << 24  # weights of a matrix merged at a time
 
@@ -36,7 +38,7 @@ NoteRounding = Callable[[str, float], None]
 @dataclass(frozen=True, slots=True)
 class Changes:
     """What training changed: an adapter, or tensors that take a weight's place (float32, in the computation's layout,
-    by name; the mapping may read them from a file one by one). Neither: nothing.
+    by name; the mapping may read them from files one by one, or row by row: `train.shards.Sliced`). Neither: nothing.
 
     qat  it was trained with experts rounded to MXFP4, so they are that in whatever layout they are written
     """
@@ -149,12 +151,8 @@ def rounded_projection(
     note    is told after the last how far rounding moved the weights: the norm of that as a share of theirs
     Raises  CheckpointError for a weight that is not finite
     """
-    tensor, delta = changes.tensors.get(module), _delta(changes, module)
-    held = _held(base, module) if tensor is None else tensor
     error, whole = 0.0, 0.0
-    for one, own in pieces(held, delta, at_once=1):
-        if tensor is not None and module.endswith("gate_up_proj"):
-            one = interleave_gate_up(one)
+    for one, own in _one_by_one(base, changes, module):
         merged = merged_experts(one, own)
         if not is_finite(merged):
             raise CheckpointError(_not_finite(module))
@@ -165,6 +163,16 @@ def rounded_projection(
         yield packed
     if note is not None:
         note(module, (error / whole) ** 0.5 if whole else 0.0)
+
+
+def _one_by_one(base: Checkpoint, changes: Changes, module: str) -> Iterator[tuple[Base, Factors | None]]:
+    """Each expert of a projection, rows in the checkpoint's order, and its adapter's delta."""
+    if module not in changes.tensors:
+        yield from pieces(_held(base, module), _delta(changes, module), at_once=1)
+        return
+    for expert in range(base.arch.num_experts):
+        one = rows_of(changes.tensors, module, expert, expert + 1)
+        yield interleave_gate_up(one) if module.endswith("gate_up_proj") else one, None
 
 
 def _held(base: Checkpoint, module: str) -> Base:
@@ -195,8 +203,7 @@ def merged_tensor(base: Checkpoint, changes: Changes, name: str) -> Iterator[Ten
     if ".mlp.experts." in name and leaf in EXPERT_WEIGHTS:
         found = _experts(base, changes, name)
     elif name in changes.tensors:
-        tensor = changes.tensors[name]
-        found = _rounded(interleave_gate_up(tensor) if leaf == "gate_up_proj_bias" else tensor)
+        found = _rounded(changes.tensors, name)
     elif changed and name.endswith(".weight"):
         found = _linear(base, changes, name)
     else:
@@ -219,10 +226,12 @@ def mapped_tensor(base: Checkpoint, name: str) -> Tensor:
         return file.get_tensor(name)
 
 
-def _rounded(tensor: Tensor) -> Iterator[Tensor]:
-    rows = max(1, _PIECE * len(tensor) // max(1, tensor.numel()))
-    for part in tensor.split(rows):
-        yield part.to(torch.bfloat16)
+def _rounded(tensors: Mapping[str, Tensor], name: str) -> Iterator[Tensor]:
+    num_rows, *rest = shape_of(tensors, name)
+    at_once = max(1, _PIECE // max(1, prod(rest)))
+    for start in range(0, num_rows, at_once):
+        part = rows_of(tensors, name, start, min(start + at_once, num_rows))
+        yield (interleave_gate_up(part) if name.endswith("gate_up_proj_bias") else part).to(torch.bfloat16)
 
 
 def _linear(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
@@ -248,7 +257,7 @@ def _experts(base: Checkpoint, changes: Changes, name: str) -> Iterator[Tensor]:
     for expert in range(base.arch.num_experts):
         one = slice(expert, expert + 1)
         if name in changes.tensors:  # asked for anew each time: a mapping that is let go of takes its pages along
-            yield in_turn(changes.tensors[name][one]).transpose(1, 2).bfloat16()
+            yield in_turn(rows_of(changes.tensors, name, expert, expert + 1)).transpose(1, 2).bfloat16()
             continue
         if factors is None:
             yield _expert(held, one, torch.bfloat16).transpose(1, 2)

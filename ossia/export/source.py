@@ -24,7 +24,8 @@ from ossia.model.checkpoint import CONFIG, Checkpoint
 from ossia.model.open import MODEL_IN_RUN, model_folder, trained_rounded
 from ossia.model.peft import ADAPTER_IN_RUN, LayoutName, find_adapter, load_adapter
 from ossia.model.weights import EXPERT_WEIGHTS
-from ossia.train.state import TRAINABLE, checkpoint_paths, verify
+from ossia.train.shards.sliced import InShards
+from ossia.train.state import MANIFEST, TRAINABLE, checkpoint_paths, is_sharded, missing, missing_files, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,16 +87,26 @@ def _of_changes(changes: Changes) -> str:
         return _digest(what.encode(), *values) + qat
     if isinstance(changes.tensors, TensorsInFile):
         return _digest(json.dumps([str(changes.tensors.file.absolute()), *_stamp(changes.tensors.file)]).encode()) + qat
+    if isinstance(changes.tensors, InShards):
+        return _digest((changes.tensors.path / MANIFEST).read_bytes()) + qat
     assert not changes.tensors
     return "none"
 
 
-def open_source(name: str, adapter: str | None, say: Callable[[str], None], layout: LayoutName | None = None) -> Source:
+def open_source(
+    name: str,
+    adapter: str | None,
+    say: Callable[[str], None],
+    layout: LayoutName | None = None,
+    *,
+    of_ranks: bool = False,
+) -> Source:
     """What a name means: a run folder (its final adapter or model, else its newest whole checkpoint), or a model.
 
     name     a run folder, a checkpoint's folder, or owner/name on the hub
     adapter  put on a model: a run folder or an adapter's folder
     layout   how that one's experts are stored, where its file can be read in two ways
+    of_ranks of a run, the newest whole checkpoint that ranks have written, each its part, whatever else there is
     Raises   UserError (CheckpointError, AdapterError, RunError, ...) if something is missing or doesn't fit
     """
     folder = Path(name).expanduser()
@@ -111,7 +122,11 @@ def open_source(name: str, adapter: str | None, say: Callable[[str], None], layo
         raise UserError(f"{name} is a run folder and brings what it trained; leave --adapter out, or name a model")
     recipe = load_recipe(folder / RECIPE_IN_RUN)
     qat = recipe.qat is not None
-    if recipe.adapter is None and (folder / MODEL_IN_RUN).is_dir():
+    if of_ranks and not any(map(is_sharded, checkpoint_paths(folder))):
+        raise UserError(
+            f"{name}: no checkpoint there is in shards; `ossia export {name} --to ... --output ...` writes it"
+        )
+    if recipe.adapter is None and (folder / MODEL_IN_RUN).is_dir() and not of_ranks:
         return Source(Checkpoint.open(folder / MODEL_IN_RUN), Changes(), recipe)
     base = Checkpoint.open(model_folder(recipe.model))
     if recipe.adapter is not None and (folder / ADAPTER_IN_RUN).is_dir():
@@ -119,6 +134,10 @@ def open_source(name: str, adapter: str | None, say: Callable[[str], None], layo
     newest = _newest_whole(folder, say)
     if recipe.adapter is not None:
         return Source(base, _adapted(base, newest, say, qat=qat), recipe)
+    if is_sharded(newest):
+        shards = InShards(newest)
+        _require_weights(newest, shards.shapes, base.arch)
+        return Source(base, Changes(tensors=shards, qat=qat), recipe)
     return Source(base, Changes(tensors=TensorsInFile.open(newest / TRAINABLE, base.arch), qat=qat), recipe)
 
 
@@ -137,13 +156,35 @@ def _adapted(
 
 def _newest_whole(run: Path, say: Callable[[str], None]) -> Path:
     """The run's newest checkpoint whose every byte is right; the run may still be going on, so nothing is moved."""
+    incomplete: RunError | None = None
     for path in reversed(checkpoint_paths(run)):
+        if is_sharded(path) and (lost := missing_files(path)):
+            error = missing(path, lost)
+            incomplete = incomplete or error
+            say(f"{str(error).splitlines()[0]}; trying the checkpoint before it")
+            continue
         problem = verify(path)
         if problem is None:
-            say(f"{run} has no final result yet; exporting {path.name}")
+            say(f"exporting {path.name} of {run}")
             return path
         say(f"{path}: {problem}; trying the checkpoint before it")
+    if incomplete is not None:
+        raise incomplete
     raise RunError(f"{run}: the run has saved no whole checkpoint yet; let it go on with `ossia train ... --resume`")
+
+
+def _require_weights(path: Path, found: Mapping[str, tuple[int, ...]], arch: Arch) -> None:
+    """Raises CheckpointError unless these are the shapes of all weights of such a model, as it computes."""
+    wanted = {}
+    for name, spec in arch.tensor_specs("bf16").items():
+        transposed = name.rpartition(".")[2] in EXPERT_WEIGHTS
+        wanted[name] = (spec.shape[0], spec.shape[2], spec.shape[1]) if transposed else tuple(spec.shape)
+    if differing := sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name)):
+        name = differing[0]
+        raise CheckpointError(
+            f"{path}: `{name}` is {found.get(name, 'missing')} there, {wanted.get(name, 'not there')} in the model "
+            f"that the run's recipe names ({len(differing)} tensors differ); was that model replaced since?"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,19 +197,10 @@ class TensorsInFile(Mapping[str, Tensor]):
     @classmethod
     def open(cls, file: Path, arch: Arch) -> TensorsInFile:
         """Raises CheckpointError unless it holds every weight of such a model, in the computation's layout."""
-        wanted = {}
-        for name, spec in arch.tensor_specs("bf16").items():
-            transposed = name.rpartition(".")[2] in EXPERT_WEIGHTS
-            wanted[name] = (spec.shape[0], spec.shape[2], spec.shape[1]) if transposed else spec.shape
         with safe_open(file, framework="pt", device="cpu") as handle:
             found = {name: tuple(handle.get_slice(name).get_shape()) for name in handle.keys()}  # noqa: SIM118
-        if differing := sorted(name for name in {**found, **wanted} if found.get(name) != wanted.get(name)):
-            name = differing[0]
-            raise CheckpointError(
-                f"{file}: `{name}` is {found.get(name, 'missing')} there, {wanted.get(name, 'not there')} in the model "
-                f"that the run's recipe names ({len(differing)} tensors differ); was that model replaced since?"
-            )
-        return cls(file, frozenset(wanted))
+        _require_weights(file, found, arch)
+        return cls(file, frozenset(found))
 
     def __getitem__(self, name: str) -> Tensor:
         if name not in self.names:

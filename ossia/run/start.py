@@ -29,9 +29,10 @@ from ossia.run.trained import ADAPTER, MODEL, make_trainable, show_trainable
 from ossia.train.events import ENV, EVENTS, EventLog, Log, NoLog, Sink, environment, peak_bytes, write_env
 from ossia.train.loop import Job, Stream, find_start
 from ossia.train.optim import AdamW, lr_at
-from ossia.train.ranks.agree import agree, code_identity, saved_of_first, tensors_identity, weights_identity
+from ossia.train.ranks.agree import agree, code_identity, tensors_identity, weights_identity
 from ossia.train.ranks.members import experts_over
 from ossia.train.report.page import REPORT, SAMPLES
+from ossia.train.shards.find import find_start_together
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
 from ossia.train.state import SavedState, checkpoint_paths, seed_generators, write_file
 from ossia.train.step import how_to_step, work_of
@@ -87,7 +88,10 @@ def started(
     if leads:
         _check_folder(folder, recipe)
     with EventLog(folder) if leads else nullcontext(NoLog()) as log:
-        saved = find_start(folder, resume=resume, say=say) if leads else None
+        if world is None:
+            saved = find_start(folder, resume=resume, say=say)
+        else:
+            saved = find_start_together(world, folder, resume=resume, say=say)
         ranks = ranks_to_cut_over(recipe, world, say)
         model, vocab = open_model(
             recipe.model,
@@ -104,7 +108,6 @@ def started(
         settle_attention(model, automatic=recipe.attention == "auto", say=say)
         if world is not None:
             agree(world, _identity(recipe, model, data))
-            saved = saved_of_first(world, saved)
             world.has_begun()
         if isinstance(log, NoLog):
             yield Started(log, saved, model, vocab)
@@ -253,4 +256,5 @@ def job_of(
         memory=lambda: peak_bytes(model.device),
         world=world,
         shapes=shapes_of(model),
+        async_save=recipe.parallel.async_save,
     )

@@ -11,15 +11,17 @@ from rich.table import Table
 
 from ossia.config import Recipe
 from ossia.export.merge import Changes, write_merged, write_model
-from ossia.export.source import TensorsInFile
 from ossia.model.arch import Layout
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.cut.ranks import Ranks
+from ossia.model.cut.trained import TrainedParts
 from ossia.model.lora import Lora, LoraSpec
 from ossia.model.peft import find_adapter, load_adapter, save_adapter
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Weights
-from ossia.train.state import TRAINABLE
+from ossia.train.ranks.world import World
+from ossia.train.shards.run import cut_parts
+from ossia.train.shards.sliced import on_first
 
 ADAPTER, MODEL = "adapter", "model"
 
@@ -79,23 +81,24 @@ def result_folder(recipe: Recipe) -> Path:
     return recipe.output / (MODEL if recipe.adapter is None else ADAPTER)
 
 
-def save_result(recipe: Recipe, model: Transformer, last: Path | None = None) -> Path:
-    """Write what was trained into `result_folder`; returns it.
-
-    last  the run's last checkpoint, of which trained weights are read that are cut over the ranks
-    """
-    checkpoint, path = model.weights.checkpoint.path, result_folder(recipe)
+def save_result(recipe: Recipe, model: Transformer, world: World | None = None) -> Path:
+    """Write what was trained into `result_folder`, of several ranks rank 0; returns it. All of them call it."""
+    checkpoint, path = model.weights.checkpoint, result_folder(recipe)
+    leads = world is None or world.leads
     if model.lora is not None:
-        save_adapter(path, model.lora, base_model=recipe.model)
+        if leads:
+            save_adapter(path, model.lora, base_model=recipe.model)
         return path
-    if not path.exists():  # it appears whole, at the end of a run: a finished run that is resumed has it already
-        layout: Layout = "bf16" if recipe.qat is None else recipe.qat
-        if model.trainable.cut:
-            assert last is not None
-            changes = Changes(tensors=TensorsInFile.open(last / TRAINABLE, model.arch), qat=model.qat)
-            write_merged(path, model.weights.checkpoint, changes, checkpoint, layout)
-        else:
-            write_model(path, model, tokenizer_from=checkpoint, layout=layout)
+    layout: Layout = "bf16" if recipe.qat is None else recipe.qat
+    # it appears whole, at the end of a run: a finished run that is resumed has it already
+    if world is not None and isinstance(model.trainable, TrainedParts):
+        if not world.from_first(path.exists()):
+            shapes = model.trainable.shapes
+            with on_first(world, cut_parts(model.trainable.tensors, shapes, world), shapes) as tensors:
+                if tensors is not None:
+                    write_merged(path, checkpoint, Changes(tensors=tensors, qat=model.qat), checkpoint.path, layout)
+    elif leads and not path.exists():
+        write_model(path, model, tokenizer_from=checkpoint.path, layout=layout)
     return path
 
 

@@ -18,6 +18,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -29,9 +30,8 @@ from ossia.errors import Interrupted, RunError
 from ossia.train.events import EVENTS, Log, read_events
 from ossia.train.optim import AdamW
 from ossia.train.ranks.agree import agree, restore, tensors_identity
-from ossia.train.ranks.whole import WholeState, restore_parts, stand_ins, whole
+from ossia.train.shards.run import CutRun
 from ossia.train.state import (
-    HasState,
     SavedState,
     check_room,
     checkpoint_path,
@@ -39,6 +39,7 @@ from ossia.train.state import (
     newest_checkpoint,
     prune,
     save_checkpoint,
+    step_of,
 )
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Job:
     memory      () -> most bytes used so far
     world       the ranks that drive this job together, each with its own Job; rank 0 writes. None: this process alone
     shapes      of the trained tensors where `params` are parts of them, which are cut over the ranks
+    async_save  such parts are copied and saved while training goes on
     """
 
     run: Path
@@ -102,6 +104,7 @@ class Job:
     memory: Callable[[], int]
     world: World | None = None
     shapes: Mapping[str, Sequence[int]] | None = None
+    async_save: bool = True
 
     @property
     def leads(self) -> bool:
@@ -117,7 +120,12 @@ class LoopResult:
     checkpoint: Path
 
 
-def find_start(run: Path, *, resume: bool, say: Callable[[str], None]) -> SavedState | None:
+Newest = Callable[[Path, Callable[[str], None]], SavedState | None]
+
+
+def find_start(
+    run: Path, *, resume: bool, say: Callable[[str], None], newest: Newest = newest_checkpoint
+) -> SavedState | None:
     """The checkpoint to go on from, or None to begin at step 0; call it with the run's EventLog open.
 
     With `resume`, the newest checkpoint that is whole; a run that was stopped before its first one begins again.
@@ -125,7 +133,7 @@ def find_start(run: Path, *, resume: bool, say: Callable[[str], None]) -> SavedS
     one that took a step. What a run left that was refused before its first is written over.
     """
     if resume:
-        saved = newest_checkpoint(run, say)
+        saved = newest(run, say)
         if saved is None:
             say(f"{run}: no checkpoint yet, starting from step 0")
             return None
@@ -149,19 +157,24 @@ def run_loop(job: Job, log: Log, saved: SavedState | None) -> LoopResult:
     Raises Interrupted after either, with the command to go on; RunError from a step that can't be taken (see `AdamW`),
            from a full disk, or from a checkpoint that isn't of this run
     """
-    step, evaluated, saved_at = _begin(job, log, saved)
+    cut = _cut_run(job, saved)
+    step, evaluated, saved_at = _begin(job, log, saved, cut)
     last = job.steps
     with StopRequests(job.world) as stop:
         try:
             while True:
+                if cut is not None:
+                    cut.check()
                 eval_due = job.evaluate is not None and _due(step, job.eval_every, last) and evaluated != step
                 if eval_due and not stop.asked:
                     _evaluate(job, log, step)
                     evaluated, eval_due = step, False
                 save_due = step > 0 and _due(step, job.save_every, last)
                 if (save_due or stop.asked) and saved_at != step:
-                    _save(job, log, step, evaluated)
+                    _save(job, log, step, evaluated, cut)
                     saved_at = step
+                if cut is not None and (stop.asked or (step == last and not eval_due)):
+                    cut.wait()
                 if step == last and not eval_due:
                     return LoopResult(step, checkpoint_path(job.run, step))
                 if stop.asked:
@@ -171,15 +184,27 @@ def run_loop(job: Job, log: Log, saved: SavedState | None) -> LoopResult:
                 else:
                     last = step
         except KeyboardInterrupt as error:
+            if cut is not None:  # which may have been saving
+                saved_at = next((step_of(path) for path in reversed(checkpoint_paths(job.run))), None)
             safe = f"the checkpoint of step {saved_at} is whole" if saved_at is not None else "nothing had been saved"
             todo = f"to go on: {job.resume_with}"
             raise Interrupted(f"stopped at once, during step {step + 1}; {safe}; {todo}") from error
 
 
-def _begin(job: Job, log: Log, saved: SavedState | None) -> tuple[int, int | None, int | None]:
+def _cut_run(job: Job, saved: SavedState | None) -> CutRun | None:
+    """What saves a job whose trained tensors are cut over the ranks; None of any other."""
+    if job.shapes is None:
+        return None
+    assert job.world is not None
+    start = 0 if saved is None else saved.step
+    how = {"start": start, "keep": job.keep, "beside": job.async_save}
+    return CutRun(job.run, job.world, job.params, job.optimizer, job.shapes, **how)
+
+
+def _begin(job: Job, log: Log, saved: SavedState | None, cut: CutRun | None) -> tuple[int, int | None, int | None]:
     """Put everything where the run starts or goes on; the step done, the step evaluated last, the step saved last."""
-    if job.leads:
-        check_room(job.run, *((job.params, job.optimizer) if job.shapes is None else stand_ins(job.shapes)))
+    if job.leads and cut is None:
+        check_room(job.run, job.params, job.optimizer)
     if saved is None:
         log.cut(0)
         log.write({"event": "start", "step": 0, "steps": job.steps, **job.about})
@@ -188,10 +213,10 @@ def _begin(job: Job, log: Log, saved: SavedState | None) -> tuple[int, int | Non
         raise RunError(
             f"{saved.path} is past train.steps ({job.steps}); a run keeps its length: put it back, or start another run"
         )
-    if job.world is None:
+    if cut is not None:
+        cut.restore(saved)
+    elif job.world is None:
         saved.restore(job.params, job.optimizer)
-    elif job.shapes is not None:
-        restore_parts(job.world, saved, job.params, job.optimizer, job.shapes)
     else:
         restore(job.world, saved, job.params, job.optimizer)
     job.data.load_state(saved.progress["data"])
@@ -240,28 +265,25 @@ def _evaluate(job: Job, log: Log, step: int) -> None:
     log.write({"event": "eval", "step": step, **metrics, "eval_s": job.clock() - started})
 
 
-def _save(job: Job, log: Log, step: int, evaluated: int | None) -> None:
-    params, optimizer, world = job.params, job.optimizer, job.world
-    if world is None:
-        _write(job, log, step, evaluated, params, optimizer)
+def _save(job: Job, log: Log, step: int, evaluated: int | None, cut: CutRun | None) -> None:
+    if cut is not None:  # of each tensor there is one copy, so that none can drift apart
+        agree(job.world, {"number of updates": str(job.optimizer.num_updates)})
+        cut.save(step, _progress(job, log, evaluated))
         return
-    if job.shapes is None:
-        agree(world, {"trained tensors (a checksum)": tensors_identity(params)})
-    else:  # of which there is one copy, so that none can drift apart
-        agree(world, {"number of updates": str(optimizer.num_updates)})
-        params = whole(world, params, job.shapes)
-        optimizer = WholeState(whole(world, optimizer.state_dict(), job.shapes))
-    if job.leads:
-        with world.busy("saving"):
-            _write(job, log, step, evaluated, params, optimizer)
+    if job.world is not None:
+        agree(job.world, {"trained tensors (a checksum)": tensors_identity(job.params)})
+        if not job.leads:
+            return
+    with nullcontext() if job.world is None else job.world.busy("saving"):
+        progress = _progress(job, log, evaluated)
+        save_checkpoint(
+            job.run, step=step, params=job.params, optimizer=job.optimizer, progress=progress, keep=job.keep
+        )
 
 
-def _write(
-    job: Job, log: Log, step: int, evaluated: int | None, params: Mapping[str, Tensor], optimizer: HasState
-) -> None:
+def _progress(job: Job, log: Log, evaluated: int | None) -> dict[str, Any]:
     # The events first: a checkpoint must never be ahead of them.
-    progress = {"events_bytes": log.sync(), "evaluated": evaluated, "data": job.data.state()}
-    save_checkpoint(job.run, step=step, params=params, optimizer=optimizer, progress=progress, keep=job.keep)
+    return {"events_bytes": log.sync(), "evaluated": evaluated, "data": job.data.state()}
 
 
 class StopRequests:

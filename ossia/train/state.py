@@ -11,6 +11,9 @@ A checkpoint is written into a hidden folder beside its place, every file and th
 one rename makes it visible; only then are older ones removed. So a kill or a full disk at any moment leaves either the
 old set or the new one. What a kill can't do, a failing disk or a copied folder can: `newest_checkpoint` checks every
 byte against the manifest, sets a bad checkpoint aside as `step-00000100.corrupt`, says so, and takes the one before.
+
+A run whose tensors are cut over ranks writes sharded checkpoints instead (`train.shards`): the same folder, state.json
+and manifest, with other files for the tensors. `newest_checkpoint` and what removes old ones go for both.
 """
 
 from __future__ import annotations
@@ -22,10 +25,10 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import safetensors.torch
@@ -34,7 +37,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ossia.disk import sync_to_disk
-from ossia.errors import RunError
+from ossia.errors import RunError, first_few
 from ossia.train.optim import AdamW
 
 FORMAT = 1
@@ -44,56 +47,65 @@ TRAINABLE, OPTIMIZER, STATE, MANIFEST = (
     "state.json",
     "manifest.json",
 )
+SHARDED = ".metadata"  # of a sharded checkpoint, beside its *.distcp
 _NAME = re.compile(r"step-(\d{8,})")
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _STATE_JSON_BYTES = 64 * 1024
 
 
-class HasState(Protocol):
-    """An optimizer, or what one process has in its place, as `AdamW`."""
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-    def state_bytes(self) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class SavedState:
-    """A checkpoint whose files were found to be what its manifest says."""
+    """A checkpoint whose files were found to be what its manifest says.
+
+    seen  of a sharded one that ranks found together: by the rank that keeps a run folder, which files are whole there
+    """
 
     path: Path
     step: int
     progress: dict[str, Any]
+    seen: Mapping[int, frozenset[str]] | None = None
 
     def restore(self, params: Mapping[str, Tensor], optimizer: AdamW) -> None:
         """Copy the saved values into `params` and `optimizer`, and set the random number generators.
 
         Raises RunError, with nothing changed, if names, shapes or dtypes are not those of this run.
         """
-        tensors, state = self.load({name: (tuple(p.shape), str(p.dtype)) for name, p in params.items()})
-        optimizer.load_state_dict(state)
-        with torch.no_grad():
-            for name, param in params.items():
-                param.copy_(tensors[name])
-        set_rng_state(self.generators())
+        if self.sharded:
+            from ossia.train.shards.read import restore_whole
 
-    def load(self, wanted: Mapping[str, tuple[tuple[int, ...], str]]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The saved parameters and the optimizer's state.
-
-        wanted  shape and dtype of each parameter; RunError if they aren't those of the checkpoint
-        """
+            restore_whole(self.path, params, optimizer)
+            set_rng_state(read_state(self.path)["rng"])
+            return
         tensors = safetensors.torch.load_file(self.path / TRAINABLE)
         found = {name: (tuple(t.shape), str(t.dtype)) for name, t in tensors.items()}
+        wanted = {name: (tuple(p.shape), str(p.dtype)) for name, p in params.items()}
         if found != wanted:
             name = sorted(n for n in found.keys() | wanted.keys() if found.get(n) != wanted.get(n))[0]
             raise RunError(
                 f"{self.path}: `{name}` is {found.get(name, 'missing')} there, {wanted.get(name, 'missing')} in this "
                 "run; was the adapter, the dtype or the model of the recipe changed since?"
             )
-        return tensors, safetensors.torch.load_file(self.path / OPTIMIZER)
+        optimizer.load_state_dict(safetensors.torch.load_file(self.path / OPTIMIZER))
+        with torch.no_grad():
+            for name, param in params.items():
+                param.copy_(tensors[name])
+        set_rng_state(read_state(self.path)["rng"])
 
-    def generators(self) -> Any:
-        """The state of the random number generators, for `set_rng_state`."""
-        return json.loads((self.path / STATE).read_text())["rng"]
+    @property
+    def sharded(self) -> bool:
+        """Whether ranks wrote it, each its part."""
+        return is_sharded(self.path)
+
+
+def is_sharded(path: Path) -> bool:
+    """Whether a checkpoint folder was written by ranks, each its part."""
+    return (path / SHARDED).exists() or any(path.glob("*.distcp"))
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """state.json of a checkpoint folder."""
+    found: dict[str, Any] = json.loads((path / STATE).read_text())
+    return found
 
 
 def checkpoint_paths(run: Path) -> list[Path]:
@@ -107,17 +119,22 @@ def checkpoint_path(run: Path, step: int) -> Path:
     return run / "checkpoints" / f"step-{step:08d}"
 
 
+def partial_path(place: Path) -> Path:
+    """Where a checkpoint grows before it takes its place."""
+    return place.with_name(f".partial-{place.name}")
+
+
 def step_of(path: Path) -> int:
     """The step in the name of a checkpoint folder."""
     return int(path.name.removeprefix("step-"))
 
 
-def checkpoint_bytes(params: Mapping[str, Tensor], optimizer: HasState) -> int:
+def checkpoint_bytes(params: Mapping[str, Tensor], optimizer: AdamW) -> int:
     """About how large a checkpoint of these parameters is, in bytes."""
     return sum(p.numel() * p.element_size() for p in params.values()) + optimizer.state_bytes() + _STATE_JSON_BYTES
 
 
-def check_room(run: Path, params: Mapping[str, Tensor], optimizer: HasState) -> None:
+def check_room(run: Path, params: Mapping[str, Tensor], optimizer: AdamW) -> None:
     """Raise RunError if the disk couldn't hold even one checkpoint: known now rather than when the first is due."""
     need, free = checkpoint_bytes(params, optimizer), shutil.disk_usage(run).free
     if free < need:
@@ -128,7 +145,7 @@ def check_room(run: Path, params: Mapping[str, Tensor], optimizer: HasState) -> 
 
 
 def save_checkpoint(
-    run: Path, *, step: int, params: Mapping[str, Tensor], optimizer: HasState, progress: Mapping[str, Any], keep: int
+    run: Path, *, step: int, params: Mapping[str, Tensor], optimizer: AdamW, progress: Mapping[str, Any], keep: int
 ) -> Path:
     """Write RUN/checkpoints/step-<step>, then remove all but the newest `keep` (at least 1); the new folder.
 
@@ -138,10 +155,10 @@ def save_checkpoint(
     place = checkpoint_path(run, step)
     assert keep >= 1, keep
     assert not place.exists(), place
-    partial = place.with_name(f".partial-{place.name}")
+    partial = partial_path(place)
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(place.parent)
+        sweep(run)
         partial.mkdir()
         _write_files(partial, step, params, optimizer, progress)
         os.rename(partial, place)
@@ -160,38 +177,83 @@ def prune(run: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints (the newest must be known to be whole), and unfinished saves."""
     for old in checkpoint_paths(run)[:-keep]:
         os.rename(old, old.with_name(f".old-{old.name}"))
-    _sweep(run / "checkpoints")
+    sweep(run)
 
 
 def newest_checkpoint(run: Path, say: Callable[[str], None]) -> SavedState | None:
     """The newest checkpoint whose every byte is right; None if there is none at all.
 
     A bad one is set aside under the ending `.corrupt`, and `say` is told which and why.
-    Raises RunError if there are checkpoints, or were before they were set aside, but no good one.
+    Raises RunError if there are checkpoints, or were before they were set aside, but no good one; or if a file of the
+    newest isn't there that ranks wrote, which may be on another host
     """
-    paths = checkpoint_paths(run)
-    for path in reversed(paths):
+    for path in reversed(checkpoint_paths(run)):
+        if is_sharded(path) and (lost := missing_files(path)):
+            raise missing(path, lost)
         problem = verify(path)
         if problem is None:
-            return SavedState(path, step_of(path), json.loads((path / STATE).read_text())["progress"])
-        aside = path.with_name(f"{path.name}.corrupt")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(path, aside)
+            return SavedState(path, step_of(path), read_state(path)["progress"])
+        aside = set_aside(path)
         say(f"{path}: {problem}; set aside as {aside.name}, trying the checkpoint before it")
-    set_aside = len(list((run / "checkpoints").glob("step-*.corrupt")))
-    if set_aside:
-        raise RunError(
-            f"{run}: none of its {set_aside} checkpoints is whole (they are kept as checkpoints/*.corrupt)\n"
-            "  next: start the run again in another `output` folder; or, to begin at step 0 here and lose its events, "
-            f"remove {run / 'checkpoints'}/*.corrupt"
-        )
+    require_none_set_aside(run)
     return None
 
 
-def verify(path: Path, names: Iterable[str] = (OPTIMIZER, STATE, TRAINABLE)) -> str | None:
-    """What is wrong with a checkpoint folder, in words, or None if these files are what the manifest says."""
+def set_aside(path: Path) -> Path:
+    """Give a bad checkpoint the ending `.corrupt`; its new path."""
+    aside = path.with_name(f"{path.name}.corrupt")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+    return aside
+
+
+def require_none_set_aside(run: Path) -> None:
+    """Raises RunError if checkpoints were set aside: where no other is left, a run must not start over in silence."""
+    num_bad = len(list((run / "checkpoints").glob("step-*.corrupt")))
+    if num_bad:
+        raise RunError(
+            f"{run}: none of its {num_bad} checkpoints is whole (they are kept as checkpoints/*.corrupt)\n"
+            "  next: start the run again in another `output` folder; or, to begin at step 0 here and lose its events, "
+            f"remove {run / 'checkpoints'}/*.corrupt"
+        )
+
+
+def files_of(path: Path) -> dict[str, dict[str, Any]]:
+    """By name, what the manifest says of a sharded checkpoint's files; none where it can't be read."""
+    try:
+        found: dict[str, dict[str, Any]] = json.loads((path / MANIFEST).read_text())["files"]
+        return dict(found)
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def missing_files(path: Path) -> list[str]:
+    """Files of a sharded checkpoint, by its manifest, that aren't in its folder."""
+    return [name for name in files_of(path) if not (path / name).exists()]
+
+
+def missing(path: Path, names: Sequence[str]) -> RunError:
+    """The error for files of a sharded checkpoint that no one sees: who wrote them, and what to do."""
+    written = files_of(path)
+    whose = [f"{name}, written by rank {written[name]['rank']} on {written[name]['host']}" for name in names]
+    others = ["", f"missing too: {'; '.join(first_few(whose[1:]))}"] if whose[1:] else []
+    return RunError(
+        f"{path}: {whose[0]}, isn't there, one of {len(names)} missing files of {len(written)}"
+        + "\n  ".join(others)
+        + "\n  next: copy them there from the run's folder on that host, or start with that host among the others; if "
+        f"they are lost, rename {path.name} to {path.name}.corrupt, and the checkpoint before it is taken"
+    )
+
+
+def verify(path: Path, names: Iterable[str] | None = None) -> str | None:
+    """What is wrong with a checkpoint folder, in words, or None if these files are what the manifest says.
+
+    names  of the files; None: all that a checkpoint of its kind has
+    """
     try:
         manifest = json.loads((path / MANIFEST).read_text())
+        if names is None:
+            names = {STATE, SHARDED, *manifest["files"]} if is_sharded(path) else _FILES
         entries = {name: manifest["files"][name] for name in sorted(names)}
         sizes = {name: int(entry["bytes"]) for name, entry in entries.items()}
         digests = {name: str(entry["sha256"]) for name, entry in entries.items()}
@@ -199,7 +261,7 @@ def verify(path: Path, names: Iterable[str] = (OPTIMIZER, STATE, TRAINABLE)) -> 
         return f"its {MANIFEST} can't be read ({type(error).__name__}: {error})"
     for name in entries:
         try:
-            found = _entry(path / name)
+            found = entry_of(path / name)
         except OSError as error:
             return f"its {name} can't be read ({error})"
         if found["bytes"] != sizes[name]:
@@ -251,29 +313,36 @@ _FILES = {TRAINABLE, OPTIMIZER, STATE}
 
 
 def _write_files(
-    folder: Path, step: int, params: Mapping[str, Tensor], optimizer: HasState, progress: Mapping[str, Any]
+    folder: Path, step: int, params: Mapping[str, Tensor], optimizer: AdamW, progress: Mapping[str, Any]
 ) -> None:
     """Write and flush the four files of a checkpoint, the manifest last."""
     safetensors.torch.save_file({n: p.detach().contiguous() for n, p in params.items()}, folder / TRAINABLE)
     safetensors.torch.save_file(optimizer.state_dict(), folder / OPTIMIZER)
     state = {"step": step, "progress": progress, "rng": rng_state()}
     (folder / STATE).write_text(json.dumps(state, allow_nan=False))
-    manifest = {"format": FORMAT, "step": step, "files": {name: _entry(folder / name) for name in sorted(_FILES)}}
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
-    for name in (*sorted(_FILES), MANIFEST):
+    for name in sorted(_FILES):
         sync_to_disk(folder / name)
+    write_manifest(folder, step, {name: entry_of(folder / name) for name in _FILES})
+
+
+def write_manifest(folder: Path, step: int, files: Mapping[str, Mapping[str, Any]], **more: Any) -> None:
+    """Write and flush a checkpoint's last file. Raises OSError."""
+    manifest = {"format": FORMAT, "step": step, **more, "files": {name: files[name] for name in sorted(files)}}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+    sync_to_disk(folder / MANIFEST)
     sync_to_disk(folder)
 
 
-def _entry(path: Path) -> dict[str, Any]:
+def entry_of(path: Path) -> dict[str, Any]:
     """Size and sha256 of a file as it can be read back."""
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
         return {"bytes": file.tell(), "sha256": digest}
 
 
-def _sweep(folder: Path) -> None:
+def sweep(run: Path) -> None:
     """Remove what an unfinished save or removal left behind."""
+    folder = run / "checkpoints"
     for leftover in (*folder.glob(".partial-step-*"), *folder.glob(".old-step-*")):
         shutil.rmtree(leftover)
 

@@ -65,9 +65,11 @@ def in_process(recipe: Path, kind: str = "", number: int = 0, resume: bool = Fal
 
 
 def outcome(run: Path) -> Outcome:
-    """The bytes of the adapter and of every checkpoint's tensors, data position and generators; untimed events."""
-    kept = ("adapter_model.safetensors", "trainable.safetensors", "optimizer.safetensors")
-    files = {str(f.relative_to(run)): f.read_bytes() for f in run.rglob("*") if f.name in kept}
+    """The bytes of the adapter or model and of every checkpoint's tensors, data position and generators; untimed
+    events."""
+    kept = ("adapter_model.safetensors", "model.safetensors", "trainable.safetensors", "optimizer.safetensors")
+    found = (f for f in run.rglob("*") if f.name in kept or f.suffix == ".distcp")
+    files = {str(f.relative_to(run)): f.read_bytes() for f in found}
     for file in run.glob("checkpoints/*/state.json"):
         state = json.loads(file.read_text())
         del state["progress"]["events_bytes"]  # the length of the timings differs

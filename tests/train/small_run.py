@@ -188,7 +188,19 @@ def forkserver() -> Any:
     context = multiprocessing.get_context("forkserver")
     # torch imports _dynamo at the first use of an optimizer
     context.set_forkserver_preload(
-        ["torch._dynamo", "safetensors.torch", "rich.progress", "pydantic", "tokenizers", "ossia.api", "ossia.cli"]
+        [
+            "torch._dynamo",
+            "torch.distributed.device_mesh",
+            "safetensors.torch",
+            "rich.progress",
+            "pydantic",
+            "tokenizers",
+            "ossia.api",
+            "ossia.cli",
+            "ossia.train.shards.find",
+            "ossia.train.shards.read",
+            "ossia.train.shards.save",
+        ]
     )
     return context
 

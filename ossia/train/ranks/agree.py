@@ -64,12 +64,6 @@ def tensors_identity(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(values.tobytes()).hexdigest()[:16]
 
 
-def saved_of_first(world: World, saved: SavedState | None) -> SavedState | None:
-    """The checkpoint that rank 0 goes on from, or None, on every rank."""
-    found = world.from_first(None if saved is None else [str(saved.path), saved.step, saved.progress])
-    return saved if world.leads or found is None else SavedState(Path(found[0]), found[1], found[2])
-
-
 def restore(world: World, saved: SavedState, params: Mapping[str, Tensor], optimizer: AdamW) -> None:
     """`SavedState.restore` on rank 0, whose parameters, optimizer and generators the others take over."""
     if world.leads:

@@ -42,6 +42,20 @@ class PeerError(RunError):
     """Another rank has failed, and says itself why."""
 
 
+class _Line:
+    """One of the lines on which ranks tell each other words, each used by one thread of a rank.
+
+    store     with the thread's own connection, as waiting blocks one
+    name      before the keys
+    asked_at  when the thread last asked the store for something, while it waits; else None
+    """
+
+    def __init__(self, store: dist.Store, name: str) -> None:
+        self.store, self.name = store, name
+        self.number = 0
+        self.asked_at: float | None = None
+
+
 class World:
     """All ranks, as one of them sees them. Left by an error, it leaves the reason for the others.
 
@@ -62,8 +76,7 @@ class World:
         self.local_size, self.on_one_host = place.local_size, place.local_size == place.size
         self.step, self.stop_agreed = 0, False
         self.hurried: Callable[[], bool] = lambda: False
-        self._number, self._busy_with = 0, ""
-        self._asked_at: float | None = None
+        self._busy_with = ""
         limit = timedelta(seconds=timeout_s)
         backend = "nccl" if device.type == "cuda" else "gloo"
         try:
@@ -85,7 +98,9 @@ class World:
                 "  next: start all ranks with the same --nnodes and --rdzv-endpoint, and let that port through"
             ) from error
         self._store = dist.PrefixStore("words", store)
-        self._own = self._store.clone()  # of the thread: another connection, as waiting blocks one
+        self._words = _Line(self._store, "")
+        self._beside = _Line(self._store.clone(), "beside/")
+        self._own = self._store.clone()
         self._own.set(f"beat/{self.rank}", "0 ")
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
@@ -136,18 +151,27 @@ class World:
 
         Raises  PeerError where another rank has failed; RunError naming the ranks that don't come in time
         """
-        self._number += 1
-        keys = [f"{self._number}/{rank}" for rank in range(self.size)]
-        self._asked_at = time.monotonic()
+        return self._exchange(self._words, value)
+
+    def gather_beside(self, value: Any) -> list[Any]:
+        """`gather` for what each rank does besides its steps, in a thread of its own or not: it waits however long the
+        others take, as long as their processes live."""
+        return self._exchange(self._beside, value)
+
+    def _exchange(self, line: _Line, value: Any) -> list[Any]:
+        line.number += 1
+        keys = [f"{line.name}{line.number}/{rank}" for rank in range(self.size)]
+        line.asked_at = time.monotonic()
         try:
-            self._store.set(keys[self.rank], json.dumps(value))
-            self._await(keys)
-            found = [json.loads(text) for text in self._store.multi_get(keys)]
-            self._store.delete_key(f"{self._number - 1}/{self.rank}")  # whoever is here has read it
+            line.store.set(keys[self.rank], json.dumps(value))
+            self._await(line, keys)
+            found = [json.loads(text) for text in line.store.multi_get(keys)]
+            # whoever is here has read it
+            line.store.delete_key(f"{line.name}{line.number - 1}/{self.rank}")
         except dist.DistError as error:
             raise RunError(f"{self._lost_store} ({_first_words(error)})\n  next: see what they say") from error
         finally:
-            self._asked_at = None
+            line.asked_at = None
         return found
 
     def from_first(self, value: Any) -> Any:
@@ -190,17 +214,6 @@ class World:
         with _old_names():
             self._together([part], lambda part: dist.reduce_scatter_tensor(part, whole))
 
-    def to_first(self, part: Tensor) -> list[Tensor] | None:
-        """On rank 0 every rank's part, all of one size."""
-        rows = [torch.empty_like(part) for _ in range(self.size)] if self.leads else None
-        self._together([part], lambda part: dist.gather(part, rows, dst=0))
-        return rows
-
-    def part_from_first(self, part: Tensor, rows: list[Tensor] | None) -> Tensor:
-        """`part`, which becomes the row that rank 0 has for this rank."""
-        self._together([part], lambda part: dist.scatter(part, rows, src=0))
-        return part
-
     def total(self, value: float) -> float:
         """The sum over ranks, the same number on each."""
         return math.fsum(self.gather(value))
@@ -215,6 +228,14 @@ class World:
         """Replace each tensor, contiguous, by rank 0's."""
         self._together(tensors, lambda tensor: dist.broadcast(tensor, src=0))
 
+    def send(self, tensor: Tensor, to: int) -> None:
+        """Send a tensor, contiguous, to a rank that is about to `receive` it."""
+        self._together((tensor,), lambda tensor: dist.send(tensor, to))
+
+    def receive(self, tensor: Tensor, of: int) -> None:
+        """Replace a tensor, contiguous, by what a rank sends."""
+        self._together((tensor,), lambda tensor: dist.recv(tensor, of))
+
     def _together(self, tensors: Iterable[_T], act: Callable[[_T], object]) -> None:
         try:
             for tensor in tensors:
@@ -222,43 +243,44 @@ class World:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what gloo and NCCL raise
-            self._asked_at = time.monotonic()
+            self._words.asked_at = time.monotonic()
             watch = _Watch(self._store, [rank for rank in range(self.size) if rank != self.rank])
             while not (gone := watch.silent(_GONE_S)) and watch.waited() < 2 * _GONE_S:
-                self._stop_with_peer()
+                self._stop_with_peer(self._store)
                 time.sleep(_LOOK_S)
                 watch.look()
             whose = _ranks(gone) if gone else self._here.partition(",")[0]
             what = "is gone: it broke off and gives no sign of life" if gone else "lost its connection to another rank"
             raise RunError(f"{whose}{self._when}: {what} ({_first_words(error)})") from error
 
-    def _await(self, keys: list[str]) -> None:
+    def _await(self, line: _Line, keys: list[str]) -> None:
         """Wait until every rank has given its value."""
-        watch = _Watch(self._store, range(self.size))
+        watch = _Watch(line.store, range(self.size))
         looked = 0.0
-        while not self._store.check(keys):  # the store's own wait would notice neither a failure elsewhere nor silence
-            self._asked_at = time.monotonic()
+        while not line.store.check(keys):  # the store's own wait would notice neither a failure elsewhere nor silence
+            line.asked_at = time.monotonic()
             time.sleep(min(_POLL_S, _POLL_S / 50 + watch.waited() / 20))
             if watch.waited() - looked < _LOOK_S:
                 continue
             looked = watch.waited()
-            self._stop_with_peer()
+            self._stop_with_peer(line.store)
             watch.look()
             silent = watch.silent(min(_GONE_S, self.timeout_s / 2))
-            late = silent if self.hurried() else watch.idle(self.timeout_s)
-            missing = [rank for rank, key in enumerate(keys) if rank in late and not self._store.check([key])]
+            late = watch.silent(self.timeout_s) if line is self._beside else watch.idle(self.timeout_s)
+            late = silent if self.hurried() else late
+            missing = [rank for rank, key in enumerate(keys) if rank in late and not line.store.check([key])]
             if missing:
                 dead = set(missing) <= set(silent)
                 how = "gives no sign of life" if dead else "lives, but didn't come to where the others wait"
                 limit = f"waited {watch.waited():.0f} s; parallel.timeout is {self.timeout_s:g}"
                 raise RunError(f"{_ranks(missing)}{self._when}: {how} ({limit})")
 
-    def _stop_with_peer(self) -> None:
-        if self._store.check(["failure"]):
-            raise self._because_of(self._store.get("failure").decode())
+    def _stop_with_peer(self, store: dist.Store) -> None:
+        if store.check(["failure"]):
+            raise self.because_of(*json.loads(store.get("failure")))
 
-    def _because_of(self, failure: str) -> PeerError:
-        rank, text = json.loads(failure)
+    def because_of(self, rank: int, text: str) -> PeerError:
+        """The error with which this rank stops, as another has failed and said so."""
         return PeerError(f"{self._here}: stopped, as rank {rank} has said: {text.splitlines()[0]}")
 
     @property
@@ -268,9 +290,9 @@ class World:
     def _beat(self) -> None:
         number = 0
         while not self._ended.wait(_BEAT_S):
-            asked_at = self._asked_at
-            if asked_at is not None and time.monotonic() - asked_at > self.timeout_s:
-                # the main thread sits in a read that has no end where the connection is lost without a word
+            asked = [line.asked_at for line in (self._words, self._beside)]
+            if any(at is not None and time.monotonic() - at > self.timeout_s for at in asked):
+                # a thread sits in a read that has no end where the connection is lost without a word
                 os.write(_STDERR, f"{self._lost_store}: no answer for {self.timeout_s:g} s\n".encode())
                 os._exit(RunError.exit_code)
             number += 1
@@ -311,13 +333,13 @@ class World:
         if not text.startswith("rank "):
             text = f"{self._here}: {text.removeprefix(f'step {self.step}: ')}"
         mine = json.dumps([self.rank, text])
-        self._asked_at = time.monotonic()
+        self._words.asked_at = time.monotonic()
         try:
             first = self._store.compare_set("failure", "", mine).decode()
         except dist.DistError:
             first = mine
         if first != mine:
-            raise self._because_of(first) from error
+            raise self.because_of(*json.loads(first)) from error
         if isinstance(error, UserError):
             raise RunError(text) from error
         error.add_note(self._here)

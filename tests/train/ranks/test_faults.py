@@ -51,12 +51,15 @@ def steps_written(run: Path) -> int:
     return max((event["step"] for event in steps if event["event"] == "step"), default=0)
 
 
-def check_saved(run: Path) -> None:
-    """Every checkpoint that is there is whole, and at most the steps since the last save are lost."""
+def check_saved(run: Path, late: int = 0) -> None:
+    """Every checkpoint that is there is whole, and at most the steps since the last save are lost.
+
+    late  steps that training goes on while it saves
+    """
     saved = checkpoint_paths(run)
     assert [verify(path) for path in saved] == [None] * len(saved)
     newest = max((int(path.name.removeprefix("step-")) for path in saved), default=0)
-    assert newest >= (steps_written(run) - 1) // SAVE_EVERY * SAVE_EVERY
+    assert newest >= (steps_written(run) - 1) // SAVE_EVERY * SAVE_EVERY - late
 
 
 @pytest.mark.parametrize(("rank", "kind", "number"), PLACES)
@@ -87,7 +90,30 @@ def test_fifty_random_kills_leave_the_same_bytes(train_into: MakeRecipe, untouch
     kill_often(50, random.Random(7), train_into, untouched, tmp_path)
 
 
-def kill_often(least: int, chance: random.Random, train_into: MakeRecipe, untouched: Outcome, folder: Path) -> None:
+def test_cut_ranks_killed_at_random_moments_go_on_to_the_same_bytes(train_into: MakeRecipe, tmp_path: Path) -> None:
+    kill_cut_ranks_often(3, random.Random(5), train_into, tmp_path)
+
+
+@pytest.mark.slow
+def test_fifty_random_kills_of_cut_ranks_leave_the_same_bytes(train_into: MakeRecipe, tmp_path: Path) -> None:
+    kill_cut_ranks_often(50, random.Random(9), train_into, tmp_path)
+
+
+def kill_cut_ranks_often(least: int, chance: random.Random, train_into: MakeRecipe, folder: Path) -> None:
+    """`kill_often` for ranks that train all weights, which are cut over them."""
+
+    def arguments(run: Path) -> list[str]:
+        return train_into(run, "parallel.shard=all", adapter=None)
+
+    assert Ranks(2, folder / "said", *arguments(folder / "untouched")).wait() == [0, 0]
+    untouched = outcome(folder / "untouched")
+    assert sum(name.endswith(".distcp") for name in untouched[0]) == 4  # of two ranks, in two checkpoints
+    kill_often(least, chance, arguments, untouched, folder, SAVE_EVERY)
+
+
+def kill_often(
+    least: int, chance: random.Random, train_into: MakeRecipe, untouched: Outcome, folder: Path, late: int = 0
+) -> None:
     """Train to the end, killing on the way a rank alone, whose launcher ends the other, or both; run after run."""
     kills, number = 0, 0
     while kills < least:
@@ -105,7 +131,7 @@ def kill_often(least: int, chance: random.Random, train_into: MakeRecipe, untouc
                 ranks.signal(signal.SIGKILL, [chance.randrange(2)])
                 time.sleep(chance.uniform(0.0, 0.1))
             ranks.kill()
-            check_saved(run)
+            check_saved(run, late)
         assert outcome(run) == untouched
 
 

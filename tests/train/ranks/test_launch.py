@@ -55,10 +55,12 @@ def wait_for(what: Callable[[], object], process: subprocess.Popen[str]) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("how", [{}, {"adapter": None}])
 def test_a_killed_rank_is_started_again_with_the_others_and_they_go_on_to_the_same_bytes(
-    train_into: MakeRecipe, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
+    how: dict[str, None], train_into: MakeRecipe, start: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    arguments = train_into(tmp_path / "run", *LONG)
+    """The second trains all weights, which are cut."""
+    arguments = train_into(tmp_path / "run", *LONG, **how)
     launcher = ("torch.distributed.run", "--standalone", "--nproc-per-node", "2", "--max-restarts", "1")
     process = start(*launcher, "-m", "ossia", *arguments)
     wait_for(lambda: steps_written(tmp_path / "run") >= 15, process)
@@ -68,7 +70,7 @@ def test_a_killed_rank_is_started_again_with_the_others_and_they_go_on_to_the_sa
     said = (tmp_path / "said.txt").read_text()
     assert re.search(r"^rank 1, step \d+: (is gone|gives no sign of life)", said, re.M), said
     assert re.search(r"going on from step [1-5]0$", said, re.M), said
-    assert Ranks(2, tmp_path / "alone-said", *train_into(tmp_path / "alone", *LONG)).wait() == [0, 0]
+    assert Ranks(2, tmp_path / "alone-said", *train_into(tmp_path / "alone", *LONG, **how)).wait() == [0, 0]
     assert outcome(tmp_path / "run") == outcome(tmp_path / "alone")
 
 
