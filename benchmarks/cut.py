@@ -96,7 +96,7 @@ def collectives(rank: int, size: int) -> dict[str, float]:
             part = torch.ones(mib * MIB // size, dtype=torch.uint8)
             timed(f"gather, {mib} MiB", lambda whole=whole, part=part: world.begin_gather(whole, part)())
             sums, own = torch.ones(mib * MIB // 4), torch.empty(mib * MIB // 4 // size)
-            timed(f"reduce-scatter, {mib} MiB", lambda own=own, sums=sums: world.sum_parts(own, sums))
+            timed(f"reduce-scatter, {mib} MiB", lambda own=own, sums=sums: world.begin_sum(own, sums)())
     return found
 
 

@@ -29,8 +29,9 @@ class Ranks(Protocol):
         the wait finds it written; the host itself needn't wait.
         """
 
-    def sum_parts(self, part: Tensor, whole: Tensor) -> None:
-        """The sum over ranks of every rank's `whole`, of which this one gets its part: a reduce-scatter."""
+    def begin_sum(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
+        """Begin to put this rank's part of the sum over ranks of every rank's `whole` into `part`: a reduce-scatter. As
+        `begin_gather`; until the wait is over both belong to it."""
 
 
 def experts_of(num_experts: int, ranks: Numbered) -> slice:

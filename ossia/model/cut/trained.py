@@ -68,6 +68,7 @@ class TrainedParts(Trainable):
         self._at: str | None = None
         self._here: dict[str, Tensor] = {}
         self._coming: tuple[str, Tensor, Callable[[], None]] | None = None
+        self._summing: tuple[str, Tensor, Tensor, Callable[[], None]] | None = None
         self._grads: dict[str, Tensor] = {}
         self._norms: dict[str, Tensor] = {}
         self.missing: list[str] = []
@@ -111,7 +112,12 @@ class TrainedParts(Trainable):
         self.missing = []
 
     def sum_up(self, name: str) -> None:
-        """Sum the gradients of the group that a tensor is in over the ranks: its backward is over on this one."""
+        """Begin to sum the gradients of the group that a tensor is in over the ranks: its backward is over on this one.
+
+        The sum goes on while the next group is differentiated, and is waited for when that one's begins; the
+        embedding's, which is the last, at once.
+        """
+        self._end_sum()
         group = group_of(name)
         size, each = self._ranks.size, self._part_sizes[group]
         rows = torch.zeros((size, each), device=self._home.device)
@@ -129,13 +135,23 @@ class TrainedParts(Trainable):
             self._norms[one] = torch.linalg.vector_norm(self.tensors[one].grad)
         part = torch.empty(each, device=rows.device)
         self.summed += rows.nbytes
-        self._ranks.sum_parts(part, rows.view(-1))
+        self._summing = group, part, rows, self._ranks.begin_sum(part, rows.view(-1))
+        if self._at == group:
+            self._at, self._here = None, {}
+        if group == EMBEDDING:
+            self._end_sum()
+
+    def _end_sum(self) -> None:
+        """Wait for the sum that was begun last, and give every tensor of its group its part of the gradient."""
+        if self._summing is None:
+            return
+        group, part, _, wait = self._summing
+        wait()
+        self._summing = None
         part = part.to(self._home.place)
         for one in self._groups[group]:
             start = self._places[one].start
             self.tensors[one].grad = part[start : start + self.tensors[one].numel()]
-        if self._at == group:
-            self._at, self._here = None, {}
 
     def not_finite(self) -> list[str]:
         """Tensors whose gradient on this rank, before it was summed, wasn't finite."""

@@ -209,10 +209,16 @@ class World:
         self._together([part], begin)
         return lambda: self._together(begun, lambda work: work.wait())
 
-    def sum_parts(self, part: Tensor, whole: Tensor) -> None:
-        """Into `part` this rank's of the equal parts of the sum over ranks of `whole`."""
-        with _old_names():
-            self._together([part], lambda part: dist.reduce_scatter_tensor(part, whole))
+    def begin_sum(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
+        """Begin to put this rank's equal part of the sum of all ranks' `whole` into `part`; as `begin_gather`."""
+        begun = list[Any]()
+
+        def begin(part: Tensor) -> None:
+            with _old_names():
+                begun.append(dist.reduce_scatter_tensor(part, whole, async_op=True))
+
+        self._together([part], begin)
+        return lambda: self._together(begun, lambda work: work.wait())
 
     def total(self, value: float) -> float:
         """The sum over ranks, the same number on each."""

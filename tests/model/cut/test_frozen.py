@@ -45,7 +45,7 @@ class Alone:
 
         return wait
 
-    def sum_parts(self, part: Tensor, whole: Tensor) -> None:
+    def begin_sum(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
         raise AssertionError
 
 

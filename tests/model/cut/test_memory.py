@@ -55,9 +55,10 @@ class Watched(OneOf):
         self.peak = max(self.peak, anonymous())
         return wait
 
-    def sum_parts(self, part: Tensor, whole: Tensor) -> None:
-        super().sum_parts(part, whole)
+    def begin_sum(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
+        wait = super().begin_sum(part, whole)
         self.peak = max(self.peak, anonymous())
+        return wait
 
 
 def step(model: Transformer) -> None:
