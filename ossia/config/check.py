@@ -24,7 +24,10 @@ _FREE_ON_RESUME = (
     "train.save_every",
     "train.keep",
     "parallel.ranks",
+    "parallel.shard",
+    "parallel.offload",
     "parallel.timeout",
+    "parallel.async_save",
 )  # they change no number of the run
 _LENGTH = {"train.steps", "train.epochs"}
 
