@@ -26,7 +26,10 @@ _FREE_ON_RESUME = (
     "parallel.ranks",
     "parallel.context",
     "parallel.experts",
+    "parallel.shard",
+    "parallel.offload",
     "parallel.timeout",
+    "parallel.async_save",
 )  # they change no number of the run
 _LENGTH = {"train.steps", "train.epochs"}
 

@@ -31,6 +31,7 @@ from ossia.train.state import (
     files_of,
     human_bytes,
     missing,
+    missing_files,
     read_state,
     set_rng_state,
     storage_error,
@@ -87,8 +88,10 @@ class _Whole:
 def restore_whole(path: Path, params: Mapping[str, Tensor], optimizer: AdamW) -> None:
     """Copy a sharded checkpoint's values into whole tensors, one after the other.
 
-    Raises  RunError, with nothing changed, if names, shapes or dtypes are not those of this run
+    Raises  RunError, with nothing changed, if names, shapes or dtypes are not those of this run, or a file isn't there
     """
+    if lost := missing_files(path):
+        raise missing(path, lost)
     state, shards = read_state(path), Shards(path)
     planned = optimizer.empty_state(state[_NUM_UPDATES])
     planned.pop(_NUM_UPDATES)

@@ -16,6 +16,7 @@ from ossia.model.arch import alternating_layers
 from ossia.model.open import open_model
 from ossia.train.ranks.gradients import share
 from ossia.train.shards.sliced import InShards
+from ossia.train.state import checkpoint_paths, is_sharded
 from tests.conftest import MakeTiny
 from tests.shapes import LEAST
 from tests.train.conftest import outcome
@@ -67,6 +68,22 @@ def test_ranks_without_a_pack_take_part_and_only_the_first_talks(train_into: Mak
     assert [ranks.said(rank) for rank in (1, 2)] == ["", ""]
     assert json.loads((tmp_path / "3" / "env.json").read_text())["ranks"] == 3
     assert (tmp_path / "3" / "adapter" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_whole_weights_go_on_from_cut_ones_and_cut_from_whole(train_into: MakeRecipe, tmp_path: Path) -> None:
+    def arguments(run: str, shard: str) -> list[str]:
+        return train_into(tmp_path / run, "parallel.async_save=false", f"parallel.shard={shard}", adapter=None)
+
+    train(2, tmp_path / "said", arguments("alone", "none"))
+    for shard, update in (("all", 3), ("none", 3)):  # each ends two steps after its start, one of them saved
+        trouble = Suffers(0, "before an update", update)
+        flags = ["--resume"] if shard == "none" else []
+        assert Ranks(2, tmp_path / "said", *arguments("run", shard), *flags, trouble=trouble).wait()[0] == -9
+    assert [is_sharded(path) for path in checkpoint_paths(tmp_path / "run")] == [True, False]
+    said = train(2, tmp_path / "said", [*arguments("run", "all"), "--resume"]).said(0)
+    assert "going on from step 4" in said
+    assert farthest(losses(tmp_path / "alone"), losses(tmp_path / "run")) < 1e-6
 
 
 @pytest.mark.slow
