@@ -137,7 +137,8 @@ def clients_answers(
         asked.write_text(json.dumps(job))
         env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
         # On so small a model threads mostly wait for each other; spinning they took five times the processor's time.
-        env |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"} | ({} if path is None else {"PYTHONPATH": str(path)})
+        env |= {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+        env |= {} if path is None else {"PYTHONPATH": str(path)}
         command = [str(python), str(WORKERS / worker), str(asked), str(found)]
         subprocess.run(command, check=True, env=env, timeout=timeout_s, stdout=sys.stderr)
         with np.load(found) as read:
