@@ -305,7 +305,7 @@ def _judge(
             f"  allowed: a KL divergence of {allowed:.2e} nats, training itself made {before.kl:.2e}\n"
             f"  next: {next_step}, or allow it with --max-kl"
         )
-    if found.kl > MAX_SHARE * before.kl > 0:
+    if source.changes and found.kl > MAX_SHARE * before.kl > 0:  # of the same weights rounding alone leaves 1e-11
         say(
             f"mind: training moved the model by a KL of only {before.kl:.2e} nats, and rounding the weights loses part "
             "of that; an adapter kept apart loses nothing"
