@@ -50,7 +50,7 @@ def vllm_server(python: Path, model: Path, log: Path, *, adapter: Path | None = 
         options += ["--enable-lora", "--max-lora-rank", "8", "--lora-modules", f"{ADAPTED}={adapter}"]
         options += ["--lora-target-modules", "qkv_proj", "o_proj"]
     command = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), *options]
-    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "OMP_WAIT_POLICY")}
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     with log.open("wb") as words:
         process = subprocess.Popen(command, env=env | ENV, stdout=words, stderr=words, start_new_session=True)
         url = f"http://127.0.0.1:{port}"

@@ -17,10 +17,21 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
 
 from ossia.config import RECIPE_IN_RUN, load_recipe
+from ossia.data.pack import Pack
 from ossia.errors import CheckpointError, Interrupted, MissingExtraError, StoppedError, UserError
 from ossia.export.merge import Changes, write_merged
 from ossia.export.source import Source, identity_of, open_source
-from ossia.export.verify import Agreement, PassingWeights, changed_model, compare, fixed_texts, held_out_texts
+from ossia.export.verify import (
+    TOKENS_BY_LAYER,
+    TOKENS_EACH,
+    Agreement,
+    PassingWeights,
+    changed_model,
+    compare,
+    cost_by_layer,
+    fixed_texts,
+    held_out_texts,
+)
 from ossia.harmony import Vocabulary
 from ossia.model.arch import Layout
 from ossia.model.checkpoint import Checkpoint
@@ -149,9 +160,9 @@ def _export_folder(journal: Journal, source: Source, layout: Layout, max_kl: flo
         write_merged(journal.target, base, changes, base.path, layout, report, journal.remark, journal)
     errors = journal.remarks
     rounded = bool(errors) and not changes.qat
-    if errors:
-        _tell_rounding(source, errors)
     _say(_WRITTEN)
+    if errors:
+        _tell_rounding(source, journal.target, errors)
     verify_export(source, journal.target, _say, rounded=rounded, max_kl=max_kl)
 
 
@@ -198,21 +209,26 @@ def _export_from_gguf(
         target.rename(output.absolute())
 
 
-def _tell_rounding(source: Source, errors: Mapping[str, float]) -> None:
-    """What it cost to round experts to MXFP4, a line a layer."""
-    arch = source.base.arch
+def _tell_rounding(source: Source, folder: Path, errors: Mapping[str, float]) -> None:
+    """What it cost to round experts to MXFP4, a line a layer: of its weights, and of the answers where it alone is
+    rounded."""
     if source.base.layout == "bf16":
         _say(f"{source.base.path}: its experts are in bf16, so all of them are rounded to MXFP4, trained or not")
     if source.changes.qat:
         _say("experts are written as training computed them (`qat: mxfp4`): rounding them costs nothing more")
         return
+    _, packs = _texts_of(source, TOKENS_BY_LAYER)
+    trained = changed_model(PassingWeights(source.base), source.changes)
+    costs = cost_by_layer(trained, changed_model(PassingWeights(Checkpoint.open(folder))), packs)
     _say(
-        "experts rounded to MXFP4, and how far they are from what they were merged to (relative error of the weights):"
+        "experts rounded to MXFP4: how far they are from what they were merged to (relative error of the weights), "
+        "and the KL divergence, in nats, of what was trained with this layer alone as it is written:"
     )
-    for layer in range(arch.num_layers):
+    for layer, kl in enumerate(costs):
         prefix = f"model.layers.{layer}.mlp.experts."
         found = {name.removeprefix(prefix): error for name, error in errors.items() if name.startswith(prefix)}
-        _say(f"  layer {layer}: " + ", ".join(f"{name} {error:.2%}" for name, error in found.items()))
+        weights = ", ".join(f"{name} {error:.2%}" for name, error in found.items())
+        _say(f"  layer {layer}: {weights}; KL {kl:.2e}")
 
 
 def _export_gguf(journal: Journal, source: Source, name: str, kind: str, max_kl: float | None) -> None:
@@ -297,6 +313,14 @@ def verify_export(
     return _judge(source, exported, say, min_kl, max_kl, next_step)
 
 
+def _texts_of(source: Source, tokens_each: int = TOKENS_EACH) -> tuple[str, list[Pack]]:
+    """What is compared: held-out texts of the run, or else fixed ones; in words, and as packs."""
+    vocab = Vocabulary.from_file(source.base.path)
+    if source.recipe is not None and (packs := held_out_texts(source.recipe, vocab, tokens_each)):
+        return f"{sum(len(pack.sources) for pack in packs)} held-out texts", packs
+    return "fixed texts", fixed_texts(vocab, tokens_each)
+
+
 def _judge(
     source: Source,
     exported: Transformer | Changes,
@@ -306,10 +330,7 @@ def _judge(
     next_step: str,
 ) -> Agreement:
     """Raises CheckpointError as `verify_export`, for a model, or for what it changes of the same base."""
-    vocab = Vocabulary.from_file(source.base.path)
-    packs = [] if source.recipe is None else held_out_texts(source.recipe, vocab)
-    texts = f"{sum(len(pack.sources) for pack in packs)} held-out texts" if packs else "fixed texts"
-    packs = packs or fixed_texts(vocab)
+    texts, packs = _texts_of(source)
     base = PassingWeights(source.base)
     trained = changed_model(base, source.changes)
     other = changed_model(base, exported) if isinstance(exported, Changes) else exported
@@ -322,7 +343,7 @@ def _judge(
             f"  allowed: a KL divergence of {allowed:.2e} nats, training itself made {before.kl:.2e}\n"
             f"  next: {next_step}, or allow it with --max-kl"
         )
-    if found.kl > MAX_SHARE * before.kl > 0:
+    if source.changes and found.kl > MAX_SHARE * before.kl > 0:  # of the same weights rounding alone leaves 1e-11
         say(
             f"mind: training moved the model by a KL of only {before.kl:.2e} nats, and rounding the weights loses part "
             "of that; an adapter kept apart loses nothing"

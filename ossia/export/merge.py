@@ -54,6 +54,10 @@ class Changes:
             return cls(model.lora, qat=model.qat)
         return cls(None, model.trainable.tensors, model.qat)
 
+    def __bool__(self) -> bool:
+        """Whether training changed anything."""
+        return self.lora is not None or bool(self.tensors)
+
     def touch(self, module: str) -> bool:
         """Whether a tensor, by its name less `.weight`, is another than in the base."""
         adapted = self.lora is not None and module in self.lora.sites

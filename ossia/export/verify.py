@@ -27,13 +27,14 @@ from ossia.export.merge import Changes, mapped_tensor
 from ossia.harmony import Renderer, Vocabulary, conversation_from_messages
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.trainable import Trainable
-from ossia.model.transformer import Transformer
+from ossia.model.transformer import Context, Transformer
 from ossia.model.weights import EMBEDDING, EXPERT_WEIGHTS, Weights
 from ossia.ops.linear import Linear, linear
 from ossia.ops.moe import Expert, Route, clamped_swiglu_only, combine
 from ossia.ops.mxfp4 import BLOCK, dequantize_mxfp4
 
 TEXTS, TOKENS_EACH = 4, 256
+TOKENS_BY_LAYER = 64  # of each text, where every layer is a comparison of its own
 _VOCAB_BLOCK = 4096
 _CHATS = (
     ("What is the capital of France?", "The user asks for a capital.", "Paris is the capital of France."),
@@ -128,16 +129,42 @@ def compare(expected: Transformer, others: Sequence[Transformer], packs: Sequenc
     return found
 
 
+@torch.no_grad()
+def cost_by_layer(expected: Transformer, found: Transformer, packs: Sequence[Pack]) -> list[float]:
+    """What each layer of another model costs alone: the mean KL divergence, nats, from the expected model of one that
+    has this layer of the other and is the expected one otherwise.
+
+    Both have `PassingWeights`. With L layers it takes the time of L / 2 models
+    """
+    models = [expected] * (expected.arch.num_layers + 1)
+    by_pack = [_tallied(models, _hidden_by_layer(expected, found, pack)) for pack in packs]
+    return [float(torch.cat([kl for kl, _, _ in results]).mean()) for results in zip(*by_pack, strict=True)]
+
+
+def _hidden_by_layer(expected: Transformer, found: Transformer, pack: Pack) -> list[Tensor]:
+    """Final hidden states, (T, D): the expected model's, and those with each one of the other's layers in it."""
+    context, states = expected.context(pack), [_embedded(expected, pack.ids)]
+    for index in range(expected.arch.num_layers):
+        states = _through_layer([*[expected] * len(states), found], index, [*states, states[0]], context)
+    return [expected.final_norm(x_TD) for x_TD in states]
+
+
 def _hidden(models: Sequence[Transformer], pack: Pack) -> list[Tensor]:
     """Each model's final hidden states, (T, D): all of them through a layer before the next, expert by expert."""
     context = models[0].context(pack)
     states = [_embedded(model, pack.ids) for model in models]
     for index in range(models[0].arch.num_layers):
-        waiting = []
-        for model, x_TD in zip(models, states, strict=True):
-            model.layer_forward(model.fetch(index), x_TD, context, mixture=partial(_wait, waiting))
-        states = _mixtures(models, index, waiting)
+        states = _through_layer(models, index, states, context)
     return [model.final_norm(x_TD) for model, x_TD in zip(models, states, strict=True)]
+
+
+def _through_layer(
+    models: Sequence[Transformer], index: int, states: Sequence[Tensor], context: Context
+) -> list[Tensor]:
+    waiting = list[_Waiting]()
+    for model, x_TD in zip(models, states, strict=True):
+        model.layer_forward(model.fetch(index), x_TD, context, mixture=partial(_wait, waiting))
+    return _mixtures(models, index, waiting)
 
 
 def _embedded(model: Transformer, ids_T: Tensor) -> Tensor:
@@ -307,19 +334,20 @@ def _logits(models: Sequence[Transformer], states: Sequence[Tensor], rows: slice
     return found
 
 
-def held_out_texts(recipe: Recipe, vocab: Vocabulary) -> list[Pack]:
-    """The first held-out samples of a run; [] where it holds none out, or its data isn't here any more."""
+def held_out_texts(recipe: Recipe, vocab: Vocabulary, tokens_each: int = TOKENS_EACH) -> list[Pack]:
+    """The first held-out samples of a run, each cut to some tokens; [] where it holds none out, or its data isn't here
+    any more."""
     if not recipe.has_eval:
         return []
     try:
-        return _packs(in_order(open_datasets(recipe, vocab).held_out))
+        return _packs(in_order(open_datasets(recipe, vocab).held_out), tokens_each)
     except (DataError, MissingExtraError):
         return []
 
 
-def fixed_texts(vocab: Vocabulary) -> list[Pack]:
-    """Four short conversations."""
-    return _packs(_rendered(vocab))
+def fixed_texts(vocab: Vocabulary, tokens_each: int = TOKENS_EACH) -> list[Pack]:
+    """Four short conversations, each cut to some tokens."""
+    return _packs(_rendered(vocab), tokens_each)
 
 
 def _rendered(vocab: Vocabulary) -> Iterator[Sample]:
@@ -330,7 +358,7 @@ def _rendered(vocab: Vocabulary) -> Iterator[Sample]:
             yield Sample.from_rendered(rendered, f"fixed text {number + 1}")
 
 
-def _packs(samples: Iterable[Sample]) -> list[Pack]:
+def _packs(samples: Iterable[Sample], tokens_each: int) -> list[Pack]:
     """All of them in one pack, so that a layer is read once for all; [] of none."""
-    texts = [sample.truncated(TOKENS_EACH) for sample in islice(samples, TEXTS)]
+    texts = [sample.truncated(tokens_each) for sample in islice(samples, TEXTS)]
     return [Pack.from_samples(texts)] if texts else []

@@ -16,6 +16,7 @@ from gguf.quants import dequantize
 
 from ossia.errors import CheckpointError, MissingExtraError, TokenizerError, UserError
 from ossia.export import export_model
+from ossia.export.verify import Agreement
 from ossia.harmony import Vocabulary
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.lora import LoraSpec
@@ -31,6 +32,10 @@ ATTENTION = LoraSpec(dict.fromkeys(("q_proj", "v_proj"), (4, 8.0)))
 def exported(model: Path, output: Path, **options: Any) -> dict[str, ReaderTensor]:
     export_model(str(model), to="gguf", output=output, **options)
     return {tensor.name: tensor for tensor in GGUFReader(output).tensors}
+
+
+def apart(kl: float) -> Agreement:
+    return Agreement(1, kl, kl, kl, 1.0)
 
 
 def values(tensor: ReaderTensor) -> np.ndarray:
@@ -174,6 +179,19 @@ def test_other_types_are_as_near_as_they_can_be(tiny: MakeTiny, tmp_path: Path, 
         assert np.all(far <= size * (off * 1.01) + 2.0**-24), name
     assert found["blk.0.ffn_down_exps.weight"].tensor_type == GGMLQuantizationType[kind.upper()]
     assert found["blk.0.ffn_gate_inp.weight"].tensor_type == GGMLQuantizationType.F32
+
+
+def test_of_a_model_that_nobody_trained_nothing_is_said_of_training(
+    tiny: MakeTiny, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two passes over the same weights differ by rounding, or may: here they do."""
+    monkeypatch.setattr("ossia.export.export.compare", lambda *_: [apart(1e-9), apart(1e-11)])
+    exported(tiny(SHALLOW), tmp_path / "x.gguf")
+    assert "training moved" not in capsys.readouterr().err
+    lora = random_lora(arch_of(tiny(SHALLOW)), ATTENTION)
+    save_adapter(tmp_path / "adapter", lora, base_model="x")
+    exported(tiny(SHALLOW), tmp_path / "y.gguf", adapter=str(tmp_path / "adapter"))
+    assert "training moved the model by a KL of only 1.00e-11" in capsys.readouterr().err
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------

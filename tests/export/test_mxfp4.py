@@ -105,8 +105,9 @@ def test_every_layer_is_told_how_far_rounding_moved_its_weights(
         merged = before + lora.spec.scale("down_proj") * (b @ a)
         error = float((after - merged).norm() / merged.norm())
         assert 0.01 < error < 0.2
-        (told,) = re.findall(rf"layer {layer}: down_proj ([\d.]+)%\n", said)
+        ((told, kl),) = re.findall(rf"layer {layer}: down_proj ([\d.]+)%; KL (\S+)\n", said)
         assert float(told) == pytest.approx(100 * error, abs=0.006)
+        assert float(kl) > 1e-6
     assert re.search(r"read back and compared with what was trained, on fixed texts: .*KL", said)
 
 

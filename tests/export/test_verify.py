@@ -14,9 +14,9 @@ from ossia.errors import CheckpointError
 from ossia.export.gguf.read import decode, gguf_model, unpack_mxfp4
 from ossia.export.gguf.write import repack_mxfp4
 from ossia.export.merge import Changes, write_merged
-from ossia.export.verify import PassingWeights, changed_model, compare, fixed_texts
+from ossia.export.verify import PassingWeights, changed_model, compare, cost_by_layer, fixed_texts
 from ossia.harmony import Vocabulary
-from ossia.model.checkpoint import Checkpoint
+from ossia.model.checkpoint import Checkpoint, write_checkpoint
 from ossia.model.transformer import Transformer
 from tests.conftest import MakeTiny
 from tests.export.conftest import random_lora
@@ -53,6 +53,36 @@ def test_agreement_is_that_of_the_whole_models_logits(
         assert agreement.max_abs == pytest.approx(float((want - have).abs().max()), rel=1e-3)
         assert agreement.top1 == pytest.approx(float((want.argmax(-1) == have.argmax(-1)).double().mean()), abs=2e-3)
     assert found[1].kl > 10 * found[0].kl > 0
+
+
+@pytest.mark.parametrize("layout", ["mxfp4", "bf16"])
+def test_what_a_layer_costs_is_the_kl_of_a_model_with_that_layer_alone(
+    tiny: MakeTiny, tmp_path: Path, layout: str
+) -> None:
+    path = tiny(UNEQUAL, layout)
+    base = Checkpoint.open(path)
+    changes = Changes(random_lora(base.arch))
+    write_merged(tmp_path / "merged", base, changes, path, "bf16")
+    write_merged(tmp_path / "rounded", base, changes, path, "mxfp4")
+    write_merged(tmp_path / "plain", Checkpoint.open(tmp_path / "rounded"), Changes(), path, "bf16")  # the same values
+    merged, plain = (Checkpoint.open(tmp_path / name) for name in ("merged", "plain"))
+    packs = fixed_texts(Vocabulary.from_file(path), 64)
+    assert len(packs[0].ids) < len(fixed_texts(Vocabulary.from_file(path))[0].ids) <= 4 * 256
+    assert len(packs[0].ids) <= 4 * 64
+    rounded = changed_model(PassingWeights(Checkpoint.open(tmp_path / "rounded")))
+    costs = cost_by_layer(changed_model(PassingWeights(merged)), rounded, packs)
+
+    want = load(tmp_path / "merged").logits(packs[0]).double().log_softmax(-1)
+    for layer, cost in enumerate(costs):
+        mixed = (
+            (name, (plain if name.startswith(f"model.layers.{layer}.") else merged).tensor(name))
+            for name in merged.specs
+        )
+        write_checkpoint(tmp_path / f"mixed-{layer}", base.arch, mixed, "bf16", tokenizer_from=path)
+        have = load(tmp_path / f"mixed-{layer}").logits(packs[0]).double().log_softmax(-1)
+        assert cost == pytest.approx(float((want.exp() * (want - have)).sum(-1).mean()), rel=1e-2, abs=1e-7)
+    assert costs[0] != pytest.approx(costs[1], rel=0.1)
+    assert min(costs) > 1e-5
 
 
 def test_a_run_that_was_trained_rounded_is_compared_rounded(tiny: MakeTiny) -> None:

@@ -17,18 +17,23 @@ from typing import Any, NamedTuple
 import numpy as np
 
 Logits = Callable[[list[int]], np.ndarray]
-Greedy = Callable[[list[int]], list[int]]
+Greedy = Callable[[list[list[int]]], list[list[int]]]
 
 
 class Client(NamedTuple):
     """A loaded model.
 
     logits  ids -> (T, V) float32, one row a position
-    greedy  ids -> the ids that follow, a stop included
+    greedy  prompts -> the ids that follow each, a stop included; all of them at once, for clients that batch
     """
 
     logits: Logits
     greedy: Greedy
+
+
+def one_by_one(greedy: Callable[[list[int]], list[int]]) -> Greedy:
+    """For a client that answers one prompt at a time."""
+    return lambda prompts: [greedy(ids) for ids in prompts]
 
 
 def run(packages: Sequence[str], load: Callable[[dict[str, Any]], Client]) -> None:
@@ -36,6 +41,7 @@ def run(packages: Sequence[str], load: Callable[[dict[str, Any]], Client]) -> No
     job = json.loads(Path(sys.argv[1]).read_text())
     client = load(job)
     found = {f"logits_{n}": client.logits(ids).astype(np.float32) for n, ids in enumerate(job["texts"])}
-    found |= {f"answer_{n}": np.array(client.greedy(ids), np.int64) for n, ids in enumerate(job["prompts"])}
+    answers = client.greedy(job["prompts"]) if job["prompts"] else []
+    found |= {f"answer_{n}": np.array(ids, np.int64) for n, ids in enumerate(answers)}
     versions = {name: metadata.version(name) for name in packages}
     np.savez(sys.argv[2], versions=np.array(json.dumps(versions)), **found)

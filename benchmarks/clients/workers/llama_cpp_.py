@@ -6,7 +6,7 @@ from typing import Any
 
 import llama_cpp
 import numpy as np
-from job import Client, run
+from job import Client, one_by_one, run
 
 ROOM = 1024
 
@@ -52,7 +52,7 @@ def load(job: dict[str, Any]) -> Client:
                 return answer
             llama.eval(answer[-1:])
 
-    return Client(logits, greedy)
+    return Client(logits, one_by_one(greedy))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from job import Client, run
+from job import Client, one_by_one, run
 from mlx_lm.generate import generate_step
 from mlx_lm.utils import load_model
 
@@ -28,7 +28,7 @@ def load(job: dict[str, Any]) -> Client:
                 break
         return answer
 
-    return Client(logits, greedy)
+    return Client(logits, one_by_one(greedy))
 
 
 if __name__ == "__main__":

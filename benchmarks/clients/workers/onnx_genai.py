@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime_genai
-from job import Client, run
+from job import Client, one_by_one, run
 
 ROOM = 1024  # positions of its cache, of which it wants at least as many as the sliding window has
 
@@ -42,7 +42,7 @@ def load(job: dict[str, Any]) -> Client:
                 break
         return answer
 
-    return Client(logits, greedy)
+    return Client(logits, one_by_one(greedy))
 
 
 if __name__ == "__main__":

@@ -18,19 +18,26 @@ def load_model(job: dict[str, Any]) -> Any:
 
 
 def client(model: Any, job: dict[str, Any]) -> Client:
-    """`generate` is its own."""
+    """`generate` is its own, all prompts in one batch with their padding on the left."""
+    stops, pad = set(job["stops"]), min(job["stops"])
 
     @torch.no_grad()
     def logits(ids: list[int]) -> np.ndarray:
         return model(input_ids=torch.tensor([ids])).logits[0].numpy()
 
     @torch.no_grad()
-    def greedy(ids: list[int]) -> list[int]:
-        asked = torch.tensor([ids])
+    def greedy(prompts: list[list[int]]) -> list[list[int]]:
+        longest = max(map(len, prompts))
+        asked = torch.tensor([[pad] * (longest - len(ids)) + ids for ids in prompts])
+        mask = torch.tensor([[0] * (longest - len(ids)) + [1] * len(ids) for ids in prompts])
+        new = job["max_new"]
         done = model.generate(
-            input_ids=asked, attention_mask=torch.ones_like(asked), max_new_tokens=job["max_new"], do_sample=False
+            input_ids=asked, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=pad
         )
-        return done[0, len(ids) :].tolist()
+        return [up_to_stop(row) for row in done[:, longest:].tolist()]
+
+    def up_to_stop(ids: list[int]) -> list[int]:
+        return ids[: next((place + 1 for place, one in enumerate(ids) if one in stops), len(ids))]
 
     return Client(logits, greedy)
 
