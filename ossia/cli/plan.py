@@ -82,7 +82,7 @@ def plan(
             (checked.device, checked.dtype, checked.train.threads),
         )
     division = (shards, expert_parallel, context_parallel, offload)
-    if gpus > 1 or division != (None, 1, 1, None):
+    if gpus > 1 or any(said is not None for said in division):
         if gpu is None and gpu_memory is None:
             raise UserError(
                 "--gpus is of GPUs that aren't here; name one: --gpu H100, or say what it is: --gpu-memory GB"
@@ -95,7 +95,9 @@ def plan(
         raise typer.Exit(DOES_NOT_FIT)
 
 
-def _wanted(gpus: int, network: str, per_machine: int, division: tuple[int | None, int, int, bool | None]) -> Wanted:
+def _wanted(
+    gpus: int, network: str, per_machine: int, division: tuple[int | None, int | None, int | None, bool | None]
+) -> Wanted:
     from ossia.model.budget.many.links import NETWORKS
     from ossia.plan.many.predict import Wanted
 

@@ -95,7 +95,7 @@ def by_autograd(model: Transformer, packs: list[Pack]) -> tuple[float, dict[str,
     total, last = torch.zeros(()), model.arch.num_layers - 1
     for pack in packs:
         micro = Micro.of(model, pack)
-        x = model.embed(micro.pack.ids)
+        x = model.embed(micro.ids)
         for index in range(model.arch.num_layers):
             x = model.layer_forward(model.fetch(index), x, micro.context, **micro.in_layer(index, last))
         total = total - logprobs(model, micro, x, model.head()).sum() / 7
