@@ -35,7 +35,12 @@ def transformers_457() -> Path:
         part = site.with_suffix(f".{os.getpid()}")
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(part), *TRANSFORMERS_457]
         subprocess.run(pip, check=True, timeout=240)
-        part.rename(site)
+        try:
+            part.rename(site)
+        except OSError:  # another process was faster
+            shutil.rmtree(part)
+            if not site.is_dir():
+                raise
     return site
 
 

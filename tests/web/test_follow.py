@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from ossia.errors import AdapterError
 from ossia.model.peft import load_adapter
-from ossia.train.state import MANIFEST, TRAINABLE, _entry, checkpoint_paths
+from ossia.train.state import MANIFEST, TRAINABLE, checkpoint_paths, entry_of
 from ossia.web.app import Server
 from ossia.web.follow import RunAdapter
 from ossia.web.hosting import Limits, open_hosted, read_wanted
@@ -43,7 +43,7 @@ class Run:
         tensors = load_file(partial / TRAINABLE)
         save_file({name: t * strength if "lora_B" in name else t for name, t in tensors.items()}, partial / TRAINABLE)
         manifest = json.loads((partial / MANIFEST).read_text())
-        manifest["files"][TRAINABLE] = _entry(partial / TRAINABLE)
+        manifest["files"][TRAINABLE] = entry_of(partial / TRAINABLE)
         (partial / MANIFEST).write_text(json.dumps(manifest))
         if spoil is not None:
             spoil(partial)

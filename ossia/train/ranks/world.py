@@ -39,7 +39,11 @@ _GONE_S = 6.0  # of silence, once the launcher or a broken connection has told t
 
 
 class PeerError(RunError):
-    """Another rank has failed, and says itself why."""
+    """Another rank has failed, and says itself why: `said`, its number and its words."""
+
+    def __init__(self, message: str, said: tuple[int, str]) -> None:
+        super().__init__(message)
+        self.said = said
 
 
 class _Line:
@@ -285,9 +289,15 @@ class World:
         if store.check(["failure"]):
             raise self.because_of(*json.loads(store.get("failure")))
 
-    def because_of(self, rank: int, text: str) -> PeerError:
-        """The error with which this rank stops, as another has failed and said so."""
-        return PeerError(f"{self._here}: stopped, as rank {rank} has said: {text.splitlines()[0]}")
+    def because_of(self, rank: int, text: str) -> RunError:
+        """The error with which this rank stops, as another has failed and said so; or this one itself, in a thread."""
+        if rank == self.rank:
+            return RunError(self._named(text))
+        return PeerError(f"{self._here}: stopped, as rank {rank} has said: {text.splitlines()[0]}", (rank, text))
+
+    def _named(self, text: str) -> str:
+        """An error's words with this rank and step, unless they name one."""
+        return text if text.startswith("rank ") else f"{self._here}: {text.removeprefix(f'step {self.step}: ')}"
 
     @property
     def _lost_store(self) -> str:
@@ -329,15 +339,19 @@ class World:
 
     def _end(self, error: BaseException | None) -> None:
         """Give an error the name of its rank and step, and leave it for the others, unless one of them was first."""
-        if error is None or isinstance(error, PeerError):
+        if error is None:
+            return
+        if isinstance(error, PeerError):  # of which the others, that rank itself among them, may not have heard
+            with contextlib.suppress(dist.DistError):
+                self._words.asked_at = time.monotonic()
+                self._store.compare_set("failure", "", json.dumps(error.said))
             return
         if isinstance(error, Interrupted):  # all of them are; one says so
             if not self.leads:
                 raise SystemExit(error.exit_code) from None
             return
         text = str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"
-        if not text.startswith("rank "):
-            text = f"{self._here}: {text.removeprefix(f'step {self.step}: ')}"
+        text = self._named(text)
         mine = json.dumps([self.rank, text])
         self._words.asked_at = time.monotonic()
         try:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pytest
+
 from ossia.train.shards.save import Saver
 from ossia.train.state import checkpoint_paths, verify
 from tests.train.ranks.conftest import MakeRecipe
@@ -21,10 +23,13 @@ CUT = ("parallel.shard=all", "eval.split=0", "eval.every=0")
 
 
 class _Saves:
-    """A rank's file takes so many seconds to be written; or, from rank 1, the disk is full then."""
+    """A rank's file takes so many seconds to be written; or, from rank 1, the disk is full then.
 
-    def __init__(self, seconds: float, *, full: bool = False) -> None:
-        self.seconds, self.full = seconds, full
+    heard  the rank that looks whether its save has failed; the other one has just looked. None: both
+    """
+
+    def __init__(self, seconds: float, *, full: bool = False, heard: int | None = None) -> None:
+        self.seconds, self.full, self.heard = seconds, full, heard
 
     @contextmanager
     def __call__(self, rank: int) -> Iterator[None]:
@@ -37,6 +42,8 @@ class _Saves:
             return own(saver, *what)
 
         Saver._own_file = slow
+        if self.heard not in (None, rank):
+            Saver.check = lambda saver: None
         yield
 
 
@@ -56,10 +63,13 @@ def test_the_end_and_a_request_to_stop_wait_for_the_save_under_way(train_into: M
         assert verify(checkpoint_paths(run)[0]) is None
 
 
-def test_a_save_that_fails_beside_training_ends_it_at_the_next_step(train_into: MakeRecipe, tmp_path: Path) -> None:
+@pytest.mark.parametrize("heard", [None, 0, 1])
+def test_a_save_that_fails_beside_training_ends_it_at_the_next_step(
+    heard: int | None, train_into: MakeRecipe, tmp_path: Path
+) -> None:
     """Long before the next save, which would hear of it too."""
     arguments = train_into(tmp_path / "run", *CUT, "train.steps=500", "train.save_every=20", adapter=None)
-    ranks = Ranks(2, tmp_path / "said", *arguments, trouble=_Saves(0.1, full=True))
+    ranks = Ranks(2, tmp_path / "said", *arguments, trouble=_Saves(0.1, full=True, heard=heard))
     assert ranks.wait(asks=False) == [2, 2]
     words = r"^rank 1, step \d+: can't save its part of the checkpoint .*step-00000020: No space left on device$"
     assert re.search(words, ranks.said(1), re.M), ranks.said(1)
