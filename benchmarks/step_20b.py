@@ -191,7 +191,7 @@ def run_peer(options: argparse.Namespace, limit: int) -> dict[str, Any]:
         "exit_code": os.waitstatus_to_exitcode(waited),
         "seconds": time.perf_counter() - start,
         "peak_resident_bytes": usage.ru_maxrss * 1024,
-        "last_words": lines[-3:],
+        "last_words": [re.sub(r'"/.*/(?=site-packages/)', '"', line) for line in lines[-3:]],
     }
 
 
