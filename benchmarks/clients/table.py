@@ -53,6 +53,14 @@ def yarn_lines() -> Iterator[str]:
             f"| {one['from']:,} to {one['to']:,} | {one['max_abs']:.2f} | {one['kl']:.1e} | {one['top1']:.2%} "
             f"| {one['loss']:.4f}, {one['loss_rounded']:.4f} |"
         )
+    yield ""
+    yield "| the note stands so many tokens back | ids | found again, and rounded | loss, and rounded | mean KL, nats |"
+    yield "|---|---|---|---|---|"
+    for one in found["by_distance"]:
+        yield (
+            f"| {one['from']:,} to {one['to']:,} | {one['positions']:,} | {one['hit']:.2%}, {one['hit_rounded']:.2%} "
+            f"| {one['loss']:.4f}, {one['loss_rounded']:.4f} | {one['kl']:.1e} |"
+        )
     turned = found["rotations"]
     far = ", ".join(f"{radians:.2g} at {int(distance):,}" for distance, radians in turned["radians"].items())
     yield ""
