@@ -41,6 +41,19 @@ def client_lines() -> Iterator[str]:
         )
 
 
+def _note_lines(by_distance: list[dict[str, Any]]) -> Iterator[str]:
+    """Whether what stands far back is found again."""
+    if by_distance:
+        yield ""
+        yield "| the note stands back by tokens | ids | found again, and rounded | loss, and rounded | mean KL, nats |"
+        yield "|---|---|---|---|---|"
+    for one in by_distance:
+        yield (
+            f"| {one['from']:,} to {one['to']:,} | {one['positions']:,} | {one['hit']:.2%}, "
+            f"{one['hit_rounded']:.2%} | {one['loss']:.4f}, {one['loss_rounded']:.4f} | {one['kl']:.1e} |"
+        )
+
+
 def yarn_lines() -> Iterator[str]:
     """By position, and the angles that are behind it; nothing where it wasn't measured."""
     if not (RESULTS / "yarn_truncate.json").is_file():
@@ -53,6 +66,7 @@ def yarn_lines() -> Iterator[str]:
             f"| {one['from']:,} to {one['to']:,} | {one['max_abs']:.2f} | {one['kl']:.1e} | {one['top1']:.2%} "
             f"| {one['loss']:.4f}, {one['loss_rounded']:.4f} |"
         )
+    yield from _note_lines(found.get("by_distance", []))  # older results have none
     turned = found["rotations"]
     far = ", ".join(f"{radians:.2g} at {int(distance):,}" for distance, radians in turned["radians"].items())
     yield ""
