@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Protocol
 
@@ -133,6 +133,9 @@ class Transformer:
         self.kernels: Kernels = kernels or pick_kernels(weights.device, weights.dtype)
         self.probed: Probed | None = None
         self._parts = parts_for(self.kernels, weights.dtype)
+        if experts_over is not None:
+            sent = with_rows_sent(self._parts.mixture, self._parts.sort, experts_over)
+            self._parts = replace(self._parts, mixture=sent)
 
     @property
     def arch(self) -> Arch:
@@ -417,10 +420,9 @@ class Transformer:
             routing = route(logits, a.experts_per_token, None if replay is None else replay[which], self._parts.sort)
             if note_experts is not None:
                 note_experts(routing.experts_TK)
-            through = mixture or self._parts.mixture
-            if self.experts_over is not None:
-                through = with_rows_sent(through, self._parts.sort, self.experts_over)
-            return through(x_TD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, adapted)
+            return (mixture or self._parts.mixture)(
+                x_TD, normed, routing, layer.gate_up, layer.down, a.swiglu_limit, a.swiglu_alpha, adapted
+            )
 
         if tokens_at_once is None or len(x_TD) <= tokens_at_once:
             return through_experts(x_TD, slice(None), 0)

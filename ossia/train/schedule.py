@@ -152,7 +152,7 @@ class _Plan:
     def attention_of(self, layer: Layer, micro: Micro) -> KeptAttention | None:
         """Where the layer's attention leaves what it found, if that is to be kept."""
         segments = micro.context.segments
-        long = bool(segments.lengths) and segments.longest >= ATTENTION_KEPT_FROM and segments.shared is None
+        long = segments.longest >= ATTENTION_KEPT_FROM and segments.shared is None
         return KeptAttention() if self.keep_attention and layer.window is None and long else None
 
 

@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -26,6 +25,7 @@ from ossia.train.state import (
     seed_generators,
     verify,
 )
+from tests.train.disks import small_disk_at
 
 MIB = 2**20
 
@@ -182,16 +182,9 @@ def test_the_promised_size_covers_what_is_written(tmp_path: Path) -> None:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 4 MiB; needs the right to mount one."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=4m", "none", str(disk)], capture_output=True, check=False
-    )
-    if made.returncode:
-        pytest.skip("can't mount a file system here; the test with a file size limit covers the same code")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    """A real file system of 4 MiB."""
+    with small_disk_at(tmp_path / "disk", "4m", "the test with a file size limit covers the same code") as disk:
+        yield disk
 
 
 def test_a_full_disk_says_what_was_being_saved_what_it_needs_and_what_is_safe(small_disk: Path) -> None:

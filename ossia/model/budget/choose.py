@@ -103,7 +103,7 @@ def offloads(work: Work, memory: Memory, fits: Fits | None = None) -> bool:
     memory  what is there once weights, what is trained and the optimizer's state are where they belong
     fits    whether a step does; None: as one process's, which has all of the weights
     """
-    fits = fits or (lambda step: fits_beside(step, memory.gpu, memory.gpu_free))
+    fits = fits or _fits_alone(memory)
     return work.device == "cuda" and not fits(replace(work, offload=False, keep_attention=False))
 
 
@@ -118,8 +118,13 @@ def keeps_attention(work: Work, memory: Memory, fits: Fits | None = None) -> boo
     needed = attention_bytes(work, work.arch.num_layers - 1)
     if work.device == "cpu":
         return 0 < needed <= memory.machine // 10
-    fits = fits or (lambda step: fits_beside(step, memory.gpu, memory.gpu_free))
+    fits = fits or _fits_alone(memory)
     return 0 < needed <= memory.gpu_free // 4 and fits(replace(work, keep_attention=True))
+
+
+def _fits_alone(memory: Memory) -> Fits:
+    """Whether a step of one process fits."""
+    return lambda step: fits_beside(step, memory.gpu, memory.gpu_free)
 
 
 def gib(num_bytes: float) -> str:

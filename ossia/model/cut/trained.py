@@ -10,7 +10,7 @@ as the group's backward is over.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,10 +19,6 @@ from ossia.model.budget.weights import EMBEDDING, HEAD, is_of_experts
 from ossia.model.cut.home import Home
 from ossia.model.cut.ranks import Ranks, part_size
 from ossia.model.trainable import Trainable, passing_on
-
-if TYPE_CHECKING:
-    from torch.distributed import DeviceMesh
-    from torch.distributed.tensor import DTensor
 
 _ALIGNED = 16  # numbers: from a multiple of that on each tensor begins in a part
 
@@ -229,13 +225,3 @@ def _deal_out(flat: Tensor, rows: Tensor, place: _Place) -> None:
     rows[:full, start : start + each] = flat[: full * each].view(full, each)
     if rest:
         rows[full, start : start + rest] = flat[full * each :]
-
-
-def as_dtensor(part: Tensor, numel: int, mesh: DeviceMesh) -> DTensor:
-    """A flat tensor of `numel` numbers out of the ranks' parts, for what saves and loads such tensors.
-
-    part  of this rank, `part_of`; mesh: one-dimensional, all ranks
-    """
-    from torch.distributed.tensor import DTensor, Shard
-
-    return DTensor.from_local(part, mesh, [Shard(0)], shape=torch.Size((numel,)), stride=(1,), run_check=False)

@@ -54,7 +54,7 @@ class Segments:
 
     @property
     def longest(self) -> int:
-        return max(self.lengths)
+        return max(self.lengths, default=0)
 
     def bounds(self, window: int | None) -> tuple[Tensor, Tensor]:
         """The first key that each token sees, and the last token that sees it: (U,) int32 each, never falling.

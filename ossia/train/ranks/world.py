@@ -204,25 +204,11 @@ class World:
     def begin_gather(self, whole: Tensor, part: Tensor) -> Callable[[], None]:
         """Begin to put every rank's `part`, contiguous and all of one size, by rank into `whole`; what is returned
         waits for that. NCCL gathers on a stream of its own, behind what has been launched by now; gloo in a thread."""
-        begun = list[Any]()
-
-        def begin(part: Tensor) -> None:
-            with _old_names():
-                begun.append(dist.all_gather_into_tensor(whole, part, async_op=True))
-
-        self._together([part], begin)
-        return lambda: self._together(begun, lambda work: work.wait())
+        return self._begin(lambda: dist.all_gather_into_tensor(whole, part, async_op=True))
 
     def begin_sum(self, part: Tensor, whole: Tensor) -> Callable[[], None]:
         """Begin to put this rank's equal part of the sum of all ranks' `whole` into `part`; as `begin_gather`."""
-        begun = list[Any]()
-
-        def begin(part: Tensor) -> None:
-            with _old_names():
-                begun.append(dist.reduce_scatter_tensor(part, whole, async_op=True))
-
-        self._together([part], begin)
-        return lambda: self._together(begun, lambda work: work.wait())
+        return self._begin(lambda: dist.reduce_scatter_tensor(part, whole, async_op=True))
 
     def total(self, value: float) -> float:
         """The sum over ranks, the same number on each."""
@@ -245,6 +231,13 @@ class World:
     def receive(self, tensor: Tensor, of: int) -> None:
         """Replace a tensor, contiguous, by what a rank sends."""
         self._together((tensor,), lambda tensor: dist.recv(tensor, of))
+
+    def _begin(self, start: Callable[[], Any]) -> Callable[[], None]:
+        """Start an exchange; what is returned waits for its end."""
+        begun = list[Any]()
+        with _old_names():
+            self._together([start], lambda start: begun.append(start()))
+        return lambda: self._together(begun, lambda work: work.wait())
 
     def _together(self, tensors: Iterable[_T], act: Callable[[_T], object]) -> None:
         try:

@@ -19,6 +19,7 @@ import torch
 from ossia.errors import RunError
 from ossia.train.ranks.world import World
 from ossia.train.state import newest_checkpoint
+from tests.train.disks import small_disk_at
 from tests.train.shards.support import Group, train
 from tests.train.shards.test_faults import Suffers, flip_a_bit
 
@@ -139,16 +140,9 @@ def test_a_host_killed_between_the_first_rename_and_its_own_goes_on(tmp_path: Pa
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A real file system of 160 KiB; needs the right to mount one."""
-    disk = tmp_path / "B"
-    disk.mkdir()
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=160k", "none", str(disk)], capture_output=True, check=False
-    )
-    if made.returncode:
-        pytest.skip("can't mount a file system here; test_faults has the same with a limit on files")
-    yield disk
-    subprocess.run(["umount", str(disk)], check=True)
+    """A real file system of 160 KiB."""
+    with small_disk_at(tmp_path / "B", "160k", "test_faults has the same with a limit on files") as disk:
+        yield disk
 
 
 def test_a_full_disk_of_one_host_leaves_the_last_checkpoint_on_all(small_disk: Path) -> None:
