@@ -2,10 +2,11 @@
 
 Run: python -m benchmarks.sft_cpu --case b1-2048      Needs: 2 cores, 24 GiB for b1-8192      Quoted in: README.md
 
-Both sides load the same checkpoint (experts in MXFP4, expanded to bfloat16), put LoRA r16 on attention, and take whole
-optimizer steps over the same pack, in turn, after a warm-up. transformers runs with its default grouped experts,
-gradient checkpointing, and adapters in bfloat16; packed documents are kept apart by `position_ids`. The first step's
-losses have to agree. tokens/s counts trained tokens; peak memory is each process's own VmHWM.
+Both sides load the same checkpoint (experts in MXFP4, expanded to bfloat16), put LoRA r16 on attention, in the cases
+named so r8 on the experts too, and take whole optimizer steps over the same pack, in turn, after a warm-up.
+transformers runs with its default grouped experts, gradient checkpointing, and adapters in bfloat16 (peft's
+`target_parameters` on experts); packed documents are kept apart by `position_ids`. The first step's losses and the
+number of trained numbers have to agree. tokens/s counts trained tokens; peak memory is each process's own VmHWM.
 """
 
 from __future__ import annotations
@@ -22,17 +23,19 @@ from benchmarks.common import peak_resident_bytes, serve, side_by_side, take_tur
 
 MODULE = "benchmarks.sft_cpu"
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "tokenizers")
-RANK, ALPHA, LEARNING_RATE = 16, 32.0, 1e-4
+RANK, EXPERT_RANK, LEARNING_RATE = 16, 8, 1e-4  # alpha is twice the rank
+ATTENTION, EXPERTS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_up_proj", "down_proj")
 TURNS = 8  # questions in a chat
 LOSS_TOLERANCE = 2e-3  # relative, of the first step: bfloat16 on both sides
 
 
 @dataclass(frozen=True)
 class Case:
-    """A bench shape, the tokens of a step, and whether they are random or real conversations."""
+    """A bench shape, the tokens of a step, whether experts are adapted, and whether rows are real conversations."""
 
     shape: str
     tokens: int
+    experts: bool = False
     conversations: bool = False
     alone: bool = False  # the peer nearly fills the memory: a fresh process a repeat, one at a time, no warm-up
 
@@ -42,7 +45,12 @@ CASES = {
     "b1-2048": Case("B1", 2048),
     "b1-2048-chats": Case("B1", 2048, conversations=True),
     "b1-8192": Case("B1", 8192, alone=True),
+    "b1-512-experts": Case("B1", 512, experts=True),
+    "b1-2048-experts": Case("B1", 2048, experts=True),
+    "b2-512": Case("B2", 512),
     "b2-2048": Case("B2", 2048),
+    "b2-512-experts": Case("B2", 512, experts=True),
+    "b2-2048-experts": Case("B2", 2048, experts=True),
 }
 
 
@@ -98,7 +106,8 @@ def ossia_worker(case: Case, folder: Path, threads: int) -> None:
 
     pack = Pack.from_samples(samples_of(case, folder))
     model = Transformer(Weights(Checkpoint.open(folder), "bf16", torch.bfloat16, torch.device("cpu")))
-    targets = dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), (RANK, ALPHA))
+    targets = dict.fromkeys(ATTENTION, (RANK, 2.0 * RANK))
+    targets |= dict.fromkeys(EXPERTS if case.experts else (), (EXPERT_RANK, 2.0 * EXPERT_RANK))
     model.use_adapter(Lora.fresh(model.arch, LoraSpec(targets), seed=0, device=model.device))
     optimizer = AdamW(model.trainable.tensors, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.0)
     how = how_to_step(model, "auto", *[pack.num_tokens] * 2, int(pack.starts.diff().max()))
@@ -108,7 +117,9 @@ def ossia_worker(case: Case, folder: Path, threads: int) -> None:
         result = train_step(model, optimizer, [pack], lr=LEARNING_RATE, clip=1.0, **how._asdict())
         return {"loss": result.loss, "step_s": time.perf_counter() - start, "peak_bytes": peak_resident_bytes()}
 
-    serve({"trained": pack.num_trained, "tokens": pack.num_tokens, "documents": len(pack.starts) - 1}, step)
+    size = sum(tensor.numel() for tensor in model.trainable.tensors.values())
+    ready = {"trained": pack.num_trained, "tokens": pack.num_tokens, "documents": len(pack.starts) - 1}
+    serve(ready | {"adapter_numbers": size}, step)
 
 
 def peer_worker(case: Case, folder: Path, threads: int) -> None:
@@ -126,7 +137,15 @@ def peer_worker(case: Case, folder: Path, threads: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     model.config.use_cache = False
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"])
+    experts = [f"mlp.experts.{name}" for name in EXPERTS] if case.experts else []
+    config = LoraConfig(
+        r=RANK,
+        lora_alpha=2 * RANK,
+        target_modules=list(ATTENTION),
+        target_parameters=experts or None,
+        rank_pattern=dict.fromkeys(experts, EXPERT_RANK),
+        alpha_pattern=dict.fromkeys(experts, 2 * EXPERT_RANK),
+    )
     model = get_peft_model(model, config, autocast_adapter_dtype=False)
     model.enable_input_require_grads()
     model.train()
@@ -143,7 +162,9 @@ def peer_worker(case: Case, folder: Path, threads: int) -> None:
         seconds = time.perf_counter() - start
         return {"loss": float(loss.detach()), "step_s": seconds, "peak_bytes": peak_resident_bytes()}
 
-    serve({"trained": int(trained.sum()), "tokens": ids.shape[1], "documents": len(samples)}, step)
+    size = sum(p.numel() for p in parameters)
+    ready = {"trained": int(trained.sum()), "tokens": ids.shape[1], "documents": len(samples)}
+    serve(ready | {"adapter_numbers": size}, step)
 
 
 SIDES = {"ossia": ossia_worker, "peer": peer_worker}

@@ -21,7 +21,12 @@ WORDS = {
     "b1-2048": "B1, 2,048 tokens, all trained",
     "b1-2048-chats": "B1, chats packed to 2,048 tokens",
     "b1-8192": "B1, 8,192 tokens, all trained",
+    "b1-512-experts": "B1, 512 tokens, all trained, and r8 on the experts",
+    "b1-2048-experts": "B1, 2,048 tokens, all trained, and r8 on the experts",
+    "b2-512": "B2, 512 tokens, all trained",
     "b2-2048": "B2, 2,048 tokens, all trained",
+    "b2-512-experts": "B2, 512 tokens, all trained, and r8 on the experts",
+    "b2-2048-experts": "B2, 2,048 tokens, all trained, and r8 on the experts",
 }
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ossia.errors import CheckpointError
 from ossia.kernels.cpu.build import Unavailable
-from ossia.kernels.cpu.quantize import Quantize, load_quantize
+from ossia.kernels.cpu.mxfp4 import Mxfp4, load_mxfp4
 
 BLOCK = 32
 _MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -27,15 +27,20 @@ _LARGEST_SCALE = 252  # 6 * 2^(252 - 127) is still below float32's largest
 
 ScaleRule = Literal["error", "largest"]
 """How a block's scale is chosen, see `quantize_mxfp4`."""
+Kernels = Literal["torch", "c"]
+"""c: on a CPU alone, the same bits some times as fast."""
 
 
-def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+def dequantize_mxfp4(
+    blocks: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None, kernels: Kernels | None = None
+) -> Tensor:
     """The weights that packed bytes stand for, each correctly rounded to `dtype`.
 
     blocks  (..., B, 16) uint8, contiguous, any device
     scales  (..., B) uint8, contiguous; 255 is the format's NaN and gives NaN
     dtype   bfloat16 and float32 are exact below their overflow to inf; float16 is within 2^-14 .. 65504
     out     (..., 32 B) of `dtype`, contiguous, written in place if given
+    kernels None: C where there is a compiler, but for float16
     Returns (..., 32 B) of `dtype`; code 8 is -0.0
     """
     assert blocks.dtype == scales.dtype == torch.uint8
@@ -46,6 +51,9 @@ def dequantize_mxfp4(blocks: Tensor, scales: Tensor, dtype: torch.dtype, out: Te
     assert out.is_contiguous()
     assert (out.shape, out.dtype) == (shape, dtype), f"out is {out.shape} {out.dtype}, to be {shape} {dtype}"
     blocks_N16, scales_N, out_N32 = blocks.view(-1, BLOCK // 2), scales.view(-1), out.view(-1, BLOCK)
+    if dtype != torch.float16 and (fast := _in_c(blocks.device, kernels)) is not None:
+        fast.dequantize(blocks_N16, scales_N, out_N32)
+        return out
     chunk = _CPU_CHUNK if blocks.device.type == "cpu" else _DEVICE_CHUNK
     for start in range(0, len(scales_N), chunk):
         rows = slice(start, start + chunk)
@@ -68,9 +76,7 @@ def _dequantize_chunk(blocks_N16: Tensor, scales_N: Tensor, out_N32: Tensor) -> 
     out_N32.copy_(wide_N32.mul_(scale_N1))
 
 
-def quantize_mxfp4(
-    weights: Tensor, rule: ScaleRule = "error", kernels: Literal["torch", "c"] | None = None
-) -> tuple[Tensor, Tensor]:
+def quantize_mxfp4(weights: Tensor, rule: ScaleRule = "error", kernels: Kernels | None = None) -> tuple[Tensor, Tensor]:
     """Round weights to MXFP4 along their last axis; weights already on a block's grid come back exactly.
 
     `error`: each block's scale is the one with the least squared error among all that the format has (of equals, the
@@ -82,7 +88,7 @@ def quantize_mxfp4(
     comes back as the same weights under a smaller scale.
 
     weights  (..., K) float32, bfloat16 or float16, any strides; K a multiple of 32
-    kernels  c: on a CPU alone, the same bits some thirty times as fast; None: that where there is a compiler
+    kernels  None: C where there is a compiler
     Returns  blocks (..., K/32, 16) uint8, scales (..., K/32) uint8
     Raises   CheckpointError if a weight is not finite
     """
@@ -97,7 +103,7 @@ def quantize_mxfp4(
     for start in range(0, len(scales_N), chunk):
         rows = slice(start, start + chunk)
         some = weights_N32[rows].float().contiguous(), blocks_N16[rows], scales_N[rows]
-        finite = _quantize_chunk(*some, rule) if fast is None else fast(*some, halve=rule == "error")
+        finite = _quantize_chunk(*some, rule) if fast is None else fast.quantize(*some, halve=rule == "error")
         if not finite:
             raise CheckpointError(
                 "a weight is not finite (inf or nan) and MXFP4 can't hold it; the training run diverged"
@@ -105,10 +111,10 @@ def quantize_mxfp4(
     return blocks, scales
 
 
-def _in_c(device: torch.device, kernels: Literal["torch", "c"] | None) -> Quantize | None:
+def _in_c(device: torch.device, kernels: Kernels | None) -> Mxfp4 | None:
     if device.type != "cpu" or kernels == "torch":
         return None
-    found = load_quantize()
+    found = load_mxfp4()
     if isinstance(found, Unavailable):
         assert kernels is None, found.reason
         return None

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ossia.errors import CheckpointError
 from ossia.kernels.cpu.build import Unavailable
-from ossia.kernels.cpu.quantize import load_quantize
+from ossia.kernels.cpu.mxfp4 import load_mxfp4
 from ossia.ops.mxfp4 import ScaleRule, dequantize_mxfp4, quantize_mxfp4
 
 # By definition (OCP Microscaling Formats v1.0): e2m1 codes 0..7, then the same with the sign bit.
@@ -197,7 +197,7 @@ def test_the_least_error_is_never_above_that_of_the_rules_that_look_at_the_large
 @RULES
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_c_writes_the_same_bytes_as_torch(rule: ScaleRule, dtype: torch.dtype) -> None:
-    if isinstance(found := load_quantize(), Unavailable):
+    if isinstance(found := load_mxfp4(), Unavailable):
         pytest.skip(found.reason)
     weights = torch.cat([*_blocks_to_try().values(), torch.randn(70_000, 32), torch.zeros(3, 32), -torch.zeros(3, 32)])
     weights = weights.clamp(-60000, 60000).to(dtype) if dtype == torch.float16 else weights.to(dtype)

@@ -1,12 +1,11 @@
-/* Weights to MXFP4: blocks of 32 under a scale each, one pass over memory. Reference: ops/mxfp4.py, bit for bit.
+/* Weights to MXFP4 and back: blocks of 32 under a scale each, one pass over memory. Reference: ops/mxfp4.py, bit for bit.
  *
  * Letters: N blocks.
  */
+#include "matrix.h"
 #include <math.h>
-#include <stdint.h>
-#include <string.h>
 
-enum { BLOCK = 32, LARGEST_SCALE = 252 };
+enum { BLOCK = MX_BLOCK, LARGEST_SCALE = 252 };
 
 static inline float inverse_of(int scale) {
     const uint32_t bits = (uint32_t)(254 - scale) << 23;
@@ -87,4 +86,42 @@ int64_t ossia_quantize_mxfp4(
         scales[n] = (uint8_t)quantize_block(weight, blocks + n * (BLOCK / 2), largest, halve);
     }
     return bad;
+}
+
+/* The next weights of a block in their own order: a byte's low nibble, then its high one. */
+INLINE V in_order(const V *table, const uint8_t *bytes) {
+#if defined(__AVX512F__)
+    const __m512i each = _mm512_cvtepu8_epi64(_mm_loadl_epi64((const __m128i *)bytes));
+    const __m512i codes = _mm512_or_si512(each, _mm512_slli_epi64(each, 28)); /* four bits of a lane are read */
+    return (V)_mm512_permutexvar_ps(codes, (__m512)table[0]);
+#elif defined(__AVX2__)
+    int32_t four;
+    memcpy(&four, bytes, 4);
+    const __m256i each = _mm256_cvtepu8_epi64(_mm_cvtsi32_si128(four));
+    const W codes = (W)_mm256_or_si256(each, _mm256_slli_epi64(each, 28));
+    const V size = (V)_mm256_permutevar8x32_ps((__m256)table[0], (__m256i)codes); /* three bits; the fourth: the sign */
+    return (V)((W)size | ((codes & 8) << 28));
+#else
+    V value;
+    for (int lane = 0; lane < LANES; lane++)
+        value[lane] = ((const float *)table)[lane % 2 ? bytes[lane / 2] >> 4 : bytes[lane / 2] & 15];
+    return value;
+#endif
+}
+
+/* bf16: as bfloat16, which is exact: what is cut off is zeros. */
+void ossia_dequantize_mxfp4(
+    int32_t bf16, const uint8_t *blocks, const uint8_t *scales, void *out, int64_t count, int32_t threads
+) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < count; n++) {
+        const uint8_t *block = blocks + n * (BLOCK / 2);
+        V table[16 / LANES];
+        scaled_table(table, scales[n]);
+        for (int i = 0; i < BLOCK; i += LANES) {
+            const V values = in_order(table, block + i / 2);
+            if (bf16) *(Hu *)((uint16_t *)out + n * BLOCK + i) = __builtin_convertvector((W)values >> 16, Hu);
+            else *(Vu *)((float *)out + n * BLOCK + i) = values;
+        }
+    }
 }
