@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ossia.kernels import Kernels, pick_kernels
+from ossia.kernels.cpu.pages import Room
 from ossia.model.arch import Arch
 from ossia.model.budget.work import experts_at_once
 from ossia.model.cut.home import Home
@@ -338,19 +339,19 @@ class Transformer:
             return weight_EOD
         return passing_on(weight_EOD, partial(self.lora.add_grad, module))
 
-    def _expand(self, index: int, projection: str, experts: slice) -> Tensor:
+    def _expand(self, index: int, projection: str, experts: slice, room: Room | None = None) -> Tensor:
         """Some experts or all, expanded or rounded on the spot, without gradients."""
         module = expert_module(index, projection)
         if not self.rounds(module):
-            return self.weights.expert_weight(index, projection, None if experts == slice(None) else experts)
+            return self.weights.expert_weight(index, projection, None if experts == slice(None) else experts, room)
         packed = self.packed_experts(index, projection, experts)
         if projection == "gate_up_proj" and module not in self.trainable:
             packed = Packed(*map(split_gate_up, packed))
         return packed.expand(self.dtype)
 
-    def experts_at_once(self, tokens: int) -> int | None:
+    def experts_at_once(self, tokens: int) -> int:
         """The default for a step of `tokens` tokens, see `experts_at_once`."""
-        return experts_at_once(self.arch, self.device.type, tokens)
+        return experts_at_once(self.arch, tokens)
 
     def packed_experts(self, index: int, projection: str, experts: slice = slice(None)) -> Packed:
         """A projection's experts in MXFP4, what training changed merged in; gate and up rows in turn, as a checkpoint

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ossia.kernels import pick_kernels
+from ossia.kernels.cpu.pages import Room
 from ossia.model.arch import Arch
 from ossia.model.budget.weights import EMBEDDING, HEAD, is_expert_weight, is_of_experts
 from ossia.model.budget.work import Placement
@@ -26,7 +27,7 @@ from ossia.model.cut.ranks import Ranks, experts_of
 from ossia.model.cut.slots import TwoSlots
 from ossia.model.packed import Base, Packed
 from ossia.ops.memory import leave_to_the_file
-from ossia.ops.mxfp4 import dequantize_mxfp4
+from ossia.ops.mxfp4 import BLOCK, dequantize_mxfp4
 
 EXPERT_WEIGHTS = ("gate_up_proj", "down_proj")
 
@@ -145,15 +146,17 @@ class Weights:
         bias_EO = self.get(f"model.layers.{layer}.mlp.experts.{projection}_bias")
         return split_gate_up(bias_EO) if projection == "gate_up_proj" else bias_EO
 
-    def expert_weight(self, layer: int, projection: str, expert: int | slice | None = None) -> Tensor:
+    def expert_weight(
+        self, layer: int, projection: str, expert: int | slice | None = None, room: Room | None = None
+    ) -> Tensor:
         """(E, O, D) in the computation's dtype, of some experts or all; (O, D) of one; expanded on the spot unless
-        `bf16`."""
+        `bf16`. room: where they may lie on a CPU, if not in new memory."""
         expanded = self._expanded.get((layer, projection))
         if expanded is not None:
             return expanded if expert is None else expanded[expert]
         if isinstance(expert, int):
             return self._expand(layer, projection, slice(expert, expert + 1), alone=True)[0]
-        return self._expand(layer, projection, slice(None) if expert is None else expert)
+        return self._expand(layer, projection, slice(None) if expert is None else expert, room=room)
 
     def expert_base(self, layer: int, projection: str, experts: slice = slice(None)) -> Base:
         """A projection's experts as the checkpoint has them, on the device: packed, or (E, O, D) bfloat16; gate and up
@@ -177,13 +180,17 @@ class Weights:
             return self.raw(name)[experts].to(self.device)
         return (self._stream.host[layer][name] if alone else self._stream.layer(layer)[name])[experts].to(self.device)
 
-    def _expand(self, layer: int, projection: str, experts: slice, *, alone: bool = False) -> Tensor:
-        weight_EOD = self._expand_packed(layer, projection, experts, alone)
+    def _expand(
+        self, layer: int, projection: str, experts: slice, *, alone: bool = False, room: Room | None = None
+    ) -> Tensor:
+        weight_EOD = self._expand_packed(layer, projection, experts, alone, room)
         if not alone:
             self.note_read(layer)
         return weight_EOD
 
-    def _expand_packed(self, layer: int, projection: str, experts: slice, alone: bool) -> Tensor:
+    def _expand_packed(
+        self, layer: int, projection: str, experts: slice, alone: bool, room: Room | None = None
+    ) -> Tensor:
         prefix = expert_module(layer, projection)
         if self.checkpoint.layout == "bf16":
             weight_EOD = self._packed(layer, prefix, experts, alone).to(self.dtype).transpose(1, 2)
@@ -193,9 +200,10 @@ class Weights:
             from ossia.kernels.gpu.dequant import dequantize
 
             return dequantize(blocks, scales, self.dtype, split=projection == "gate_up_proj")
-        if projection == "gate_up_proj":  # reordering the packed bytes is four times less than the expanded ones
-            blocks, scales = split_gate_up(blocks), split_gate_up(scales)
-        return dequantize_mxfp4(blocks, scales, self.dtype)
+        out = None
+        if self.device.type == "cpu":
+            out = (room or Room()).take((*scales.shape[:-1], scales.shape[-1] * BLOCK), self.dtype)
+        return dequantize_mxfp4(blocks, scales, self.dtype, out, split=projection == "gate_up_proj")
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.checkpoint.specs)

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ossia.kernels.cpu.grouped import Product, grouped_mm, plain_grouped_mm
+from ossia.kernels.cpu.grouped import Product, goes_in_few_sizes, grouped_mm, multiply_each, plain_grouped_mm
+from ossia.kernels.cpu.pages import Room
 from ossia.ops.linear import NARROW
 from ossia.sizes import RANK_BYTES
 
@@ -76,27 +77,29 @@ class Expanding:
 
     Autograd holds none of them: backward, which needs them for the input's gradient alone, expands them again.
 
-    expand       a range of experts -> (its length, out, in)
+    expand       a range of experts, and the room that those before lay in and these may lie in -> (its length, out, in)
     num_experts  E
     at_once      experts expanded together. From `num_experts` on, the first use expands all and keeps them for the
                  next ones, until `let_go`
     """
 
-    def __init__(self, expand: Callable[[slice], Tensor], num_experts: int, at_once: int | None = None) -> None:
+    def __init__(self, expand: Callable[[slice, Room], Tensor], num_experts: int, at_once: int | None = None) -> None:
         assert at_once is None or at_once > 0, at_once
         self._expand, self.num_experts = expand, num_experts
         self.at_once = num_experts if at_once is None else min(at_once, num_experts)
         self._all: Tensor | None = None
+        self._room = Room()
 
     def ends_here(self, ends_E: Tensor) -> list[int] | None:
         """The experts' ends as `parts` needs them, for which a GPU is waited for; None where it needs none."""
         return None if self.at_once == self.num_experts else ends_E.tolist()
 
     def parts(self, ends_E: Tensor, ends: list[int] | None) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Rows, weight (E', out, in) and the experts' ends among these rows; a part without rows isn't expanded."""
+        """Rows, weight (E', out, in) and the experts' ends among these rows; a part without rows isn't expanded, and a
+        weight is there until the next one is asked for."""
         if ends is None:
             if self._all is None:
-                self._all = self._expand(slice(None))
+                self._all = self._expand(slice(None), self._room)
             yield slice(None), self._all, ends_E
             return
         start = 0
@@ -104,12 +107,25 @@ class Expanding:
             experts = slice(first, min(first + self.at_once, self.num_experts))
             end = ends[experts.stop - 1]
             if end > start:
-                yield slice(start, end), self._expand(experts), ends_E[experts] - start
+                yield slice(start, end), self._expand(experts, self._room), ends_E[experts] - start
             start = end
+
+    def in_turn(self) -> Callable[[int], Tensor]:
+        """Gives (out, in) of an expert, asked for in the experts' order; it is there until another one is asked for."""
+        first, part = -1, None
+
+        def one(expert: int) -> Tensor:
+            nonlocal first, part
+            if part is None or expert >= first + self.at_once:
+                first, part = expert - expert % self.at_once, None
+                part = self._expand(slice(first, min(first + self.at_once, self.num_experts)), self._room)
+            return part[expert - first]
+
+        return one
 
     def let_go(self) -> None:
         """Forget what is expanded."""
-        self._all = None
+        self._all, self._room = None, Room()
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,25 +154,32 @@ class _InParts(torch.autograd.Function):
         ctx.weight, ctx.fan_in, ctx.product, ctx.ends = weight, x_ND.shape[1], product, weight.ends_here(ends_E)
         ctx.save_for_backward(ends_E)
 
-        def turned(x_ND: Tensor, weight_EOD: Tensor, ends_E: Tensor) -> Tensor:
-            return product(x_ND, weight_EOD.transpose(1, 2), ends_E)
-
-        return _multiply_in_parts(x_ND, weight, fan_out, ends_E, ctx.ends, turned)
+        return _multiply_in_parts(x_ND, weight, fan_out, ends_E, ctx.ends, product, turned=True)
 
     @staticmethod
     def backward(ctx, grad_NO):
         (ends_E,) = ctx.saved_tensors
-        dx_ND = _multiply_in_parts(grad_NO, ctx.weight, ctx.fan_in, ends_E, ctx.ends, ctx.product)
+        dx_ND = _multiply_in_parts(grad_NO, ctx.weight, ctx.fan_in, ends_E, ctx.ends, ctx.product, turned=False)
         return dx_ND, None, None, None, None
 
 
 def _multiply_in_parts(
-    x_ND: Tensor, weight: Expanding, width: int, ends_E: Tensor, ends: list[int] | None, product: Product
+    x_ND: Tensor,
+    weight: Expanding,
+    width: int,
+    ends_E: Tensor,
+    ends: list[int] | None,
+    product: Product,
+    *,
+    turned: bool,
 ) -> Tensor:
-    """(N, width): each row times its expert's weight, as `product` takes it. ends  see `Expanding.ends_here`"""
+    """(N, width): each row times its expert's weight, or the transposed one. ends  see `Expanding.ends_here`"""
+    if ends is not None and product is grouped_mm and goes_in_few_sizes(x_ND):
+        one = weight.in_turn()
+        return multiply_each(x_ND, (lambda expert: one(expert).t()) if turned else one, width, ends)
     out_NW = None
     for rows, weight_EOD, ends_of_part in weight.parts(ends_E, ends):
-        part = product(x_ND[rows], weight_EOD, ends_of_part)
+        part = product(x_ND[rows], weight_EOD.transpose(1, 2) if turned else weight_EOD, ends_of_part)
         if len(part) == len(x_ND):
             return part
         out_NW = part.new_empty(len(x_ND), width) if out_NW is None else out_NW

@@ -32,7 +32,13 @@ Kernels = Literal["torch", "c"]
 
 
 def dequantize_mxfp4(
-    blocks: Tensor, scales: Tensor, dtype: torch.dtype, out: Tensor | None = None, kernels: Kernels | None = None
+    blocks: Tensor,
+    scales: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
+    kernels: Kernels | None = None,
+    *,
+    split: bool = False,
 ) -> Tensor:
     """The weights that packed bytes stand for, each correctly rounded to `dtype`.
 
@@ -41,6 +47,7 @@ def dequantize_mxfp4(
     dtype   bfloat16 and float32 are exact below their overflow to inf; float16 is within 2^-14 .. 65504
     out     (..., 32 B) of `dtype`, contiguous, written in place if given
     kernels None: C where there is a compiler, but for float16
+    split   rows (the axis before B) come in turn, g0 u0 g1 u1 ..., and go to g0 g1 ... u0 u1 ...
     Returns (..., 32 B) of `dtype`; code 8 is -0.0
     """
     assert blocks.dtype == scales.dtype == torch.uint8
@@ -50,10 +57,13 @@ def dequantize_mxfp4(
         out = torch.empty(shape, dtype=dtype, device=blocks.device)
     assert out.is_contiguous()
     assert (out.shape, out.dtype) == (shape, dtype), f"out is {out.shape} {out.dtype}, to be {shape} {dtype}"
-    blocks_N16, scales_N, out_N32 = blocks.view(-1, BLOCK // 2), scales.view(-1), out.view(-1, BLOCK)
     if dtype != torch.float16 and (fast := _in_c(blocks.device, kernels)) is not None:
-        fast.dequantize(blocks_N16, scales_N, out_N32)
+        fast.dequantize(blocks, scales, out, split=split)
         return out
+    if split:  # reordering the packed bytes is four times less than the expanded ones
+        blocks = torch.cat((blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]), dim=-3)
+        scales = torch.cat((scales[..., 0::2, :], scales[..., 1::2, :]), dim=-2)
+    blocks_N16, scales_N, out_N32 = blocks.view(-1, BLOCK // 2), scales.view(-1), out.view(-1, BLOCK)
     chunk = _CPU_CHUNK if blocks.device.type == "cpu" else _DEVICE_CHUNK
     for start in range(0, len(scales_N), chunk):
         rows = slice(start, start + chunk)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ossia.errors import CheckpointError
 from ossia.kernels.cpu.build import Unavailable
 from ossia.kernels.cpu.mxfp4 import load_mxfp4
+from ossia.kernels.cpu.pages import Room
 from ossia.ops.mxfp4 import ScaleRule, dequantize_mxfp4, quantize_mxfp4
 
 # By definition (OCP Microscaling Formats v1.0): e2m1 codes 0..7, then the same with the sign bit.
@@ -234,3 +235,29 @@ def test_a_weight_that_is_not_finite_is_refused(bad: float, kernels: Literal["to
     weights[2, 40] = bad
     with pytest.raises(CheckpointError, match="not finite"):
         quantize_mxfp4(weights, kernels=kernels)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("split", [False, True])
+def test_c_expands_to_the_same_bits_as_torch(dtype: torch.dtype, split: bool) -> None:
+    if isinstance(found := load_mxfp4(), Unavailable):
+        pytest.skip(found.reason)
+    torch.manual_seed(6)
+    blocks = torch.randint(0, 256, (3, 100, 7, 16), dtype=torch.uint8)  # more than a thread is alone with
+    scales = torch.arange(3 * 100 * 7).remainder(256).to(torch.uint8).view(3, 100, 7)  # all of them, NaN too
+    bits = torch.int16 if dtype == torch.bfloat16 else torch.int32
+    fast, plain = (dequantize_mxfp4(blocks, scales, dtype, kernels=kernels, split=split) for kernels in ("c", "torch"))
+    is_nan = plain.isnan()  # of which no reader looks at the bits
+    assert torch.equal(fast.isnan(), is_nan)
+    assert torch.equal(fast.view(bits)[~is_nan], plain.view(bits)[~is_nan])
+    rows = dequantize_mxfp4(blocks, scales, dtype, kernels="torch").view(bits)
+    assert torch.equal(torch.cat((rows[:, 0::2], rows[:, 1::2]), 1) if split else rows, plain.view(bits))
+
+
+def test_what_is_written_into_a_room_of_more_bytes_is_what_new_memory_gets() -> None:
+    room, torch_bits = Room(), torch.int16
+    first = room.take((4, 64), torch.float32)
+    blocks, scales = torch.randint(0, 256, (2, 2, 16), dtype=torch.uint8), torch.full((2, 2), 127, dtype=torch.uint8)
+    found = dequantize_mxfp4(blocks, scales, torch.bfloat16, room.take((2, 64), torch.bfloat16))
+    assert found.data_ptr() == first.data_ptr(), "a room is one place"
+    assert torch.equal(found.view(torch_bits), dequantize_mxfp4(blocks, scales, torch.bfloat16).view(torch_bits))

@@ -25,7 +25,7 @@ def plain_grouped_mm(x_ND: Tensor, weight_EDO: Tensor, ends_E: Tensor) -> Tensor
 
 def grouped_mm(x_ND: Tensor, weight_EDO: Tensor, ends_E: Tensor) -> Tensor:
     """For many rows: the plain one, but for bfloat16 on a CPU. Returns (N, O)."""
-    if x_ND.device.type == "cpu" and x_ND.dtype == torch.bfloat16:
+    if goes_in_few_sizes(x_ND):
         return _GroupedMm.apply(x_ND, weight_EDO, ends_E)
     return plain_grouped_mm(x_ND, weight_EDO, ends_E)
 
@@ -49,11 +49,25 @@ def _pieces(ends: list[int]) -> Iterator[tuple[int, int, int]]:
             start = min(stop, end)
 
 
-def _multiply(x_ND: Tensor, weight_EDO: Tensor, ends: list[int]) -> Tensor:
-    out_NO = x_ND.new_empty(len(x_ND), weight_EDO.shape[2])
+def goes_in_few_sizes(x_ND: Tensor) -> bool:
+    """Whether `grouped_mm` multiplies these rows itself."""
+    return x_ND.device.type == "cpu" and x_ND.dtype == torch.bfloat16
+
+
+def multiply_each(x_ND: Tensor, matrix: Callable[[int], Tensor], width: int, ends: list[int]) -> Tensor:
+    """Each expert's rows times its matrix, in few sizes. Returns (N, width).
+
+    matrix  expert -> (D, width); asked in the experts' order, only of those that have rows
+    ends    of the experts' rows
+    """
+    out_NO = x_ND.new_empty(len(x_ND), width)
     for expert, start, end in _pieces(ends):
-        torch.mm(x_ND[start:end], weight_EDO[expert], out=out_NO[start:end])
+        torch.mm(x_ND[start:end], matrix(expert), out=out_NO[start:end])
     return out_NO
+
+
+def _multiply(x_ND: Tensor, weight_EDO: Tensor, ends: list[int]) -> Tensor:
+    return multiply_each(x_ND, weight_EDO.__getitem__, weight_EDO.shape[2], ends)
 
 
 class _GroupedMm(torch.autograd.Function):

@@ -109,19 +109,25 @@ INLINE V in_order(const V *table, const uint8_t *bytes) {
 #endif
 }
 
-/* bf16: as bfloat16, which is exact: what is cut off is zeros. */
+/* Rows of `width` blocks. bf16: as bfloat16, which is exact: what is cut off is zeros. half > 0: each 2 * half rows come
+ * as g0 u0 g1 u1 ... and go to g0 g1 ... u0 u1 ... */
 void ossia_dequantize_mxfp4(
-    int32_t bf16, const uint8_t *blocks, const uint8_t *scales, void *out, int64_t count, int32_t threads
+    int32_t bf16, const uint8_t *blocks, const uint8_t *scales, void *out, int64_t rows, int64_t width, int32_t half,
+    int32_t threads
 ) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t n = 0; n < count; n++) {
-        const uint8_t *block = blocks + n * (BLOCK / 2);
-        V table[16 / LANES];
-        scaled_table(table, scales[n]);
-        for (int i = 0; i < BLOCK; i += LANES) {
-            const V values = in_order(table, block + i / 2);
-            if (bf16) *(Hu *)((uint16_t *)out + n * BLOCK + i) = __builtin_convertvector((W)values >> 16, Hu);
-            else *(Vu *)((float *)out + n * BLOCK + i) = values;
+    for (int64_t row = 0; row < rows; row++) {
+        const int64_t inside = half ? row % (2 * half) : 0, to = row - inside + place(half, (int)inside);
+        for (int64_t b = 0; b < width; b++) {
+            const uint8_t *block = blocks + (row * width + b) * (BLOCK / 2);
+            V table[16 / LANES];
+            scaled_table(table, scales[row * width + b]);
+            for (int i = 0; i < BLOCK; i += LANES) {
+                const V values = in_order(table, block + i / 2);
+                const int64_t at = (to * width + b) * BLOCK + i;
+                if (bf16) *(Hu *)((uint16_t *)out + at) = __builtin_convertvector((W)values >> 16, Hu);
+                else *(Vu *)((float *)out + at) = values;
+            }
         }
     }
 }

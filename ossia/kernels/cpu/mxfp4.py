@@ -22,12 +22,15 @@ class Mxfp4:
         self._functions.ossia_quantize_mxfp4.restype = ctypes.c_int64
         self._functions.ossia_dequantize_mxfp4.restype = None
 
-    def dequantize(self, blocks_N16: Tensor, scales_N: Tensor, out_N32: Tensor) -> None:
-        """Fill `out_N32`, bfloat16 or float32, from blocks and scales, uint8, all contiguous on the CPU."""
-        bf16 = out_N32.dtype == torch.bfloat16
-        assert bf16 or out_N32.dtype == torch.float32, out_N32.dtype
-        arguments = _on_cpu(blocks_N16, scales_N, out_N32)
-        self._functions.ossia_dequantize_mxfp4(ctypes.c_int32(bf16), *arguments, *_sizes(scales_N))
+    def dequantize(self, blocks: Tensor, scales: Tensor, out: Tensor, *, split: bool) -> None:
+        """Fill `out` (..., 32 B), bfloat16 or float32, from blocks (..., B, 16) and scales (..., B), uint8, all
+        contiguous on the CPU. split  see `ops.mxfp4.dequantize_mxfp4`"""
+        bf16 = out.dtype == torch.bfloat16
+        assert bf16 or out.dtype == torch.float32, out.dtype
+        width, half = scales.shape[-1], scales.shape[-2] // 2 if split else 0
+        sizes = ctypes.c_int64(scales.numel() // width if width else 0), ctypes.c_int64(width), ctypes.c_int32(half)
+        arguments = ctypes.c_int32(bf16), *_on_cpu(blocks, scales, out), *sizes, _threads(scales)
+        self._functions.ossia_dequantize_mxfp4(*arguments)
 
     def quantize(self, weights_N32: Tensor, blocks_N16: Tensor, scales_N: Tensor, *, halve: bool) -> bool:
         """Fill blocks and scales, uint8, from float32 weights, all contiguous on the CPU.
@@ -37,8 +40,8 @@ class Mxfp4:
         """
         assert weights_N32.dtype == torch.float32
         arguments = _on_cpu(weights_N32, blocks_N16, scales_N)
-        count, threads = _sizes(scales_N)
-        return self._functions.ossia_quantize_mxfp4(*arguments, count, ctypes.c_int32(halve), threads) == 0
+        sizes = ctypes.c_int64(len(scales_N)), ctypes.c_int32(halve), _threads(scales_N)
+        return self._functions.ossia_quantize_mxfp4(*arguments, *sizes) == 0
 
 
 def _on_cpu(*tensors: Tensor) -> tuple[ctypes.c_void_p, ...]:
@@ -47,10 +50,8 @@ def _on_cpu(*tensors: Tensor) -> tuple[ctypes.c_void_p, ...]:
     return tuple(ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors)
 
 
-def _sizes(scales_N: Tensor) -> tuple[ctypes.c_int64, ctypes.c_int32]:
-    """The number of blocks, and of threads for them."""
-    threads = 1 if len(scales_N) < _ALONE else torch.get_num_threads()
-    return ctypes.c_int64(len(scales_N)), ctypes.c_int32(threads)
+def _threads(scales: Tensor) -> ctypes.c_int32:
+    return ctypes.c_int32(1 if scales.numel() < _ALONE else torch.get_num_threads())
 
 
 @cache

@@ -39,6 +39,24 @@ class Pages:
         return self.zeros(tensor.shape, tensor.dtype).copy_(tensor)
 
 
+class Room:
+    """Memory for one tensor at a time, in large pages: what was in it is overwritten by the next one.
+
+    On a CPU the first touch of new memory takes several times as long as expanding weights into it.
+    """
+
+    def __init__(self) -> None:
+        self._bytes = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        """A tensor of any content."""
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if len(self._bytes) < num_bytes:
+            self._bytes = torch.empty(0, dtype=torch.uint8)  # the smaller one first goes
+            self._bytes = large_zeros((num_bytes,), torch.uint8)
+        return self._bytes[:num_bytes].view(dtype).view(*shape)
+
+
 def large_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Zeros in pages of their own; smaller ones than a large page as torch makes them."""
     num_bytes = math.prod(shape) * dtype.itemsize

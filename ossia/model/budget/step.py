@@ -113,8 +113,10 @@ def _scratch(work: Work) -> int:
         return 0
     w = WeightBytes.of(work.arch, work.layout, work.dtype)
     found = w.layer_expanded if work.expands else 0
-    if found and work.experts_at_once < work.arch.num_experts and not work.qat:  # of gate_up, the larger one
-        found = w.layer_expanded * 2 // 3 * work.experts_at_once // work.arch.num_experts
+    if found and work.experts_at_once < work.arch.num_experts and not work.qat:
+        # gate_up's, the larger one; on a CPU both projections have a room of their own
+        rooms = 3 if work.device == "cpu" and work.layout == "mxfp4" else 2
+        found = w.layer_expanded * rooms // 3 * work.experts_at_once // work.arch.num_experts
     if _casts(work):  # but for norms, biases and the router, which are small
         found += (w.other - 2 * w.embedding) * work.size // 2 // work.arch.num_layers
     return found

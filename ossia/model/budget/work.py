@@ -14,16 +14,13 @@ KernelKind = Literal["torch", "triton", "c"]
 DTYPE_BYTES: Mapping[str, int] = {"bfloat16": 2, "float32": 4, "float16": 2}
 
 
-def experts_at_once(arch: Arch, device_type: str, tokens: int) -> int | None:
-    """How many packed experts a step of `tokens` tokens expands together, by default; None: all.
+def experts_at_once(arch: Arch, tokens: int) -> int:
+    """How many packed experts a step of `tokens` tokens expands together, by default.
 
-    On a GPU, where memory is scarce, as many as take no more bytes than the rows that are multiplied with them: so the
-    scratch never more than doubles what a layer needs beside its weights, and it is all experts, one product and
-    nothing to wait for, from the number of tokens on where that no longer counts. On a CPU all: there expanding is what
-    takes the time, and a part is expanded once more for its layer's backward.
+    As many as take no more bytes than the rows that are multiplied with them: so the scratch never more than doubles
+    what a layer needs beside its weights, and it is all experts, one product and nothing to wait for, from the number
+    of tokens on where that no longer counts. A part is expanded once more for its layer's backward.
     """
-    if device_type == "cpu":
-        return None
     row = 2 * arch.hidden_size + 3 * arch.intermediate_size  # gathered, gate and up, hidden, the output
     fitting = tokens * arch.experts_per_token * row // (2 * arch.intermediate_size * arch.hidden_size)
     return max(1, min(fitting, arch.num_experts))
@@ -99,8 +96,7 @@ class Work:
     def experts_at_once(self) -> int:
         """Packed experts that are expanded together."""
         tokens = self.pack * self.packs
-        found = self.at_once or experts_at_once(self.arch, self.device, min(tokens, self.chunk or tokens))
-        return found or self.arch.num_experts
+        return self.at_once or experts_at_once(self.arch, min(tokens, self.chunk or tokens))
 
     @property
     def prepares_layers(self) -> bool:
