@@ -87,6 +87,17 @@ def test_a_host_killed_before_its_rename_is_healed_and_a_bad_file_is_sent_anew_o
         assert (hosts / host / "run/checkpoints/step-00000004.corrupt").is_dir()
 
 
+def test_a_state_that_is_spoilt_on_the_first_host_comes_from_another_that_has_it(hosts: Path) -> None:
+    state = hosts / "A/run/checkpoints/step-00000004/state.json"
+    good = state.read_bytes()
+    state.write_bytes(good.replace(b'"data": 4', b'"data": 5'))  # `train` compares what was restored
+    assert "going on from step 4" in on_hosts(hosts, "AAB", 4, resume=True).said(0)
+    assert state.read_bytes() == good
+    state.unlink()
+    assert "going on from step 4" in on_hosts(hosts, "AAB", 4, resume=True).said(0)
+    assert state.read_bytes() == good
+
+
 class _Garbles:
     """What one rank sends of a file has a bit that isn't in the file."""
 
