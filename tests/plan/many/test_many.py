@@ -19,6 +19,7 @@ from ossia.model.budget.many.traffic import traffic
 from ossia.plan.machine import named_gpu
 from ossia.plan.many.pays import context_parallel_share, expert_parallel_tokens, hiding_tokens, most_ranks
 from ossia.plan.many.predict import ManyPlan, Wanted, as_json, make_many_plan
+from ossia.plan.many.text import as_text
 from ossia.plan.many.times import layer_products, step_time
 from ossia.plan.speed import speed
 
@@ -215,3 +216,21 @@ def test_tokens_per_rank_of_a_context_parallel_sequence_are_its_part(tmp_path: P
     for uneven in (3, 16):
         with pytest.raises(UserError, match=f"context: {uneven}; allowed: a divisor of the model's key-value heads, 8"):
             planned(tmp_path, gpus=48, context=uneven)
+
+
+def test_a_division_that_no_run_has_is_said_to_be_on_paper(tmp_path: Path) -> None:
+    def said(*changes: str, adapter: str = LORA, **more: object) -> bool:
+        found = planned(tmp_path, *changes, adapter=adapter, **more)
+        named = "on paper: `ossia train` cuts over all ranks or none" in as_text(found)
+        assert as_json(found)["division"]["on_paper"] == named == found.on_paper
+        return named
+
+    full = ""
+    assert not said()
+    assert not said("parallel.shard=all")
+    assert not said("parallel.experts=stay", gpus=32)
+    assert not said(adapter=full)
+    assert said(adapter=full, gpus=64)  # replicas of eight
+    assert not said("parallel.shard=all", adapter=full, gpus=64)
+    assert said(gpus=64, shards=8)
+    assert said(gpus=64, shards=64, experts=8)
