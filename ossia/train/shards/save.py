@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from ossia.train.ranks.world import World
 
 _POLL_S = 0.01
+_OUR_FAULTS = (ValueError, LookupError, TypeError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,7 +165,7 @@ class Saver:
         try:
             self._write(one)
             self._done = True
-        except (UserError, OSError, RuntimeError) as error:
+        except (UserError, OSError, RuntimeError, *_OUR_FAULTS) as error:  # `check` raises it where it is heard
             self._error = error
 
     def _write(self, one: _Save) -> None:
