@@ -57,6 +57,24 @@ def test_the_division_that_sends_least_is_taken_of_those_that_fit(tmp_path: Path
     assert division(shards=8) == (8, 1, False)
 
 
+def test_a_division_that_no_run_has_is_said_to_be_on_paper(tmp_path: Path) -> None:
+    def said(*changes: str, adapter: str = LORA, **more: object) -> bool:
+        found = planned(tmp_path, *changes, adapter=adapter, **more)
+        named = "on paper: `ossia train` cuts over all ranks or none" in as_text(found)
+        assert as_json(found)["division"]["on_paper"] == named == found.on_paper
+        return named
+
+    full = ""
+    assert not said()
+    assert not said("parallel.shard=all")
+    assert not said("parallel.experts=stay", gpus=32)
+    assert not said(adapter=full)
+    assert said(adapter=full, gpus=64)  # replicas of eight
+    assert not said("parallel.shard=all", adapter=full, gpus=64)
+    assert said(gpus=64, shards=8)
+    assert said(gpus=64, shards=64, experts=8)
+
+
 def test_a_division_that_was_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:
     plan = planned(tmp_path, "model=120b", adapter="", gpus=16, offload=False)
     assert not plan.fits
@@ -216,21 +234,3 @@ def test_tokens_per_rank_of_a_context_parallel_sequence_are_its_part(tmp_path: P
     for uneven in (3, 16):
         with pytest.raises(UserError, match=f"context: {uneven}; allowed: a divisor of the model's key-value heads, 8"):
             planned(tmp_path, gpus=48, context=uneven)
-
-
-def test_a_division_that_no_run_has_is_said_to_be_on_paper(tmp_path: Path) -> None:
-    def said(*changes: str, adapter: str = LORA, **more: object) -> bool:
-        found = planned(tmp_path, *changes, adapter=adapter, **more)
-        named = "on paper: `ossia train` cuts over all ranks or none" in as_text(found)
-        assert as_json(found)["division"]["on_paper"] == named == found.on_paper
-        return named
-
-    full = ""
-    assert not said()
-    assert not said("parallel.shard=all")
-    assert not said("parallel.experts=stay", gpus=32)
-    assert not said(adapter=full)
-    assert said(adapter=full, gpus=64)  # replicas of eight
-    assert not said("parallel.shard=all", adapter=full, gpus=64)
-    assert said(gpus=64, shards=8)
-    assert said(gpus=64, shards=64, experts=8)
