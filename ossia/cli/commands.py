@@ -16,7 +16,7 @@ import typer
 from ossia.cli.app import command, importing
 from ossia.cli.attack import attack
 from ossia.cli.imports import import_recipe
-from ossia.cli.launch import launch, ranks_to_start
+from ossia.cli.launch import check_restarts, launch, ranks_to_start
 from ossia.cli.llama import LlamaGiven, is_gguf, is_gguf_alone, with_llama_options
 from ossia.cli.merge_shards import merge_shards
 from ossia.cli.plan import plan
@@ -161,6 +161,7 @@ def train(
         flags = ["--resume"] if resume else []
         launch(ranks, ["train", str(recipe), *(overrides or ()), *flags], max_restarts=max_restarts)
         return
+    check_restarts(max_restarts)
     with importing():
         from ossia.api import run_recipe
 

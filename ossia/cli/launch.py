@@ -33,6 +33,20 @@ def ranks_to_start(recipe: Recipe, nproc: int | None) -> int:
     return nproc or recipe.parallel.ranks
 
 
+def check_restarts(max_restarts: int) -> None:
+    """Raises UserError for restarts that this process can't make, as it starts no others."""
+    from ossia.train.ranks.launched import launched
+
+    if not max_restarts:
+        return
+    if launched() is not None:
+        raise UserError("--max-restarts: a launcher has started this process already; give it there")
+    raise UserError(
+        f"--max-restarts: {max_restarts}, but this run is one process, which no launcher starts again\n"
+        "  next: leave it out, and go on after a stop with --resume; or start several, with --nproc"
+    )
+
+
 def launch(ranks: int, arguments: Sequence[str], *, max_restarts: int) -> None:
     """Run `ossia ARGUMENTS` in so many processes; back when all are done.
 

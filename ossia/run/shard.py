@@ -23,8 +23,8 @@ def ranks_to_cut_over(recipe: Recipe, world: World | None, say: Callable[[str], 
     Raises  what opening the checkpoint raises
     """
     if world is None:
-        if recipe.parallel.shard == "all":
-            say("parallel.shard: all: this is one process, which has everything")
+        if unused := _for_several(recipe):
+            say(f"{', '.join(unused)}: this is one process, which has everything")
         return None
     decided = None
     if world.leads:
@@ -42,4 +42,16 @@ def ranks_to_cut_over(recipe: Recipe, world: World | None, say: Callable[[str], 
         decided = found.cut
         how = f"cut over {world.size} ranks" if found.cut else "whole on every rank"
         say(f"weights: {how} (parallel.shard: {recipe.parallel.shard}): {found.why}")
+        if recipe.parallel.offload and not found.cut:
+            say("parallel.offload: true: is of parts, and no weights are cut; with parallel.shard: all they would be")
     return world if world.from_first(decided) else None
+
+
+def _for_several(recipe: Recipe) -> list[str]:
+    """What a recipe asks of ranks that each have a part, in its words."""
+    asked = recipe.parallel
+    return [
+        *(["parallel.shard: all"] if asked.shard == "all" else []),
+        *(["parallel.experts: stay"] if asked.experts == "stay" else []),
+        *(["parallel.offload: true"] if asked.offload else []),
+    ]

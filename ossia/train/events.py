@@ -4,7 +4,8 @@ Every line has `event` and `step`; within a file steps never fall. The kinds and
 
 ```text
 start  steps, and what the story that starts the run adds (counts of parameters, of rows)
-step   loss, tokens, trained, tokens_per_s, step_s, lr, grad_norm, peak_bytes, and running counts of the data
+step   loss, tokens, trained, tokens_per_s, step_s, lr, grad_norm, peak_bytes, and running counts of the data; of
+       several ranks rank_peak_bytes, each one's
 eval   eval_loss, eval_s, and what else the evaluation counted
 ```
 `tokens` are real tokens (there is no padding), `trained` those whose prediction counts, `tokens_per_s` is trained
@@ -167,6 +168,14 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             raise RunError(f"{path}:{number}: not an event (an object with `event` and `step`); remove the line")
         found.append(event)
     return found
+
+
+def fullest(step: Event) -> tuple[int, str]:
+    """The most bytes that a process of the run has used by a step, and whose they are: "" where there is one alone."""
+    ranks = step.get("rank_peak_bytes")
+    if ranks is None:
+        return step["peak_bytes"], ""
+    return max(ranks), f"rank {ranks.index(max(ranks))}, the most of {len(ranks)}"
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from ossia.errors import MissingExtraError
-from ossia.train.events import Event, Sink
+from ossia.train.events import Event, Sink, fullest
 from ossia.train.state import human_bytes
 
 _WINDOW_STEPS = 20
@@ -173,7 +173,8 @@ class TerminalSink:
         held_out = "" if self._held_out is None else f" (held-out {self._held_out:.4f})"
         speed = trained / seconds if seconds else 0.0
         left = human_time((self._steps - self._step) * seconds / len(self._recent))
-        memory = human_bytes(event["peak_bytes"])
+        most, whose = fullest(event)
+        memory = human_bytes(most) + (f" ({whose})" if whose else "")
         name = "reward" if "answer_tokens" in event else "loss"
         value = f"{event[name]:.4f}" if name in event else "none"  # of a step whose samples all failed
         return f"{name} {value}{held_out}  {speed:,.0f} tok/s  {memory}  {left} left"

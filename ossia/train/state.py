@@ -135,7 +135,11 @@ def checkpoint_bytes(params: Mapping[str, Tensor], optimizer: AdamW) -> int:
 
 
 def check_room(run: Path, params: Mapping[str, Tensor], optimizer: AdamW) -> None:
-    """Raise RunError if the disk couldn't hold even one checkpoint: known now rather than when the first is due."""
+    """Raise RunError if the disk couldn't hold even one checkpoint: known now rather than when the first is due.
+
+    What a save that was killed left behind is removed first.
+    """
+    sweep(run)
     need, free = checkpoint_bytes(params, optimizer), shutil.disk_usage(run).free
     if free < need:
         raise RunError(

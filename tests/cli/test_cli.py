@@ -34,6 +34,7 @@ COMMANDS = (
     "doctor",
     "attack",
     "import-recipe",
+    "merge-shards",
 )
 
 
@@ -86,6 +87,21 @@ def test_a_command_or_option_that_does_not_exist_is_exit_code_2() -> None:
     for arguments in (("trian",), ("train",), ("train", "r.yaml", "--resme"), ("tiny", "x", "--weights", "int4")):
         done = run(*arguments)
         assert (done.returncode, "Traceback" in done.stderr) == (2, False), arguments
+
+
+def test_restarts_that_nothing_would_make_are_refused(tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(f"model: {tmp_path}\ndata: {tmp_path / 'r.jsonl'}\noutput: {tmp_path / 'run'}\n")
+    for name in ("r.jsonl", "config.json"):
+        (tmp_path / name).write_text("{}\n")
+    command = ["train", str(recipe), "--max-restarts", "2"]
+    done = CliRunner().invoke(cli.app, [*command, "--nproc", "1"])
+    assert (done.exit_code, done.stdout) == (2, "")
+    assert "--max-restarts: 2, but this run is one process, which no launcher starts" in done.stderr
+    launched = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "host", "MASTER_PORT": "1"}
+    done = CliRunner().invoke(cli.app, command, env=launched)
+    assert done.exit_code == 2
+    assert "--max-restarts: a launcher has started this process already; give it there" in done.stderr
 
 
 def test_a_shape_that_does_not_exist_is_told_with_those_that_do(tmp_path: Path) -> None:

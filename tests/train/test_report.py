@@ -130,6 +130,16 @@ def test_samples_are_shown_once_a_question_with_the_first_and_the_last_answer(ou
     assert paragraphs.count("Expected: 42") == 2
 
 
+def test_of_several_ranks_the_page_shows_the_memory_of_the_fullest(run: Path, tmp_path: Path) -> None:
+    events = [json.loads(line) for line in (run / "events.jsonl").read_text().splitlines()]
+    ranks = [e | {"rank_peak_bytes": [2**30, 5 * 2**30]} if e["event"] == "step" else e for e in events]
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in ranks))
+    shown = Outline(write_report(tmp_path / "run").read_text())
+    assert "5.0 GiB" in shown.of("dd")
+    assert "rank 1, the most of 2" in shown.of("small")
+
+
 def test_the_page_holds_counts_checkpoints_environment_and_totals(outline: Outline) -> None:
     cells = outline.of("td")
     assert {"checkpoints/step-00000004", "checkpoints/step-00000006", "2.13.0", "16.0 GiB"} <= set(cells)

@@ -153,6 +153,14 @@ def test_outside_a_terminal_there_are_plain_lines_now_and_then_and_the_last_step
     assert "\x1b" not in out.getvalue()
 
 
+def test_of_several_ranks_the_one_with_the_most_memory_is_shown() -> None:
+    out = io.StringIO()
+    sink = TerminalSink(1, file=out)
+    sink.write(step_event(1) | {"rank_peak_bytes": [2 * GIB, 3 * GIB, GIB]})
+    sink.close()
+    assert "  3.0 GiB (rank 1, the most of 3)  " in out.getvalue()
+
+
 def test_the_rate_counts_trained_tokens_of_the_last_steps_only() -> None:
     out = io.StringIO()
     sink = TerminalSink(50, file=out)

@@ -210,6 +210,11 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_before_training(small
     with pytest.raises(RunError, match=r"needs 4\.9 MiB and the disk has 4\.0 MiB free"):
         check_room(small_disk, params, optimizer)
     check_room(small_disk, *trained(size=4))
+    left = small_disk / "checkpoints" / ".partial-step-00000002"
+    left.mkdir(parents=True)
+    (left / "optimizer.safetensors").write_bytes(bytes(4 * MIB - 16384))
+    check_room(small_disk, *trained(size=4))
+    assert not left.exists()
 
 
 def test_a_file_size_limit_loses_nothing_that_was_saved_before(tmp_path: Path) -> None:

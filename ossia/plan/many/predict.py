@@ -66,6 +66,13 @@ class ManyPlan:
         return self.rank.host_peak * self.division.local
 
     @property
+    def on_paper(self) -> bool:
+        """Whether `ossia train` has no such division: it cuts weights, and experts, over all ranks or over none."""
+        d = self.division
+        held = d.shards if self.work.ranks is None else 1
+        return not {d.shards, d.experts} <= {1, d.gpus} or d.trained_shards != held
+
+    @property
     def fits(self) -> bool:
         on_host = self.host_room is None or self.host_needed <= self.host_room
         return self.rank.device_peak <= self.room and on_host
@@ -234,6 +241,7 @@ def as_json(plan: ManyPlan) -> dict[str, Any]:
             "expert_parallel": d.experts,
             "context_parallel": d.context,
             "offload": d.offload,
+            "on_paper": plan.on_paper,
             "why": plan.why,
         },
         "rank": {
@@ -266,7 +274,7 @@ def as_json(plan: ManyPlan) -> dict[str, Any]:
         else {
             "step_s": time.total,
             "products_s": time.products,
-            "exchanged_s": time.exchanged,
+            "exchanged_s": max(time.exchanged, 0.0),  # of a sum and its parts, which round apart
             "exposed_s": time.exposed,
             "tokens_per_s": plan.tokens / time.total,
             "from": plan.machine.source,

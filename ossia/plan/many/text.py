@@ -30,6 +30,8 @@ def _what(plan: ManyPlan) -> Iterator[tuple[str, str]]:
     waits = "trained state" if work.ranks is None else "parts"
     also += [f"{waits} in the machine's memory"] if d.offload and (d.shards > 1 or work.ranks is None) else []
     yield "divided", f"{what} trained; weights {over}, trained state over {d.trained_shards}{_also(also)}: {plan.why}"
+    if plan.on_paper:
+        yield "", "on paper: `ossia train` cuts over all ranks or none; parallel.shard=all, or =none, for what it does"
     packs = f"{work.packs} packs of {work.pack:,}" if work.packs > 1 else f"one pack of {work.pack:,}"
     kept = "each layer computed again for its backward" if work.recompute else "activations kept"
     yield "step", f"{plan.tokens:,} tokens; a rank has {packs}; {kept}"

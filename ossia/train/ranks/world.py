@@ -246,9 +246,9 @@ class World:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # what gloo and NCCL raise
-            self._words.asked_at = time.monotonic()
             watch = _Watch(self._store, [rank for rank in range(self.size) if rank != self.rank])
             while not (gone := watch.silent(_GONE_S)) and watch.waited() < 2 * _GONE_S:
+                self._words.asked_at = time.monotonic()
                 self._stop_with_peer(self._store)
                 time.sleep(_LOOK_S)
                 watch.look()

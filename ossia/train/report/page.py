@@ -22,7 +22,7 @@ from typing import Any
 
 from ossia.config import RECIPE_IN_RUN
 from ossia.errors import RunError
-from ossia.train.events import ENV, EVENTS, read_events
+from ossia.train.events import ENV, EVENTS, fullest, read_events
 from ossia.train.report.chart import Series, chart_html
 from ossia.train.report.rewards import Kept, alarms, is_rewarded, reward_charts
 from ossia.train.sinks import human_time
@@ -119,11 +119,16 @@ def _tiles(steps: Sequence[Event], evals: Sequence[Event]) -> str:
             ("Training loss", f"{last['loss']:.4f}", f"{steps[0]['loss']:.4f} in step {steps[0]['step']:,}"),
             ("Trained tokens", f"{trained:,}", f"of {tokens:,} tokens read"),
             ("Speed", f"{median(e['tokens_per_s'] for e in steps):,.0f}", "trained tokens/s, median step"),
-            ("Peak memory", human_bytes(max(e["peak_bytes"] for e in steps)), ""),
+            ("Peak memory", *_peak(steps)),
             ("Time in steps", human_time(seconds), f"{human_time(sum(e['eval_s'] for e in evals))} in evaluations"),
         ]
     cells = "".join(f"<div><dt>{t}</dt><dd>{v}{f'<small>{n}</small>' if n else ''}</dd></div>\n" for t, v, n in tiles)
     return f'<dl class="tiles">\n{cells}</dl>\n' if tiles else "<p>No step has been taken yet.</p>\n"
+
+
+def _peak(steps: Sequence[Event]) -> tuple[str, str]:
+    most, whose = max(map(fullest, steps))
+    return human_bytes(most), whose
 
 
 def _curves(steps: Sequence[Event], evals: Sequence[Event]) -> str:
@@ -141,7 +146,7 @@ def _curves(steps: Sequence[Event], evals: Sequence[Event]) -> str:
     unit = "of the policy" if is_rewarded(steps) else "nats per trained token, weighted"
     exponent, power = _power_of_ten(max(e["lr"] for e in steps))
     rate, norm = points("lr", steps, 10.0**-exponent), points("grad_norm", steps)
-    speed, memory = points("tokens_per_s", steps), points("peak_bytes", steps, 2.0**-30)
+    speed, memory = points("tokens_per_s", steps), [(e["step"], fullest(e)[0] * 2.0**-30) for e in steps]
     charts = [
         *(reward_charts(steps, evals) if is_rewarded(steps) else []),
         chart_html("Loss", unit, losses, from_zero=False),

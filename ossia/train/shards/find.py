@@ -13,10 +13,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ossia.disk import sync_to_disk
 from ossia.train.loop import find_start
 from ossia.train.shards.hosts import keepers
 from ossia.train.state import (
     MANIFEST,
+    STATE,
     SavedState,
     checkpoint_path,
     checkpoint_paths,
@@ -98,7 +100,18 @@ def _check(world: World, run: Path, step: int, manifest: str) -> tuple[Seen, str
         return {}, wrong[spoilt[0]]
     if lacking and world.leads:  # of whom the others hear it
         raise missing(place, lacking)
+    if STATE not in seen[0]:
+        _give_state(world, place, min(rank for rank, names in seen.items() if STATE in names))
+        seen[0].add(STATE)
     return {rank: frozenset(names) for rank, names in seen.items()}, None
+
+
+def _give_state(world: World, place: Path, source: int) -> None:
+    """To rank 0, which reads the data's position there before any file is sent: another host's whole state.json."""
+    text = world.gather((place / STATE).read_text() if world.rank == source else None)[source]
+    if world.leads:
+        (place / STATE).write_text(text)
+        sync_to_disk(place / STATE)
 
 
 def _take_up(place: Path, manifest: str) -> None:

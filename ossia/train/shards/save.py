@@ -48,6 +48,7 @@ from ossia.train.state import (
     step_of,
     storage_error,
     sweep,
+    verify,
     write_manifest,
 )
 
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from ossia.train.ranks.world import World
 
 _POLL_S = 0.01
+_OUR_FAULTS = (ValueError, LookupError, TypeError, AssertionError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +129,12 @@ class Saver:
         self._thread.start()
 
     def check_room(self, parts: Mapping[str, Part]) -> None:
-        """Raises RunError where a disk couldn't hold even one checkpoint of the ranks that write there."""
+        """Raises RunError where a disk couldn't hold even one checkpoint of the ranks that write there.
+
+        What a save that was killed left behind is removed first.
+        """
+        if self._keeps:
+            sweep(self._run)
         need: Counter[int] = Counter()
         for rank, num_bytes in enumerate(self._world.gather_beside(_num_bytes(parts))):
             need[self._keepers[rank]] += num_bytes
@@ -158,7 +165,7 @@ class Saver:
         try:
             self._write(one)
             self._done = True
-        except (UserError, OSError, RuntimeError) as error:
+        except (UserError, OSError, RuntimeError, *_OUR_FAULTS) as error:  # `check` raises it where it is heard
             self._error = error
 
     def _write(self, one: _Save) -> None:
@@ -171,7 +178,8 @@ class Saver:
             state = self._world.gather_beside(state if self._world.leads else None)[0]
             self._all(one, lambda: self._complete(partial, one, ranges, files, state))
         except RunError:
-            if self._keeps:
+            # rank 0 may have renamed its folder by now: what is whole on another disk is taken up on resume
+            if self._keeps and (self._world.leads or verify(partial, ()) is not None):
                 shutil.rmtree(partial, ignore_errors=True)
             raise
         self._all(one, lambda: self._commit(place, self._world.leads))

@@ -19,6 +19,7 @@ from ossia.model.budget.many.traffic import traffic
 from ossia.plan.machine import named_gpu
 from ossia.plan.many.pays import context_parallel_share, expert_parallel_tokens, hiding_tokens, most_ranks
 from ossia.plan.many.predict import ManyPlan, Wanted, as_json, make_many_plan
+from ossia.plan.many.text import as_text
 from ossia.plan.many.times import layer_products, step_time
 from ossia.plan.speed import speed
 
@@ -54,6 +55,24 @@ def test_the_division_that_sends_least_is_taken_of_those_that_fit(tmp_path: Path
     assert division("model=120b", adapter="", gpus=512) == (64, 64, False)
     assert division("model=120b", adapter="", gpus=16) == (16, 16, True)
     assert division(shards=8) == (8, 1, False)
+
+
+def test_a_division_that_no_run_has_is_said_to_be_on_paper(tmp_path: Path) -> None:
+    def said(*changes: str, adapter: str = LORA, **more: object) -> bool:
+        found = planned(tmp_path, *changes, adapter=adapter, **more)
+        named = "on paper: `ossia train` cuts over all ranks or none" in as_text(found)
+        assert as_json(found)["division"]["on_paper"] == named == found.on_paper
+        return named
+
+    full = ""
+    assert not said()
+    assert not said("parallel.shard=all")
+    assert not said("parallel.experts=stay", gpus=32)
+    assert not said(adapter=full)
+    assert said(adapter=full, gpus=64)  # replicas of eight
+    assert not said("parallel.shard=all", adapter=full, gpus=64)
+    assert said(gpus=64, shards=8)
+    assert said(gpus=64, shards=64, experts=8)
 
 
 def test_a_division_that_was_asked_for_is_taken_as_it_is(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from ossia.model.arch import SHAPES
 from ossia.model.budget.choose import Memory
 from ossia.model.budget.work import DeviceKind
 from ossia.plan.many.shard import Shard, choose_shard
+from ossia.run.shard import ranks_to_cut_over
 from tests.plan.many.test_many import planned
 
 LORA = {"adapter": {"rank": 16, "targets": ["attention"]}}
@@ -70,3 +71,16 @@ def test_a_plan_of_many_gpus_divides_as_the_recipe_says_unless_an_option_does(tm
     assert division("parallel.shard=none", "model=120b") == (1, 1, "parallel.shard: none")
     assert division("parallel.shard=all", adapter="") == (8, 8, "parallel.shard: all")
     assert division("parallel.shard=none", shards=8)[::2] == (8, "as you say")
+
+
+def test_one_process_says_which_of_the_keys_for_several_it_makes_no_use_of() -> None:
+    def said(**parallel: object) -> list[str]:
+        heard: list[str] = []
+        recipe = recipe_from_dict({"model": "x", "data": "x.jsonl", "parallel": parallel})
+        assert ranks_to_cut_over(recipe, None, heard.append) is None
+        return heard
+
+    ends = "this is one process, which has everything"
+    assert said() == said(timeout=5) == []
+    assert said(shard="all") == [f"parallel.shard: all: {ends}"]
+    assert said(experts="stay", offload=True) == [f"parallel.experts: stay, parallel.offload: true: {ends}"]

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from ossia.train.ranks.world import World
 from ossia.train.shards import save
 from ossia.train.shards.save import Saver
 from ossia.train.state import checkpoint_paths, verify
@@ -309,3 +310,42 @@ def kill_often(least: int, chance: random.Random, folder: Path) -> None:
             group.kill()
             check_saved(run, 0)
         check_whole(run, 20)
+
+
+def break_off(world: World) -> None:
+    """Rank 0's exchange fails, and the others live."""
+
+    def fail(tensor: object) -> None:
+        raise RuntimeError("this end is broken. More of it")
+
+    if world.leads:
+        world._together([None], fail)
+    time.sleep(4.5)
+    world.gather(None)
+
+
+def test_an_exchange_that_fails_while_all_live_is_called_that_with_a_short_timeout_too(tmp_path: Path) -> None:
+    group = Group(2, tmp_path / "out", break_off, timeout_s=2.5)
+    assert group.wait() == [2, 2], group.errors()
+    assert group.said(0) == "rank 0: lost its connection to another rank (this end is broken)\n"
+
+
+class _Fails:
+    """Rank 1's save has a fault of ours."""
+
+    @contextmanager
+    def __call__(self, rank: int) -> Iterator[None]:
+        def wrong(*what: object) -> None:
+            raise ValueError("no such piece")
+
+        if rank == 1:
+            Saver._own_file = wrong
+        yield
+
+
+def test_a_fault_of_ours_in_the_thread_that_saves_is_told(tmp_path: Path) -> None:
+    group = Group(2, tmp_path / "out", train, tmp_path / "run", 4, trouble=_Fails())
+    assert group.wait() == [2, 1], group.errors()
+    assert "ValueError: no such piece" in group.said(1)
+    assert "rank 1, step" in group.said(0)
+    assert "ValueError: no such piece" in group.said(0)

@@ -12,12 +12,14 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ossia.errors import RunError
 from ossia.train.ranks.world import World
+from ossia.train.shards.save import Saver
 from ossia.train.state import newest_checkpoint
 from tests.train.disks import small_disk_at
 from tests.train.shards.support import Group, train
@@ -87,6 +89,17 @@ def test_a_host_killed_before_its_rename_is_healed_and_a_bad_file_is_sent_anew_o
         assert (hosts / host / "run/checkpoints/step-00000004.corrupt").is_dir()
 
 
+def test_a_state_that_is_spoilt_on_the_first_host_comes_from_another_that_has_it(hosts: Path) -> None:
+    state = hosts / "A/run/checkpoints/step-00000004/state.json"
+    good = state.read_bytes()
+    state.write_bytes(good.replace(b'"data": 4', b'"data": 5'))  # `train` compares what was restored
+    assert "going on from step 4" in on_hosts(hosts, "AAB", 4, resume=True).said(0)
+    assert state.read_bytes() == good
+    state.unlink()
+    assert "going on from step 4" in on_hosts(hosts, "AAB", 4, resume=True).said(0)
+    assert state.read_bytes() == good
+
+
 class _Garbles:
     """What one rank sends of a file has a bit that isn't in the file."""
 
@@ -138,6 +151,36 @@ def test_a_host_killed_between_the_first_rename_and_its_own_goes_on(tmp_path: Pa
     assert "going on from step 4" in on_hosts(tmp_path, "AB", 6, resume=True).said(0)
 
 
+class _HearsLate:
+    """Rank 1's third exchange of its second save is over for the others, and for it ends in another's failure."""
+
+    @contextmanager
+    def __call__(self, rank: int) -> Iterator[None]:
+        complete, gather, done = Saver._complete, World.gather_beside, [0]
+
+        def complete_(saver: Saver, *what: Any) -> None:
+            complete(saver, *what)
+            done[0] += 1
+
+        def gather_(world: World, value: Any) -> list[Any]:
+            found = gather(world, value)
+            if done[0] == 2:
+                raise RunError("rank 0, step 4: is gone")
+            return found
+
+        if rank == 1:
+            Saver._complete, World.gather_beside = complete_, gather_
+        yield
+
+
+def test_a_host_that_hears_of_a_failure_while_the_first_renames_keeps_its_files(tmp_path: Path) -> None:
+    folders = [tmp_path / "A", tmp_path / "B"]
+    group = Group(2, tmp_path / "out", train, RUN, 4, folders=folders, trouble=_HearsLate(), timeout_s=3)
+    assert group.wait() == [2, 2], group.errors()
+    assert (files(tmp_path, "A", 4), files(tmp_path, "B", 4)) == (["__0_0.distcp"], [])
+    assert "going on from step 4" in on_hosts(tmp_path, "AB", 6, resume=True).said(0)
+
+
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     """A real file system of 160 KiB."""
@@ -154,4 +197,7 @@ def test_a_full_disk_of_one_host_leaves_the_last_checkpoint_on_all(small_disk: P
     steps = [[int(p.name[5:]) for p in (folder / host / "run/checkpoints").iterdir()] for host in "AB"]
     assert sorted(steps[0]) == sorted(steps[1]) != []
     subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    left = small_disk / "run/checkpoints/.partial-step-00000099"  # of a save that was killed: it makes room by itself
+    left.mkdir()
+    (left / "__1_0.distcp").write_bytes(bytes(shutil.disk_usage(small_disk).free - 4096))
     on_hosts(folder, "AB", 12, resume=True)
