@@ -81,7 +81,7 @@ def make_many_plan(recipe: Recipe, machine: Machine, wanted: Wanted) -> ManyPlan
     """The plan. Raises UserError for a division that doesn't come out even, CheckpointError as `read_shape`."""
     if recipe.weights in ("stream", "mmap"):
         raise UserError(
-            f"--gpus: `weights` is {recipe.weights}; a plan of several GPUs knows auto, resident and bf16\n"
+            f"{wanted.gpus} GPUs: `weights` is {recipe.weights}; a plan of several GPUs knows auto, resident and bf16\n"
             f"  next: ossia plan RECIPE --gpus {wanted.gpus} weights=auto"
         )
     arch, layout = read_shape(recipe.model)
