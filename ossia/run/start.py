@@ -194,7 +194,8 @@ def predicted(recipe: Recipe, model: Transformer, world: World | None = None) ->
     work = work_of(model, pack=pack, packs=tokens // pack, recompute=how.recompute)
     work = replace(work, offload=how.offload, chunk=how.tokens_at_once, keep_attention=how.keep_attention)
     if world is not None and model.cut:
-        return as_line(work, cut_footprint(work, world.size, offload=recipe.offloads_parts))
+        kept = {"offload": recipe.offloads_parts, "saves_beside": recipe.parallel.async_save}
+        return as_line(work, cut_footprint(work, world.size, **kept))
     cached = cache_bytes(recipe, model.arch, DTYPE_NAMES[model.dtype], default_cache_bytes(model))
     return as_line(work, footprint(work, cache_bytes=cached))
 
