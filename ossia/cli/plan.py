@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -97,6 +98,9 @@ def plan(
         wanted = _wanted(ranks.number, network, per_machine if elsewhere or gpus else ranks.number, division)
         _print_many(checked, machine, wanted, None if elsewhere else ranks, as_json=as_json)
         return
+    if machine.kind == "cpu" and ranks.number > 1:
+        alone = "what follows is of one process alone; what each of several takes the run says in its first lines"
+        ranks = replace(ranks, idle=alone)
     found = make_plan(checked, machine)
     _print(plain(found) if as_json else as_text(found), None if elsewhere else ranks)
     if not found.fits:

@@ -149,3 +149,13 @@ def test_a_run_of_one_process_is_resumed_as_one(
     assert f"ranks: {said}\n" in recipe.to_yaml()
     assert resume_with(recipe, None) == f"{recipe.resume_command}{flag}"
     assert resume_with(recipe_from_dict(GRPO), None).endswith("--resume")
+
+
+def test_a_plan_of_ranks_on_a_cpu_says_that_it_is_of_one_process(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: demo\ndata: x.jsonl\ndevice: cpu\nparallel: {ranks: 2}\n")
+    said = CliRunner().invoke(cli.app, ["plan", str(tmp_path / "r.yaml")]).output.splitlines()
+    assert said[0] == "ranks        2 (as `parallel.ranks` says)"
+    assert said[1].strip().startswith("what follows is of one process alone")
+    said = CliRunner().invoke(cli.app, ["plan", str(tmp_path / "r.yaml"), "parallel.ranks=auto"]).output.splitlines()
+    assert said[0] == "ranks        1 (parallel.ranks: auto; on a CPU it is one process)"
+    assert said[1].startswith("machine ")
