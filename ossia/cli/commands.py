@@ -157,9 +157,12 @@ def train(
     place = launched()
     # a launcher may have started this before: then the ranks go on, which they know once they have met
     checked = _recipe(recipe, overrides, resume=resume or place is not None, writes=True)
-    if (ranks := ranks_to_start(checked, nproc)) > 1:
+    ranks = ranks_to_start(checked, nproc)
+    for line in ranks.lines if ranks else ():
+        print(line, file=sys.stderr)
+    if ranks is not None and ranks.number > 1:
         flags = ["--resume"] if resume else []
-        launch(ranks, ["train", str(recipe), *(overrides or ()), *flags], max_restarts=max_restarts)
+        launch(ranks.number, ["train", str(recipe), *(overrides or ()), *flags], max_restarts=max_restarts)
         return
     check_restarts(max_restarts)
     with importing():

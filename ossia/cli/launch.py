@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 from ossia.cli.app import importing
 from ossia.errors import UserError
+from ossia.train.ranks.launched import launched
+from ossia.train.ranks.number import NumRanks, num_ranks
 
 if TYPE_CHECKING:
     from ossia.config import Recipe
@@ -17,20 +19,36 @@ if TYPE_CHECKING:
 _TO_SAVE_S = 60  # that ranks have to finish a step and save, once they are asked to stop
 
 
-def ranks_to_start(recipe: Recipe, nproc: int | None) -> int:
-    """How many processes a run is to be: of the command, of the recipe, or 1: this one alone.
+def ranks_to_start(recipe: Recipe, nproc: int | None) -> NumRanks | None:
+    """How many processes a run is to be, see `num_ranks`; None: a launcher has started this one, and has decided.
 
-    Raises  UserError where a launcher has started this process, or `nproc` doesn't go with the recipe
+    Raises  UserError for an `nproc` that a launcher or the recipe doesn't leave to the command
     """
-    from ossia.train.ranks.launched import launched
-
     if launched() is not None:
         if nproc is not None:
             raise UserError("--nproc: a launcher has started this process already; say there how many there are to be")
-        return 1
-    if nproc is not None and nproc > 1 and recipe.method != "sft":
-        raise UserError(f"--nproc: {nproc}, but `method: {recipe.method}` is one process as yet; leave it out")
-    return nproc or recipe.parallel.ranks
+        return None
+    return ranks_here(recipe, nproc)
+
+
+def ranks_here(recipe: Recipe, nproc: int | None = None) -> NumRanks:
+    """As many as `ossia train` starts on this machine; as `num_ranks`."""
+    return num_ranks(recipe, nproc, visible_gpus)
+
+
+def visible_gpus() -> int:
+    """GPUs that this process, and so each rank, may use.
+
+    torch's own count, as the ranks choose by its numbers: it knows every form of `CUDA_VISIBLE_DEVICES` and has none
+    where it is built for CPUs, which files in /dev don't tell. It asks NVML, so no CUDA context is made here. Who runs
+    or launches a run imports torch in any case.
+    """
+    with importing():
+        import torch
+
+    found = torch.cuda.device_count()
+    # the list of GPUs doesn't say whether this torch works with their driver; that makes no context either
+    return found if found < 2 or torch.cuda.is_available() else 0
 
 
 def check_restarts(max_restarts: int) -> None:

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ossia.cli.app import importing
+from ossia.cli.launch import ranks_here
 from ossia.errors import UserError
 
 if TYPE_CHECKING:
     from ossia.config import Recipe
     from ossia.plan.machine import Machine
     from ossia.plan.many.predict import Wanted
+    from ossia.train.ranks.number import NumRanks
 
 DOES_NOT_FIT = 3  # the exit code
 
@@ -39,7 +42,10 @@ def plan(
         float | None,
         typer.Option("--machine-memory", metavar="GB", min=1, help="Free memory of the machine that it is in."),
     ] = None,
-    gpus: Annotated[int, typer.Option("--gpus", metavar="N", min=1, help="So many of that GPU: bytes a rank.")] = 1,
+    gpus: Annotated[
+        int | None,
+        typer.Option("--gpus", metavar="N", min=1, help="So many of that GPU; else as many as `ossia train` starts."),
+    ] = None,
     per_machine: Annotated[int, typer.Option("--per-machine", metavar="N", min=1, help="GPUs of a machine.")] = 8,
     network: Annotated[
         str, typer.Option("--network", metavar="NAME", help="Between machines: infiniband or ethernet.")
@@ -81,18 +87,42 @@ def plan(
             machine_memory,
             (checked.device, checked.dtype, checked.train.threads),
         )
-    division = (shards, expert_parallel, context_parallel, offload)
-    if gpus > 1 or any(said is not None for said in division):
-        if gpu is None and gpu_memory is None:
-            raise UserError(
-                "--gpus is of GPUs that aren't here; name one: --gpu H100, or say what it is: --gpu-memory GB"
-            )
-        _print_many(checked, machine, _wanted(gpus, network, per_machine, division), as_json=as_json)
+    division, elsewhere = (
+        (shards, expert_parallel, context_parallel, offload),
+        gpu is not None or gpu_memory is not None,
+    )
+    ranks = _ranks(checked, gpus, elsewhere=elsewhere)
+    if machine.kind == "cpu" and (gpus is not None or any(said is not None for said in division)):
+        raise UserError("--gpus is of GPUs that aren't here; name one: --gpu H100, or say what it is: --gpu-memory GB")
+    if machine.kind == "cuda" and (ranks.number > 1 or any(said is not None for said in division)):
+        wanted = _wanted(ranks.number, network, per_machine if elsewhere or gpus else ranks.number, division)
+        _print_many(checked, machine, wanted, None if elsewhere else ranks, as_json=as_json)
         return
+    if machine.kind == "cpu" and ranks.number > 1:
+        alone = "what follows is of one process alone; what each of several takes the run says in its first lines"
+        ranks = replace(ranks, idle=alone)
     found = make_plan(checked, machine)
-    print(json.dumps(plain(found)) if as_json else as_text(found))
+    _print(plain(found) if as_json else as_text(found), None if elsewhere else ranks)
     if not found.fits:
         raise typer.Exit(DOES_NOT_FIT)
+
+
+def _ranks(recipe: Recipe, gpus: int | None, *, elsewhere: bool) -> NumRanks:
+    """As many as `--gpus` says, or as `ossia train` would start; of a GPU that isn't here `auto` is one."""
+    from ossia.train.ranks.number import NumRanks, num_ranks
+
+    if gpus is not None:
+        return NumRanks(gpus, "--gpus")
+    return num_ranks(recipe, None, lambda: 1) if elsewhere else ranks_here(recipe)
+
+
+def _print(plan: dict[str, Any] | str, ranks: NumRanks | None) -> None:
+    """A plan's words or its JSON; with the ranks that `ossia train` would start here."""
+    if isinstance(plan, str):
+        first = [] if ranks is None else [("ranks", f"{ranks.number} ({ranks.why})"), ("", ranks.idle)]
+        print("\n".join([*(f"{label:<13}{words}" for label, words in first if words), plan]))
+        return
+    print(json.dumps(plan if ranks is None else {"ranks": {"number": ranks.number, "why": ranks.why}} | plan))
 
 
 def _wanted(
@@ -106,13 +136,13 @@ def _wanted(
     return Wanted(gpus, NETWORKS[network], per_machine, *division)
 
 
-def _print_many(recipe: Recipe, machine: Machine, wanted: Wanted, *, as_json: bool) -> None:
+def _print_many(recipe: Recipe, machine: Machine, wanted: Wanted, ranks: NumRanks | None, *, as_json: bool) -> None:
     from ossia.plan.many.predict import as_json as plain
     from ossia.plan.many.predict import make_many_plan
     from ossia.plan.many.text import as_text
 
     found = make_many_plan(recipe, machine, wanted)
-    print(json.dumps(plain(found)) if as_json else as_text(found))
+    _print(plain(found) if as_json else as_text(found), ranks)
     if not found.fits:
         raise typer.Exit(DOES_NOT_FIT)
 

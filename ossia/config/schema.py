@@ -285,9 +285,9 @@ class LogConfig(Section):
 class ParallelConfig(Section):
     """Training by several processes, the ranks of a run, that share each step's packs (docs/parallel.md)."""
 
-    ranks: int = Field(1, ge=1, le=1024)
-    """Processes that `ossia train` starts on this machine, on GPUs one for each; under torchrun it's torchrun that says
-    how many."""
+    ranks: Annotated[int, Field(ge=1, le=1024)] | Literal["auto"] = "auto"
+    """Processes that `ossia train` starts on this machine, on GPUs one for each; `auto`: with `method: sft` as many as
+    there are GPUs to be seen, else one. Under torchrun it's torchrun that says how many."""
     shard: Literal["auto", "none", "all"] = "auto"
     """Whether each rank holds only a part of every weight, and of what is trained without an adapter (`all`), or
     everything (`none`); `auto`: parts where all weights are trained, or where everything doesn't fit."""
@@ -424,7 +424,7 @@ class Recipe(Section):
             else None,
             Clash(("train.steps",), "`train.steps` is missing: `method: grpo` has no epochs") if no_steps else None,
             Clash(("parallel.ranks", "method"), "`parallel.ranks` is for `method: sft`; `grpo` is one process as yet")
-            if self.parallel.ranks > 1
+            if self.parallel.ranks not in (1, "auto")
             else None,
             Clash(
                 ("parallel.context", "method"), "`parallel.context` is for `method: sft`; `grpo` is one process as yet"

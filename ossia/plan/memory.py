@@ -72,7 +72,7 @@ def footprint(work: Work, *, cache_bytes: int = 0, process: int | None = None, t
     living = {name: size for name, size in step.parts.items() if size}
     if cache_bytes:
         living = {"keys and values": cache_bytes, **living}
-    words = min(TOKENIZER, TOKENIZER * work.arch.vocab_size // 201_088) if tokenizer else 0
+    words = tokenizer_bytes(work) if tokenizer else 0
     if work.device == "cuda":
         device = {"weights": weights_on_gpu(work), **trained, **living}
         device |= around_gpu(work, step.total)
@@ -88,9 +88,18 @@ def footprint(work: Work, *, cache_bytes: int = 0, process: int | None = None, t
         return Footprint(device, host, files + LIBRARIES, step.moment)
     held, files = _on_cpu(work, w)
     host = {"process": (process or PROCESS) + words, "weights": held, **trained, **living}
-    host["products' code"] = _products(work)
-    host["allocator"] = _holes(work, step)
+    host |= beside_on_cpu(work, step)
     return Footprint({}, {name: size for name, size in host.items() if size}, files + LIBRARIES, step.moment)
+
+
+def tokenizer_bytes(work: Work) -> int:
+    """Of a vocabulary of that size."""
+    return min(TOKENIZER, TOKENIZER * work.arch.vocab_size // 201_088)
+
+
+def beside_on_cpu(work: Work, step: StepBytes) -> dict[str, int]:
+    """What libraries keep on a CPU, by part."""
+    return {"products' code": _products(work), "allocator": _holes(work, step)}
 
 
 def weights_on_gpu(work: Work) -> int:

@@ -194,15 +194,18 @@ def predicted(recipe: Recipe, model: Transformer, world: World | None = None) ->
     work = work_of(model, pack=pack, packs=tokens // pack, recompute=how.recompute)
     work = replace(work, offload=how.offload, chunk=how.tokens_at_once, keep_attention=how.keep_attention)
     if world is not None and model.cut:
-        return as_line(work, cut_footprint(work, world.size, offload=recipe.offloads_parts))
+        kept = {"offload": recipe.offloads_parts, "saves_beside": recipe.parallel.async_save}
+        return as_line(work, cut_footprint(work, world.size, **kept))
     cached = cache_bytes(recipe, model.arch, DTYPE_NAMES[model.dtype], default_cache_bytes(model))
     return as_line(work, footprint(work, cache_bytes=cached))
 
 
-def _resume_with(recipe: Recipe, world: World | None) -> str:
+def resume_with(recipe: Recipe, world: World | None) -> str:
     """What goes on with a run, by as many processes."""
     if world is None:
-        return recipe.resume_command
+        said = recipe.parallel.ranks
+        alone = said == 1 or (said == "auto" and (recipe.method != "sft" or torch.cuda.device_count() < 2))
+        return recipe.resume_command if alone else f"{recipe.resume_command} --nproc 1"
     if world.on_one_host:
         return f"{recipe.resume_command} --nproc {world.size}"
     return f"the same launcher on every host, with -m {recipe.resume_command}"
@@ -251,7 +254,7 @@ def job_of(
             "attention_backend": model.backend,
             "attention_probe": None if model.probed is None else asdict(model.probed),
         },
-        resume_with=_resume_with(recipe, world),
+        resume_with=resume_with(recipe, world),
         clock=time.perf_counter,
         memory=lambda: peak_bytes(model.device),
         world=world,

@@ -234,6 +234,10 @@ def test_every_planned_recipe_loads_and_says_that_it_is_planned_and_what_was_mea
     assert f"ossia plan docs/scale/{file.name} --gpu " in plan
     gpus = re.search(r"--gpus (\d+)", plan)
     nodes, each = (re.search(rf"--{key} (\d+)", start) for key in ("nnodes", "nproc-per-node"))
-    alone = recipe.parallel.ranks if start.startswith("ossia train") else 1
+    planned = int(gpus.group(1)) if gpus else 1
+    said = recipe.parallel.ranks
+    alone = (
+        1 if not start.startswith("ossia train") else planned if said == "auto" else said
+    )  # auto: the GPUs there are
     ranks = (int(nodes.group(1)) if nodes else 1) * (int(each.group(1)) if each else alone)
-    assert ranks == (int(gpus.group(1)) if gpus else 1), "it is planned for other GPUs than it is started on"
+    assert ranks == planned, "it is planned for other GPUs than it is started on"

@@ -88,7 +88,7 @@ def make_many_plan(recipe: Recipe, machine: Machine, wanted: Wanted) -> ManyPlan
     """The plan. Raises UserError for a division that doesn't come out even, CheckpointError as `read_shape`."""
     if recipe.weights in ("stream", "mmap"):
         raise UserError(
-            f"--gpus: `weights` is {recipe.weights}; a plan of several GPUs knows auto, resident and bf16\n"
+            f"{wanted.gpus} GPUs: `weights` is {recipe.weights}; a plan of several GPUs knows auto, resident and bf16\n"
             f"  next: ossia plan RECIPE --gpus {wanted.gpus} weights=auto"
         )
     arch, layout = read_shape(recipe.model)
@@ -154,9 +154,9 @@ def _why(shards: int, base: Division, *, adapters: bool) -> str:
     return f"divided over {over}, the fewest that it fits on{', adapters too' if adapters else ''}"
 
 
-def _on_gpu(work: Work, division: Division) -> RankBytes:
+def _on_gpu(work: Work, division: Division, *, saves_beside: bool) -> RankBytes:
     """A rank's bytes, with what its GPU holds beside them."""
-    rank = rank_bytes(work, division)
+    rank = rank_bytes(work, division, saves_beside=saves_beside)
     return replace(rank, device=rank.device | around_gpu(work, rank.living))
 
 
@@ -172,9 +172,11 @@ def plan_of(
         fixed += whole.layers * whole.layer_experts // held + whole.layers * whole.layer_dense // division.shards
     left = max(machine.memory.gpu_free - fixed - GPU_CONTEXT, 0)
     room = int(machine.memory.gpu_free * ON_A_GPU)
-    work = decide(
-        work, recipe, replace(machine.memory, gpu_free=left), lambda step: _on_gpu(step, division).device_peak <= room
-    )
+
+    def taken(step: Work) -> RankBytes:
+        return _on_gpu(step, division, saves_beside=recipe.parallel.async_save)
+
+    work = decide(work, recipe, replace(machine.memory, gpu_free=left), lambda step: taken(step).device_peak <= room)
     assert machine.host_bytes_s is not None
     rates = Rates(
         machine.flops, inner_link(machine.name, machine.host_bytes_s / 1e9), wanted.outer, machine.host_bytes_s
@@ -186,7 +188,7 @@ def plan_of(
         why,
         work,
         idle,
-        _on_gpu(work, division),
+        taken(work),
         room,
         machine.memory.machine_free or None,
         rates,

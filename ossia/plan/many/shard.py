@@ -10,10 +10,20 @@ from ossia.model.budget.choose import Memory, choose_placement, gib
 from ossia.model.budget.many.division import Division
 from ossia.model.budget.many.links import INFINIBAND
 from ossia.model.budget.many.ranks import rank_bytes
+from ossia.model.budget.step import step_bytes
 from ossia.model.budget.work import DeviceKind, KernelKind, Work
 from ossia.plan.machine import Machine
 from ossia.plan.many.predict import Wanted, plan_of, rank_work
-from ossia.plan.memory import GPU_PROCESS, LIBRARIES, PROCESS, Footprint, around_gpu, footprint
+from ossia.plan.memory import (
+    GPU_PROCESS,
+    LIBRARIES,
+    PROCESS,
+    Footprint,
+    around_gpu,
+    beside_on_cpu,
+    footprint,
+    tokenizer_bytes,
+)
 
 _OF_A_MACHINE = 0.9  # of its free memory, for all of its ranks
 _WORTH = 0.9  # who takes no less with parts lacks room for activations, not for weights
@@ -63,7 +73,9 @@ def choose_shard(
         work, _ = rank_work(recipe, machine, arch, layout, division)
         placement = choose_placement(arch, layout, recipe.dtype, "cpu", memory).placement
         work = replace(work, device="cpu", placement=placement if recipe.weights == "auto" else recipe.weights)
-        needed, with_parts = (f.host_peak * per_machine for f in (footprint(work), cut_footprint(work, ranks)))
+        beside = recipe.parallel.async_save
+        cut = cut_footprint(work, ranks, saves_beside=beside)
+        needed, with_parts = (f.host_peak * per_machine for f in (footprint(work), cut))
         room = int(_OF_A_MACHINE * memory.machine_free)
     if needed <= room:
         return Shard(False, f"everything on each rank takes {gib(needed)}, and fits into {gib(room)}")
@@ -71,15 +83,19 @@ def choose_shard(
     return Shard(with_parts < _WORTH * needed, said)
 
 
-def cut_footprint(work: Work, ranks: int, *, offload: bool = False) -> Footprint:
+def cut_footprint(work: Work, ranks: int, *, offload: bool = False, saves_beside: bool = False) -> Footprint:
     """What one of so many ranks takes whose weights are cut over all of them.
 
-    offload  its parts wait in the machine's memory
+    offload       its parts wait in the machine's memory
+    saves_beside  its part of a checkpoint is saved while it goes on
     """
     work = replace(work, placement="bf16" if work.ranks is None else "resident", on_host=frozenset())
     trained = ranks if work.ranks is None else 1
-    rank = rank_bytes(work, Division(ranks, ranks, ranks, trained, offload=offload and work.device == "cuda"))
+    division = Division(ranks, ranks, ranks, trained, offload=offload and work.device == "cuda")
+    rank = rank_bytes(work, division, saves_beside=saves_beside)
     if work.device == "cuda":
         device, host = {**rank.device, **around_gpu(work, rank.living)}, {"process": GPU_PROCESS, **rank.host}
         return Footprint(device, host, LIBRARIES, rank.moment)
-    return Footprint({}, {"process": PROCESS, **rank.device}, LIBRARIES, rank.moment)
+    beside = beside_on_cpu(work, step_bytes(work))
+    host = {"process": PROCESS + tokenizer_bytes(work), **rank.device, **beside}
+    return Footprint({}, {name: size for name, size in host.items() if size}, LIBRARIES, rank.moment)

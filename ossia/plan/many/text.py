@@ -82,4 +82,7 @@ def _verdict(plan: ManyPlan) -> Iterator[tuple[str, str]]:
     else:
         assert plan.host_room is not None
         yield "fits", f"no: {gib(plan.host_needed)} of a machine's memory are needed, {gib(plan.host_room)} are there"
+        if saved := plan.rank.host.get("copy that is saved", 0) * plan.division.local:
+            yield "to change", f"parallel.async_save=false: saves {gib(saved)} of it, and training waits for saves"
+            return
     yield "to change", "more GPUs, a smaller train.tokens_per_pack, fewer or smaller adapters"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -14,12 +14,15 @@ from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
+from ossia.errors import RunError
 from ossia.model.checkpoint import Checkpoint
 from ossia.model.cut.ranks import part_of
 from ossia.model.cut.trained import TrainedParts, group_of
 from ossia.model.transformer import Transformer
 from ossia.model.weights import Weights
 from ossia.train.optim import AdamW
+from ossia.train.ranks.gradients import agree_on_parts
+from ossia.train.ranks.world import World as RealWorld
 from ossia.train.schedule import forward_backward, forward_logprobs
 from ossia.train.step import train_step
 from tests.conftest import MakeTiny
@@ -109,12 +112,15 @@ def test_parts_are_the_masters_pieces_and_gather_to_the_whole(size: int, tiny: M
         parts.append(model.trainable)
     name = "model.layers.3.mlp.experts.gate_up_proj"  # what the ranks' parts add up to where others' are zeros
     assert torch.equal(sum(one.use(name, torch.float32).detach() for one in parts), whole[name])
-    grad = torch.randn(whole[name].shape)
+    grads = {n: torch.randn(whole[n].shape) for n in whole if group_of(n) == "model.layers.3"}
+    assert any(grad.numel() % size for grad in grads.values())  # the last piece is a shorter one
     for one in parts:
-        one.add_grad(name, grad.clone())
+        for n, grad in grads.items():
+            one.add_grad(n, grad.clone())
         one.sum_up(name)
         one.sum_up("model.embed_tokens.weight")  # the last of a step
-    assert torch.equal(torch.cat([one.tensors[name].grad for one in parts]), grad.flatten())
+    for n, grad in grads.items():
+        assert torch.equal(torch.cat([one.tensors[n].grad for one in parts]), grad.flatten()), n
 
 
 def test_a_gradient_that_is_not_finite_is_known_by_name_after_it_was_summed(tiny: MakeTiny) -> None:
@@ -130,6 +136,36 @@ def test_a_gradient_that_is_not_finite_is_known_by_name_after_it_was_summed(tiny
     assert parts.not_finite() == [name]
     parts.zero_grad()
     assert parts.not_finite() == []
+
+
+class Peer(OneOf):
+    """Another rank had the gradients of all tensors but for those that are named."""
+
+    def __init__(self, *missing: str) -> None:
+        super().__init__(0, 2)
+        self._missing = list(missing)
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, [0.25, None, self._missing]]
+
+
+def test_a_tensor_without_a_gradient_on_any_rank_is_refused_and_one_that_another_has_is_not(tiny: MakeTiny) -> None:
+    nowhere, there = "model.layers.1.self_attn.q_proj.weight", "model.layers.2.self_attn.sinks"
+    ranks = Peer(nowhere)
+    parts = model_of(tiny, ranks).trainable
+    assert isinstance(parts, TrainedParts)
+    for name, shape in parts.shapes.items():
+        if name not in (nowhere, there):
+            parts.add_grad(name, torch.ones(shape))
+    groups = dict.fromkeys(map(group_of, parts.tensors))
+    for name in reversed(groups):  # the embedding last, which waits for its sum
+        parts.sum_up(next(one for one in parts.tensors if group_of(one) == name))
+    assert parts.missing == [there, nowhere]
+    assert agree_on_parts(cast(RealWorld, ranks), parts, 0.5, step=1) == 0.75
+    assert [name for name, tensor in parts.tensors.items() if tensor.grad is None] == [nowhere]
+    optimizer = AdamW(parts.tensors, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.0, shapes=parts.shapes)
+    with pytest.raises(RunError, match=nowhere):
+        optimizer.update(loss=0.75, lr=1e-3, clip=None)
 
 
 class World(OneOf):

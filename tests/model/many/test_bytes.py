@@ -187,3 +187,30 @@ def test_merged_weights_are_the_checkpoint_and_servers_share_what_leaves_the_tra
     assert round(merged_bytes(SHAPES["120b"], "mxfp4") / 1e9, 2) == 65.25
     assert merged_bytes(SHAPES["20b"], "bf16") == 2 * SHAPES["20b"].num_parameters()
     assert needed_bytes_s(10**9, servers=16, step_s=60.0, share=0.01) == pytest.approx(16e9 / 0.6)
+
+
+def test_a_copy_to_save_from_is_in_the_machines_memory_where_parts_of_all_weights_are_saved() -> None:
+    cut = Division(8, shards=8, trained_shards=8)
+    held = rank_bytes(FULL, cut).device["trained, float32"] // 4
+    beside = rank_bytes(FULL, cut, saves_beside=True)
+    assert beside.host["copy that is saved"] == 12 * held
+    assert beside.device == rank_bytes(FULL, cut).device
+    on_cpu = rank_bytes(replace(FULL, device="cpu"), cut, saves_beside=True)
+    assert on_cpu.device["copy that is saved"] == 12 * held
+    assert not on_cpu.host
+    for work, division in ((FULL, Division(8)), (LORA, cut)):
+        assert "copy that is saved" not in rank_bytes(work, division, saves_beside=True).host
+
+
+def test_gloo_gathers_into_memory_of_its_own_and_sums_a_copy() -> None:
+    full, lora = replace(FULL, device="cpu"), replace(LORA, device="cpu")
+    cut = Division(8, shards=8, trained_shards=8)
+    whole = Whole.of(full)
+    parts = rank_bytes(full, cut).device
+    assert parts["gloo, gathering"] == parts["gathered layers"] // 2
+    assert parts["gloo, summing"] == parts["layers' gradients"] // 2 + (2 << 20)
+    stays = rank_bytes(full, replace(cut, experts=8)).device
+    assert stays["gloo, gathering"] == max(whole.layer_dense, whole.table)
+    assert stays["gloo, summing"] == 4 * max(whole.trained_dense, whole.trained_tables // 2) + (2 << 20)
+    assert rank_bytes(lora, Division(8, shards=8)).device["gloo, gathering"] > 0
+    assert not any("gloo" in part for part in (*rank_bytes(lora, Division(8)).device, *rank_bytes(FULL, cut).device))

@@ -234,3 +234,11 @@ def test_tokens_per_rank_of_a_context_parallel_sequence_are_its_part(tmp_path: P
     for uneven in (3, 16):
         with pytest.raises(UserError, match=f"context: {uneven}; allowed: a divisor of the model's key-value heads, 8"):
             planned(tmp_path, gpus=48, context=uneven)
+
+
+def test_a_plan_says_that_the_copy_is_what_does_not_fit(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("model: 20b\ndata: x.jsonl\nparallel: {offload: true}\n")
+    words = ["plan", str(tmp_path / "r.yaml"), "--gpu", "3090", "--gpus", "2", "--machine-memory", "384"]
+    said = CliRunner().invoke(cli.app, words).stdout
+    assert "parallel.async_save=false: saves 233." in said
+    assert "fits         yes" in CliRunner().invoke(cli.app, [*words, "parallel.async_save=false"]).stdout

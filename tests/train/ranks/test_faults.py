@@ -12,11 +12,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from ossia.model.transformer import Transformer
+from ossia.train.optim import AdamW
 from ossia.train.ranks import agree
 from ossia.train.state import checkpoint_paths, verify
 from tests.train.conftest import Outcome, outcome
@@ -265,3 +267,32 @@ def test_ranks_with_different_weights_dont_begin(train_into: MakeRecipe, tmp_pat
     assert len(re.findall(words, said, re.M)) == 1, said
     assert "every host the same recipe, data, model and version" in said
     assert steps_written(tmp_path / "run") == 0
+
+
+class _Drifts:
+    """After each update one rank has another last bit in one number than the others."""
+
+    @contextmanager
+    def __call__(self, rank: int) -> Iterator[None]:
+        update = AdamW.update
+
+        def drifting(optimizer: AdamW, **how: Any) -> float:
+            norm = update(optimizer, **how)
+            first = next(iter(optimizer.params.values())).detach().view(-1)
+            first[0] = torch.nextafter(first[0], torch.tensor(9.0))
+            return norm
+
+        if rank == 1:
+            AdamW.update = drifting
+        yield
+
+
+def test_copies_that_drifted_apart_by_one_bit_are_found_at_the_next_checkpoint(
+    train_into: MakeRecipe, tmp_path: Path
+) -> None:
+    ranks = Ranks(2, tmp_path / "said", *train_into(tmp_path / "run", "eval.answers=0"), trouble=_Drifts())
+    assert ranks.wait(asks=False) == [2, 2]
+    said = ranks.said(0) + ranks.said(1)
+    assert re.search(r"rank 1: its trained tensors \(a checksum\) differs from rank 0's", said), said
+    assert steps_written(tmp_path / "run") <= 2
+    assert not any((tmp_path / "run" / "checkpoints").glob("*"))

@@ -106,17 +106,6 @@ def test_a_process_knows_what_its_launcher_says(monkeypatch: pytest.MonkeyPatch)
         ranks_to_start(recipe_from_dict({"model": "x", "data": "x.jsonl"}), 2)
 
 
-def test_how_many_processes_a_run_is_comes_from_the_command_or_the_recipe() -> None:
-    plain = {"model": "x", "data": "x.jsonl"}
-    rewards = {"model": "x", "method": "grpo", "env": "sort", "train": {"steps": 1}}
-    assert ranks_to_start(recipe_from_dict(plain), None) == 1
-    assert ranks_to_start(recipe_from_dict({**plain, "parallel": {"ranks": 3}}), None) == 3
-    assert ranks_to_start(recipe_from_dict({**plain, "parallel": {"ranks": 3}}), 2) == 2
-    assert ranks_to_start(recipe_from_dict(rewards), None) == 1
-    with pytest.raises(UserError, match=r"--nproc: 2, but `method: grpo` is one process as yet"):
-        ranks_to_start(recipe_from_dict(rewards), 2)
-
-
 def test_rewards_are_refused_by_several_processes(train_into: MakeRecipe, tmp_path: Path) -> None:
     recipe = tmp_path / "rewards.yaml"
     model = next(line for line in Path(train_into(tmp_path)[1]).read_text().splitlines() if line.startswith("model:"))
