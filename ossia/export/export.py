@@ -21,7 +21,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 from ossia.config import RECIPE_IN_RUN, load_recipe
 from ossia.data.pack import Pack
 from ossia.disk import sync_to_disk
-from ossia.errors import CheckpointError, Interrupted, MissingExtraError, StoppedError, UserError
+from ossia.errors import CheckpointError, DataError, Interrupted, MissingExtraError, StoppedError, UserError
 from ossia.export.merge import Changes, write_merged
 from ossia.export.source import Source, identity_of, open_source
 from ossia.export.verify import (
@@ -333,10 +333,14 @@ def verify_export(
 
 def _texts_of(source: Source, tokens_each: int = TOKENS_EACH) -> tuple[str, list[Pack]]:
     """What is compared: held-out texts of the run, or else fixed ones; in words, and as packs."""
-    vocab = Vocabulary.from_file(source.base.path)
-    if source.recipe is not None and (packs := held_out_texts(source.recipe, vocab, tokens_each)):
-        return f"{sum(len(pack.sources) for pack in packs)} held-out texts", packs
-    return "fixed texts", fixed_texts(vocab, tokens_each)
+    vocab, words = Vocabulary.from_file(source.base.path), "fixed texts"
+    if source.recipe is not None:
+        try:
+            if packs := held_out_texts(source.recipe, vocab, tokens_each):
+                return f"{sum(len(pack.sources) for pack in packs)} held-out texts", packs
+        except (DataError, MissingExtraError) as error:
+            words = f"fixed texts (the run's own can't be read: {str(error).splitlines()[0]})"
+    return words, fixed_texts(vocab, tokens_each)
 
 
 def _judge(
