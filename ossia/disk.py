@@ -5,13 +5,8 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-
-from ossia.errors import StoppedError
 
 
 def sync_to_disk(path: Path) -> None:
@@ -28,22 +23,6 @@ def sync_folder_to_disk(folder: Path) -> None:
     for file in folder.iterdir():
         sync_to_disk(file)
     sync_to_disk(folder)
-
-
-@contextmanager
-def scratch_folder() -> Iterator[Path]:
-    """A folder among the system's temporary ones, for small files, removed afterwards.
-
-    Raises  StoppedError where it can't be made or written in: of OSErrors nothing else may be left to come out of it
-    """
-    try:
-        with TemporaryDirectory(prefix="ossia-") as folder:
-            yield Path(folder)
-    except OSError as error:
-        raise StoppedError(
-            f"{tempfile.tempdir or 'TMPDIR'}: no small files can be written there: {error.strerror or error}\n"
-            "  next: make room there, or name another folder in TMPDIR, and run the same command again"
-        ) from error
 
 
 def locked(handle: int) -> bool:

@@ -17,10 +17,10 @@ import torch
 from gguf import GGMLQuantizationType
 from torch import Tensor
 
-from ossia.disk import scratch_folder
 from ossia.errors import CheckpointError
 from ossia.export.gguf.file import GgufFile
 from ossia.export.gguf.read import decode, unpack_mxfp4
+from ossia.export.gguf.scratch import scratch_folder
 from ossia.export.gguf.tokenizer import write_tokenizer
 from ossia.export.gguf.write import gguf_names
 from ossia.export.merge import PACKED, NoteRounding, is_finite

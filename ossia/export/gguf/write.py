@@ -22,8 +22,8 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileTy
 from gguf.quants import quantize
 from torch import Tensor
 
-from ossia.disk import scratch_folder
 from ossia.errors import CheckpointError, TokenizerError
+from ossia.export.gguf.scratch import scratch_folder
 from ossia.export.merge import Changes, mapped_tensor, merged_tensor
 from ossia.harmony.tokenizer_json import SPLIT, TokenizerFile, read_tokenizer_text, tokenizer_file
 from ossia.model.arch import Arch, alternating_layers
