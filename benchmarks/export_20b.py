@@ -3,6 +3,9 @@
 Run: python -m benchmarks.export_20b --to hf-bf16 (or gguf)      Needs: 70 GB of disk for hf-bf16, 30 for gguf
 Answer quoted in: docs/export.md
 
+With --killed: does an export of that size that is killed twice (`kill -9`, when a third and two thirds of its bytes are
+noted as whole) end in the bytes of one that nothing stopped? Both are made one after the other, so the disk holds one.
+
 The command itself, `ossia export`, on random weights of the shape and a random adapter on attention (r16) and experts
 (r8). Its phases are told by its own words on stderr; its memory is read from /proc while it runs: `anonymous` is its
 own, `resident` has the pages of mapped files beside it, which are the system's to take back.
@@ -12,14 +15,18 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -67,8 +74,8 @@ def cpu_seconds(pid: int) -> float:
     return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def watched(command: list[str], threads: int) -> dict[str, Any]:
-    """Run it; seconds of each phase, and of each the largest anonymous and resident memory."""
+def watched(command: list[str], threads: int, until: Callable[[], bool] = lambda: False) -> dict[str, Any]:
+    """Run it, and kill it when `until` says so; seconds of each phase, and its peaks of memory."""
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
     begun = time.monotonic()
     process = subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
@@ -87,6 +94,9 @@ def watched(command: list[str], threads: int) -> dict[str, Any]:
             found = {key: int(size) * 1024 for key, size in re.findall(r"(RssAnon|VmHWM|VmRSS):\s+(\d+) kB", status)}
             peak = peaks.setdefault(phases[-1][0], dict.fromkeys(("RssAnon", "VmHWM", "VmRSS"), 0))
             peak |= {key: max(peak[key], size) for key, size in found.items()}
+            if until():
+                process.kill()
+                break
             time.sleep(0.01)
 
     watcher = threading.Thread(target=look)
@@ -99,7 +109,7 @@ def watched(command: list[str], threads: int) -> dict[str, Any]:
     code = process.wait()
     watcher.join()
     phases.append(("end", time.monotonic(), cpu_s[0]))
-    if code:
+    if code not in (0, -signal.SIGKILL):
         raise SystemExit(f"the export ended with code {code}")
     return {
         "seconds": {name: end - start for (name, start, _), (_, end, _) in pairwise(phases)},
@@ -108,8 +118,51 @@ def watched(command: list[str], threads: int) -> dict[str, Any]:
         "peak_anonymous_bytes": {name: peak["RssAnon"] for name, peak in peaks.items()},
         "peak_resident_bytes": {name: peak["VmRSS"] for name, peak in peaks.items()},
         "peak_resident_bytes_of_all": max(peak["VmHWM"] for peak in peaks.values()),
-        "compared": next(line for line in said if line.startswith("read back ")),
+        "killed": code == -signal.SIGKILL,
+        "kept": next((line.partition(": ")[2] for line in said if line.startswith("going on with ")), None),
+        "compared": next((line for line in said if line.startswith("read back ")), None),
     }
+
+
+def noted_bytes(journal: Path) -> int:
+    """Of the tensors that are whole, by an export's journal."""
+    if not journal.is_file():
+        return 0
+    whole = journal.read_bytes().rpartition(b"\n")[0]
+    return sum(line["region"][2] for line in map(json.loads, whole.splitlines()) if "region" in line)
+
+
+def files_of(output: Path) -> list[Path]:
+    """What an export wrote."""
+    return [output] if output.is_file() else sorted(output.iterdir())
+
+
+def killed_and_ended(command: list[str], output: Path, threads: int, num_bytes: int) -> dict[str, Any]:
+    """The same export once more, killed twice: what each try took, and whether its files are those that are there."""
+    wanted = sums_of(output)
+    remove(output)
+    journal, tries = output.with_name(f".{output.name}.unverified.journal"), []
+    for share in (1 / 3, 2 / 3, None):
+        at = num_bytes + 1 if share is None else share * num_bytes
+        one = watched(command, threads, lambda at=at: noted_bytes(journal) >= at)
+        assert one["killed"] == (share is not None), "it ended before it was killed, or was killed by somebody else"
+        tries.append(one | {"noted_bytes": noted_bytes(journal)})
+    found = sums_of(output)
+    return {"tries": tries, "files": len(wanted), "same": found == wanted, "sha256": found}
+
+
+def sums_of(output: Path) -> dict[str, str]:
+    """The sha256 of each file."""
+    found = {}
+    for file in files_of(output):
+        with file.open("rb") as handle:
+            found[file.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return found
+
+
+def remove(output: Path) -> None:
+    """A folder or a file."""
+    shutil.rmtree(output) if output.is_dir() else output.unlink()
 
 
 def main() -> None:
@@ -123,6 +176,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--model", type=Path, help="the random model, made there if nothing is")
     parser.add_argument("--scratch", type=Path, help="where the export is written, and removed")
+    parser.add_argument("--killed", action="store_true", help="then killed twice, and the bytes compared")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.scratch) as scratch:
         folder = options.model or Path(scratch) / "model"
@@ -134,9 +188,13 @@ def main() -> None:
         random_adapter(base, targets, Path(scratch) / "adapter")
         output = Path(scratch) / ("out.gguf" if options.to == "gguf" else "out")
         command = [sys.executable, "-m", "ossia", "export", str(folder), "--adapter", str(Path(scratch) / "adapter")]
-        found = watched([*command, "--to", options.to, "--output", str(output)], options.threads)
-        files = [output] if output.is_file() else list(output.iterdir())
-        found["written_bytes"] = sum(file.stat().st_size for file in files)
+        command += ["--to", options.to, "--output", str(output)]
+        found = watched(command, options.threads)
+        found["written_bytes"] = sum(file.stat().st_size for file in files_of(output))
+        if options.killed:
+            found = {"undisturbed": found}
+            whole = found["undisturbed"]["written_bytes"]
+            found |= killed_and_ended(command, output, options.threads, whole)
         layer_bytes = sum(
             spec.num_bytes
             for name, spec in base.arch.tensor_specs("bf16").items()
@@ -155,10 +213,10 @@ def main() -> None:
             },
             **found,
         }
-        shutil.rmtree(output) if output.is_dir() else output.unlink()
+        remove(output)
     print({key: value for key, value in result.items() if key != "where"})
     depth = base.arch.num_layers
-    name = f"export_20b-{options.to}-{options.adapter}"
+    name = f"export_20b-{options.to}-{options.adapter}{'-killed' if options.killed else ''}"
     write_result(name if depth == SHAPES["20b"].num_layers else f"{name}-{depth}", result)
 
 

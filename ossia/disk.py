@@ -18,6 +18,13 @@ def sync_to_disk(path: Path) -> None:
         os.close(handle)
 
 
+def sync_folder_to_disk(folder: Path) -> None:
+    """`sync_to_disk` of a folder's files, then of its entries: it may take its name then. Raises OSError."""
+    for file in folder.iterdir():
+        sync_to_disk(file)
+    sync_to_disk(folder)
+
+
 def locked(handle: int) -> bool:
     """Take the lock of an open file, which ends with this process, however it ends; False if another process has it.
 

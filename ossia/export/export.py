@@ -6,6 +6,8 @@ adapter alone: PEFT's folder, or a GGUF LoRA.
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -18,7 +20,8 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeR
 
 from ossia.config import RECIPE_IN_RUN, load_recipe
 from ossia.data.pack import Pack
-from ossia.errors import CheckpointError, Interrupted, MissingExtraError, StoppedError, UserError
+from ossia.disk import sync_to_disk
+from ossia.errors import CheckpointError, DataError, Interrupted, MissingExtraError, StoppedError, UserError
 from ossia.export.merge import Changes, write_merged
 from ossia.export.source import Source, identity_of, open_source
 from ossia.export.verify import (
@@ -117,7 +120,7 @@ def export_model(
             _export_gguf_lora(unverified, opened, output.stem, source, max_kl)
         else:
             _export_folder(journal, opened, _FORMATS[to], max_kl)
-        unverified.rename(output.absolute())
+        _name(unverified, output)
     return output
 
 
@@ -133,6 +136,21 @@ def merge_shards(run: Path, *, to: str | None = None, output: Path | None = None
     rounded = load_recipe(run / RECIPE_IN_RUN).qat is not None
     to = to or ("hf-mxfp4" if rounded else "hf-bf16")
     return export_model(str(run), to=to, output=output or run / "merged", max_kl=max_kl, of_ranks=True)
+
+
+def _name(unverified: Path, output: Path) -> None:
+    """Give an export its name. Raises StoppedError where something has taken that meanwhile."""
+    try:
+        if output.is_file():  # which the system would replace without a word
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+        unverified.rename(output.absolute())
+    except OSError as error:
+        raise StoppedError(
+            f"{output}: can't be named so: {error.strerror}\n"
+            f"  kept: the verified export, {unverified}\n"
+            "  next: remove what is there, and run the same command again"
+        ) from error
+    sync_to_disk(output.absolute().parent)
 
 
 @contextmanager
@@ -206,7 +224,7 @@ def _export_from_gguf(
                 f"  allowed: a KL divergence of {allowed:.2e} nats\n"
                 "  next: look whether the file is whole, or allow it with --max-kl"
             )
-        target.rename(output.absolute())
+        _name(target, output)
 
 
 def _tell_rounding(source: Source, folder: Path, errors: Mapping[str, float]) -> None:
@@ -315,10 +333,14 @@ def verify_export(
 
 def _texts_of(source: Source, tokens_each: int = TOKENS_EACH) -> tuple[str, list[Pack]]:
     """What is compared: held-out texts of the run, or else fixed ones; in words, and as packs."""
-    vocab = Vocabulary.from_file(source.base.path)
-    if source.recipe is not None and (packs := held_out_texts(source.recipe, vocab, tokens_each)):
-        return f"{sum(len(pack.sources) for pack in packs)} held-out texts", packs
-    return "fixed texts", fixed_texts(vocab, tokens_each)
+    vocab, words = Vocabulary.from_file(source.base.path), "fixed texts"
+    if source.recipe is not None:
+        try:
+            if packs := held_out_texts(source.recipe, vocab, tokens_each):
+                return f"{sum(len(pack.sources) for pack in packs)} held-out texts", packs
+        except (DataError, MissingExtraError) as error:
+            words = f"fixed texts (the run's own can't be read: {str(error).splitlines()[0]})"
+    return words, fixed_texts(vocab, tokens_each)
 
 
 def _judge(

@@ -22,7 +22,6 @@ from ossia.config import Recipe
 from ossia.data.dataset import in_order, open_datasets
 from ossia.data.pack import Pack
 from ossia.data.sample import Sample
-from ossia.errors import DataError, MissingExtraError
 from ossia.export.merge import Changes, mapped_tensor
 from ossia.harmony import Renderer, Vocabulary, conversation_from_messages
 from ossia.model.checkpoint import Checkpoint
@@ -335,14 +334,13 @@ def _logits(models: Sequence[Transformer], states: Sequence[Tensor], rows: slice
 
 
 def held_out_texts(recipe: Recipe, vocab: Vocabulary, tokens_each: int = TOKENS_EACH) -> list[Pack]:
-    """The first held-out samples of a run, each cut to some tokens; [] where it holds none out, or its data isn't here
-    any more."""
+    """The first held-out samples of a run, each cut to some tokens; [] where it holds none out.
+
+    Raises  DataError, MissingExtraError where its data isn't here any more, or can't be read
+    """
     if not recipe.has_eval:
         return []
-    try:
-        return _packs(in_order(open_datasets(recipe, vocab).held_out), tokens_each)
-    except (DataError, MissingExtraError):
-        return []
+    return _packs(in_order(open_datasets(recipe, vocab).held_out), tokens_each)
 
 
 def fixed_texts(vocab: Vocabulary, tokens_each: int = TOKENS_EACH) -> list[Pack]:

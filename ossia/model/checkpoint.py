@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ossia.disk import sync_to_disk
+from ossia.disk import sync_folder_to_disk, sync_to_disk
 from ossia.errors import CheckpointError, first_few
 from ossia.model.arch import Arch, Layout, TensorSpec
 from ossia.model.template import write_companions
@@ -130,7 +130,7 @@ def _kept(journal: Journal, total_bytes: int) -> Iterator[Path]:
     with journal.growing(total_bytes):
         journal.target.mkdir(exist_ok=True)
         yield journal.target
-        sync_to_disk(journal.target)
+        sync_folder_to_disk(journal.target)
 
 
 @contextmanager
@@ -145,7 +145,7 @@ def _whole_or_nothing(path: Path, total_bytes: int) -> Iterator[Path]:
         if shutil.disk_usage(partial).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield partial
-        sync_to_disk(partial)
+        sync_folder_to_disk(partial)
         partial.rename(target)
         sync_to_disk(target.parent)
         done = True

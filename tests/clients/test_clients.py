@@ -86,7 +86,8 @@ def test_the_gguf_file_comes_back_as_the_merged_folder(exports: Exports, tmp_pat
 
 
 def test_llama_cpp_chats_and_calls_tools_as_the_merged_model_does(exports: Exports, trained: Path) -> None:
-    rows = openings(read_rows(trained.parent / DATA / "heldout.jsonl"), each=20)
+    data = trained.parent / DATA
+    rows = openings([row for file in ("heldout", "questions") for row in read_rows(data / f"{file}.jsonl")], each=40)
     model, vocab = ossias_model(exports.merged, truncate=True), Vocabulary.from_file(exports.merged)
     kept, expected = zip(*well_formed(model, vocab, rows, max_tokens=100), strict=True)
     server = start_llama(exports.merged_gguf, EXACT)

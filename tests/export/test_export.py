@@ -193,8 +193,10 @@ def test_a_run_with_an_adapter_is_exported_from_its_result_and_before_that_from_
     assert "sha256 differs" in capsys.readouterr().err
 
     save_adapter(run / "adapter", loras[12], base_model=str(path))
+    (tmp_path / "data.jsonl").unlink()
     export_model(str(run), to="hf-bf16", output=tmp_path / "final")
     assert same_files(tmp_path / "final", tmp_path / "wanted-12")
+    assert "on fixed texts (the run's own can't be read: " in capsys.readouterr().err
 
 
 def test_a_run_that_trained_all_weights_is_exported_from_its_model_or_its_newest_checkpoint(

@@ -14,7 +14,7 @@ import torch
 from gguf import GGMLQuantizationType, GGUFWriter
 
 import ossia
-from ossia.errors import CheckpointError, Interrupted, TokenizerError, UserError
+from ossia.errors import CheckpointError, Interrupted, StoppedError, TokenizerError, UserError
 from ossia.export import export_model
 from ossia.export.gguf.file import GgufFile
 from ossia.export.gguf.tokenizer import write_tokenizer
@@ -138,6 +138,23 @@ def test_one_that_was_interrupted_goes_on_where_it_was(
 
 
 # --- refusals ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_full_folder_of_temporary_files_is_told_and_costs_nothing(
+    tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny(SHALLOW)
+    whole = to_gguf(model, tmp_path / "whole.gguf")
+    for output, run in (
+        (tmp_path / "x.gguf", lambda output: to_gguf(model, output)),
+        (tmp_path / "folder", lambda output: back(whole, output)),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr("tempfile.tempdir", str(tmp_path / "gone"))
+            with pytest.raises(StoppedError, match=r"gone: no small files can be written there(.|\n)*in TMPDIR"):
+                run(output)
+        run(output)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["folder", "whole.gguf", "x.gguf"]
 
 
 def with_type(raw: bytes, name: str, kind: GGMLQuantizationType) -> bytes:

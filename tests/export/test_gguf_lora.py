@@ -131,6 +131,20 @@ def test_what_has_no_adapter_or_llama_cpp_cant_be_is_refused_and_leaves_nothing(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
+def test_a_disk_that_runs_full_is_told_and_nothing_is_left(
+    tiny: MakeTiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError("4096 requested and 512 written")  # numpy's words, without a number
+
+    monkeypatch.setattr("gguf.GGUFWriter.write_tensors_to_file", full)
+    model = tiny(SHALLOW)
+    save_adapter(tmp_path / "given", random_lora(arch_of(model)), base_model="model")
+    with pytest.raises(CheckpointError, match="could not be written: 4096 requested and 512 written; make room"):
+        export_model(str(model), adapter=str(tmp_path / "given"), to="gguf-lora", output=tmp_path / "x.gguf")
+    assert [file.name for file in tmp_path.iterdir()] == ["given"]
+
+
 def test_a_file_that_isnt_such_an_adapter_is_refused(tiny: MakeTiny, tmp_path: Path) -> None:
     model = tiny(UNEQUAL)
     tensors = exported(model, random_lora(arch_of(model), EVERYTHING), tmp_path)

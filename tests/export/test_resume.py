@@ -152,6 +152,51 @@ def test_an_export_that_is_killed_anywhere_goes_on_and_ends_in_the_same_bytes(
             assert len(writes) < (10 if number == late else 2), where  # the head is written again
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/proc tells whose file a handle is")
+@pytest.mark.parametrize("to", FORMATS)
+def test_an_export_takes_its_name_when_every_file_of_it_is_on_the_disk(
+    jobs: dict[str, Job], to: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A power cut after that finds no empty config.json in it."""
+    fsync, rename, synced, named = os.fsync, os.rename, set[str](), list[set[str]]()
+
+    def syncing(handle: int) -> None:
+        fsync(handle)
+        synced.add(os.readlink(f"/proc/self/fd/{handle}"))
+
+    def renaming(old: Path, new: Path) -> None:
+        files = [old] if old.is_file() else [old, *old.iterdir()]
+        named.append({str(file) for file in files} - synced)
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", syncing)
+    monkeypatch.setattr(os, "rename", renaming)
+    jobs[to].run(tmp_path / jobs[to].wanted.name)
+    assert named == [set()]
+    assert str(tmp_path) in synced
+
+
+@pytest.mark.parametrize("to", ["hf-bf16", "gguf"])
+def test_a_place_that_is_taken_meanwhile_costs_no_export(
+    jobs: dict[str, Job], to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job, output = jobs[to], tmp_path / jobs[to].wanted.name
+    theirs = output if to == "gguf" else output / "theirs"
+
+    def take(*_: object) -> None:
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("theirs")
+
+    with counting_writes(take), pytest.raises(StoppedError, match=r"can't be named so(.|\n)*kept: the verified export"):
+        job.run(output)
+    assert theirs.read_text() == "theirs"
+    shutil.rmtree(output) if output.is_dir() else output.unlink()
+    capsys.readouterr()
+    job.run(output)
+    assert "are whole and kept" in capsys.readouterr().err
+    assert bytes_of(output) == bytes_of(job.wanted)
+
+
 @pytest.mark.parametrize("to", FORMATS)
 def test_the_first_ctrl_c_keeps_what_is_whole(
     jobs: dict[str, Job], to: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NoReturn
 
 import numpy as np
@@ -21,6 +20,7 @@ from torch import Tensor
 from ossia.errors import CheckpointError
 from ossia.export.gguf.file import GgufFile
 from ossia.export.gguf.read import decode, unpack_mxfp4
+from ossia.export.gguf.scratch import scratch_folder
 from ossia.export.gguf.tokenizer import write_tokenizer
 from ossia.export.gguf.write import gguf_names
 from ossia.export.merge import PACKED, NoteRounding, is_finite
@@ -147,15 +147,15 @@ def write_folder(
     note       is told of a tensor that bfloat16 rounds, and by how much; the journal's `remark`
     Raises     CheckpointError, StoppedError as `write_checkpoint`, and for a weight that isn't finite; TokenizerError
     """
-    with TemporaryDirectory(prefix="ossia-gguf-") as scratch:
+    with scratch_folder() as scratch:
         if tokenizer is None:
-            write_tokenizer(file, Path(scratch))
+            write_tokenizer(file, scratch)
         write_checkpoint(
             journal.target,
             arch,
             _tensors(file, arch, layout, note, journal.whole),
             layout,
-            tokenizer_from=Path(scratch) if tokenizer is None else tokenizer,
+            tokenizer_from=scratch if tokenizer is None else tokenizer,
             progress=progress,
             journal=journal,
         )

@@ -53,7 +53,8 @@ def write_gguf_lora(path: Path, base: Checkpoint, lora: Lora, *, name: str) -> N
         writer.close()
         sync_to_disk(path)
     except OSError as error:
-        raise CheckpointError(f"{path}: could not be written: {error.strerror}; make room or name another") from error
+        why = error.strerror or error  # numpy's errors have words alone
+        raise CheckpointError(f"{path}: could not be written: {why}; make room or name another") from error
 
 
 def folded(spec: LoraSpec) -> dict[str, float]:

@@ -14,7 +14,6 @@ import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Literal, get_args
 
 import numpy as np
@@ -24,6 +23,7 @@ from gguf.quants import quantize
 from torch import Tensor
 
 from ossia.errors import CheckpointError, TokenizerError
+from ossia.export.gguf.scratch import scratch_folder
 from ossia.export.merge import Changes, mapped_tensor, merged_tensor
 from ossia.harmony.tokenizer_json import SPLIT, TokenizerFile, read_tokenizer_text, tokenizer_file
 from ossia.model.arch import Arch, alternating_layers
@@ -225,8 +225,8 @@ def _encoded(rows: Tensor, kind: GGMLQuantizationType, name: str) -> np.ndarray:
 
 def _head(base: Checkpoint, places: dict[str, _Place], name: str, file_type: LlamaFileType | None) -> bytes:
     """Everything before the tensors: metadata, tokenizer, and the list of tensors."""
-    with TemporaryDirectory(prefix="ossia-gguf-") as scratch:  # the package writes to files alone
-        path = Path(scratch) / "head"
+    with scratch_folder() as scratch:  # the package writes to files alone
+        path = scratch / "head"
         _write_head(path, base, places, name, file_type)
         return path.read_bytes()
 
