@@ -6,8 +6,8 @@ gpt-oss's config says `truncate: false`; those two read it as true, and no file 
 the demo's shape with the released models' rotary embedding (64 dimensions a head, theta, factor, range), trained on
 documents of 256, of 2,048 and then of 8,192 tokens, twice as many as YaRN starts from, and computed by Ossia both ways
 on held-out ones of 8,192. A document is conversations and notes, random ids that no model can guess; notes come again
-later, and what is asked there is whether the model still finds them. What the rotations themselves differ by depends
-on the config alone, so that table holds for the released models as it stands.
+later, and what is asked there is whether the model still finds them (this training teaches it that within 512 tokens
+alone). What the rotations themselves differ by depends on the config alone, so that holds for the released models.
 """
 
 from __future__ import annotations
