@@ -86,6 +86,7 @@ def test_a_job_asks_for_the_gpus_that_it_starts_ranks_on_and_its_command_is_one_
         assert name == "train"
         with body.make_context(name, list(arguments)) as parsed:
             assert str(parsed.params["recipe"]) == "recipe.yaml"
+            assert parsed.params["resume"], "a pod that is started again would find a run that is there and refuse"
 
 
 def test_the_jobs_pods_find_each_other_under_the_names_that_they_have() -> None:
