@@ -332,5 +332,5 @@ def test_memory_does_not_grow_with_the_model(small_tokenizer: Path, tmp_path: Pa
     # its own memory; the pages of mapped files come and go as the machine likes
     # (fourteen layers more would be held if they were; the allocator keeps up to two and a bit)
     assert deep - shallow < 4 * layer_bytes, f"{(deep - shallow) / layer_bytes:.2f} layers more"
-    # here with them: writing and comparing drop each tensor's pages with the tensor
-    assert max(resident) < 2 * layer_bytes, f"{[size / layer_bytes for size in resident]} layers"
+    # here with them: writing and comparing drop each tensor's pages with the tensor (and the allocator keeps as much)
+    assert max(resident) < 3 * layer_bytes, f"{[size / layer_bytes for size in resident]} layers"
