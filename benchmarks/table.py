@@ -362,6 +362,32 @@ def round_lines() -> Iterator[str]:
     yield ""
 
 
+def cut_lines() -> Iterator[str]:
+    """What ranks with parts of the weights take."""
+    if (found := load("cut")) is None:
+        return
+    model = found["model_bytes"] / 1e9
+    yield "## Several ranks of one machine (`benchmarks/cut.py`)"
+    yield ""
+    yield f"LoRA on attention of a model of {model:.2f} GB in MXFP4, four packs a step, gloo over loopback, two cores; a thread a rank."
+    yield ""
+    yield "| ranks | weights | a step | the fullest rank |"
+    yield "|---|---|---|---|"
+    for run in found["runs"]:
+        held = "whole" if run["shard"] == "none" else "cut"
+        held += "" if run["gathers_ahead"] else ", gathers waited for where they begin"
+        peak = max(run["rank_peak_bytes"]) / 1e9
+        yield f"| {run['ranks']} | {held} | {run['step_s']:.1f} s | {peak:.2f} GB |"
+    yield ""
+    yield "| milliseconds | 2 ranks | 4 ranks |"
+    yield "|---|---|---|"
+    two, four = (found["collectives_s"][size] for size in ("2", "4"))
+    for name, seconds in two.items():
+        words = "an exchange of words" if name == "words" else name
+        yield f"| {words} | {seconds * 1e3:.1f} | {four[name] * 1e3:.1f} |"
+    yield ""
+
+
 def page() -> str:
     """docs/benchmarks.md."""
     lines = [
@@ -378,7 +404,7 @@ def page() -> str:
         "tok/s are trained tokens; memory is each process's own peak resident set. Both sides' first losses agree.",
         "",
     ]
-    lines += [*grpo_lines(), *gpu_lines(), *plan_lines(), *step_20b_lines()]
+    lines += [*grpo_lines(), *gpu_lines(), *plan_lines(), *step_20b_lines(), *cut_lines()]
     lines += ["## Generation, side by side in one run (`benchmarks/decode_cpu.py`)", "", *decode_rows(), ""]
     lines += ["## Generation beside llama.cpp (`benchmarks/decode_llamacpp.py`)", "", *llamacpp_rows(), ""]
     lines += [*serving_lines(), *export_lines(), *qat_lines(), *round_lines(), *jail_lines()]
