@@ -20,14 +20,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import RESULTS, ROOT, peak_resident_bytes, where, write_result
+from benchmarks.common import ATTENTION, EXPERTS, RESULTS, ROOT, peak_resident_bytes, where, write_result
 from ossia.model.arch import SHAPES
 from ossia.model.budget.weights import EMBEDDING
 from ossia.model.budget.work import Work
 from ossia.plan.memory import footprint
 
 MODULE = "benchmarks.plan"
-ATTENTION, EXPERTS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_up_proj", "down_proj")
 GPU_RESULTS = ("gpu-train", "gpu-peer", "gpu-stream", "gpu-120b")
 
 

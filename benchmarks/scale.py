@@ -16,7 +16,7 @@ from pathlib import Path
 
 from typer.testing import CliRunner
 
-from benchmarks.common import ROOT
+from benchmarks.common import ATTENTION, EXPERTS, ROOT
 from ossia import cli
 from ossia.config import Recipe
 from ossia.model.arch import SHAPES
@@ -31,7 +31,6 @@ from ossia.plan.many.times import StepTime, step_time
 PAGE, RECIPES = ROOT / "docs" / "scale.md", sorted((ROOT / "docs" / "scale").glob("*.yaml"))
 GPUS, MODELS = (8, 64, 512, 4096), ("20b", "120b")
 PACK, DOCUMENT = 16_384, 4096
-ATTENTION, EXPERTS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_up_proj", "down_proj")
 ADAPTER = {"rank": 16, "targets": ["attention", "experts"]}
 GB = 10**9
 

@@ -19,12 +19,11 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.common import peak_resident_bytes, serve, side_by_side, take_turns, where
+from benchmarks.common import ATTENTION, EXPERTS, peak_resident_bytes, serve, side_by_side, take_turns, where
 
 MODULE = "benchmarks.sft_cpu"
 PACKAGES = ("torch", "transformers", "peft", "numpy", "safetensors", "tokenizers")
 RANK, EXPERT_RANK, LEARNING_RATE = 16, 8, 1e-4  # alpha is twice the rank
-ATTENTION, EXPERTS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_up_proj", "down_proj")
 TURNS = 8  # questions in a chat
 LOSS_TOLERANCE = 2e-3  # relative, of the first step: bfloat16 on both sides
 

@@ -26,10 +26,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import ROOT, peak_resident_bytes, where, write_result
+from benchmarks.common import ATTENTION, EXPERTS, ROOT, peak_resident_bytes, where, write_result
 
 MODULE = "benchmarks.step_20b"
-ATTENTION, EXPERTS = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_up_proj", "down_proj")
 RANKS = {**dict.fromkeys(ATTENTION, 16), **dict.fromkeys(EXPERTS, 8)}
 PLACEMENTS = ("resident", "mmap")
 # Which part of a step an operation belongs to: by its nearest caller among these, and products apart inside of experts

@@ -53,8 +53,6 @@ def visible_gpus() -> int:
 
 def check_restarts(max_restarts: int) -> None:
     """Raises UserError for restarts that this process can't make, as it starts no others."""
-    from ossia.train.ranks.launched import launched
-
     if not max_restarts:
         return
     if launched() is not None:

@@ -87,10 +87,8 @@ def plan(
             machine_memory,
             (checked.device, checked.dtype, checked.train.threads),
         )
-    division, elsewhere = (
-        (shards, expert_parallel, context_parallel, offload),
-        gpu is not None or gpu_memory is not None,
-    )
+    division = (shards, expert_parallel, context_parallel, offload)
+    elsewhere = gpu is not None or gpu_memory is not None
     ranks = _ranks(checked, gpus, elsewhere=elsewhere)
     if machine.kind == "cpu" and (gpus is not None or any(said is not None for said in division)):
         raise UserError("--gpus is of GPUs that aren't here; name one: --gpu H100, or say what it is: --gpu-memory GB")

@@ -24,7 +24,7 @@ from ossia.engine.head import Draw, Drawn, draw_plainly, step_norm
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed
 from ossia.model.transformer import Layer, Transformer, router_logits
-from ossia.model.weights import expert_module, split_gate_up
+from ossia.model.weights import expert_module
 from ossia.ops.fused import parts_for
 from ossia.ops.linear import NARROW, Linear, linear, wide_linear
 from ossia.ops.moe import Expert, Route, clamped_swiglu_only, combine, project, project_wide, route
@@ -371,8 +371,8 @@ def _expand_one(model: Transformer, layer: int, name: str) -> Callable[[int], Te
     packed = model.packed_experts(layer, name)
 
     def expand(expert: int) -> Tensor:
-        weight_1OD = Packed(*(part[expert : expert + 1] for part in packed)).expand(model.dtype)
-        return (split_gate_up(weight_1OD) if name == "gate_up_proj" else weight_1OD)[0]
+        one = Packed(*(part[expert : expert + 1] for part in packed))
+        return one.expand(model.dtype, split=name == "gate_up_proj")[0]
 
     return expand
 

@@ -30,9 +30,9 @@ class Packed(NamedTuple):
     blocks: Tensor
     scales: Tensor
 
-    def expand(self, dtype: torch.dtype) -> Tensor:
-        """(E, O, D)."""
-        return dequantize_mxfp4(self.blocks, self.scales, dtype)
+    def expand(self, dtype: torch.dtype, *, split: bool = False) -> Tensor:
+        """(E, O, D). split: gate and up rows, which come in turn, one after the other."""
+        return dequantize_mxfp4(self.blocks, self.scales, dtype, split=split)
 
 
 class Factors(NamedTuple):

@@ -28,7 +28,7 @@ from ossia.model.cut.trained import TrainedParts
 from ossia.model.lora import Lora
 from ossia.model.packed import Packed, packed_experts
 from ossia.model.trainable import Trainable, passing_on
-from ossia.model.weights import HEAD, Weights, expert_module, interleave_gate_up, is_expert_weight, split_gate_up
+from ossia.model.weights import HEAD, Weights, expert_module, interleave_gate_up, is_expert_weight
 from ossia.ops.attention import Backend, Kept, Place, Segments, check_backend, pick_backend, sink_attention
 from ossia.ops.attention.divided import Attend, Members, divided, tokens_of
 from ossia.ops.attention.probe import Probed
@@ -344,10 +344,8 @@ class Transformer:
         module = expert_module(index, projection)
         if not self.rounds(module):
             return self.weights.expert_weight(index, projection, None if experts == slice(None) else experts, room)
-        packed = self.packed_experts(index, projection, experts)
-        if projection == "gate_up_proj" and module not in self.trainable:
-            packed = Packed(*map(split_gate_up, packed))
-        return packed.expand(self.dtype)
+        in_turn = projection == "gate_up_proj" and module not in self.trainable
+        return self.packed_experts(index, projection, experts).expand(self.dtype, split=in_turn)
 
     def experts_at_once(self, tokens: int) -> int:
         """The default for a step of `tokens` tokens, see `experts_at_once`."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ossia.kernels import pick_kernels
-from ossia.kernels.cpu.pages import Room
+from ossia.kernels.cpu.pages import Room, large_zeros
 from ossia.model.arch import Arch
 from ossia.model.budget.weights import EMBEDDING, HEAD, is_expert_weight, is_of_experts
 from ossia.model.budget.work import Placement
@@ -202,7 +202,8 @@ class Weights:
             return dequantize(blocks, scales, self.dtype, split=projection == "gate_up_proj")
         out = None
         if self.device.type == "cpu":
-            out = (room or Room()).take((*scales.shape[:-1], scales.shape[-1] * BLOCK), self.dtype)
+            make = large_zeros if room is None else room.take
+            out = make((*scales.shape[:-1], scales.shape[-1] * BLOCK), self.dtype)
         return dequantize_mxfp4(blocks, scales, self.dtype, out, split=projection == "gate_up_proj")
 
     def __iter__(self) -> Iterator[str]:

@@ -104,7 +104,7 @@ class Expanding:
             return
         start = 0
         for first in range(0, self.num_experts, self.at_once):
-            experts = slice(first, min(first + self.at_once, self.num_experts))
+            experts = self._part_of(first)
             end = ends[experts.stop - 1]
             if end > start:
                 yield slice(start, end), self._expand(experts, self._room), ends_E[experts] - start
@@ -112,16 +112,21 @@ class Expanding:
 
     def in_turn(self) -> Callable[[int], Tensor]:
         """Gives (out, in) of an expert, asked for in the experts' order; it is there until another one is asked for."""
-        first, part = -1, None
+        there, part = slice(0), None
 
         def one(expert: int) -> Tensor:
-            nonlocal first, part
-            if part is None or expert >= first + self.at_once:
-                first, part = expert - expert % self.at_once, None
-                part = self._expand(slice(first, min(first + self.at_once, self.num_experts)), self._room)
-            return part[expert - first]
+            nonlocal there, part
+            if part is None or expert >= there.stop:
+                there, part = self._part_of(expert), None
+                part = self._expand(there, self._room)
+            return part[expert - there.start]
 
         return one
+
+    def _part_of(self, expert: int) -> slice:
+        """The experts that are expanded together with this one."""
+        first = expert - expert % self.at_once
+        return slice(first, min(first + self.at_once, self.num_experts))
 
     def let_go(self) -> None:
         """Forget what is expanded."""

@@ -31,6 +31,7 @@ from ossia.train.loop import Job, Stream, find_start
 from ossia.train.optim import AdamW, lr_at
 from ossia.train.ranks.agree import agree, code_identity, tensors_identity, weights_identity
 from ossia.train.ranks.members import experts_over
+from ossia.train.ranks.number import num_ranks
 from ossia.train.report.page import REPORT, SAMPLES
 from ossia.train.shards.find import find_start_together
 from ossia.train.sinks import TerminalSink, check_sinks, open_sinks
@@ -203,8 +204,7 @@ def predicted(recipe: Recipe, model: Transformer, world: World | None = None) ->
 def resume_with(recipe: Recipe, world: World | None) -> str:
     """What goes on with a run, by as many processes."""
     if world is None:
-        said = recipe.parallel.ranks
-        alone = said == 1 or (said == "auto" and (recipe.method != "sft" or torch.cuda.device_count() < 2))
+        alone = num_ranks(recipe, None, torch.cuda.device_count).number == 1
         return recipe.resume_command if alone else f"{recipe.resume_command} --nproc 1"
     if world.on_one_host:
         return f"{recipe.resume_command} --nproc {world.size}"
